@@ -1,0 +1,1 @@
+"""Backends: kernel IR to machine code, memory and threads. Imports duo_ir, never duo."""

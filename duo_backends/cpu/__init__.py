@@ -1,0 +1,1 @@
+"""The CPU backend: LLVM IR by llvmlite, own GEMM, own thread pool, own math."""

@@ -1,0 +1,85 @@
+"""A program: kernels in order over numbered buffers, what `plan.py` makes and a backend compiles.
+
+Slots 0..inputs-1 are the inputs, then come the outputs that the program writes, then temporaries. A `Step` runs one
+kernel; `Cond` and `While` run sub-programs over the same slot numbering idea: each sub-program has its own slots, of which the
+first are bound to slots of the parent. Sizes may be symbolic; a backend binds them once per set of sizes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from duo_ir.kernels.kernel import Kernel
+from duo_ir.types import DimLike, TensorType
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """Runs `kernel` with its argument number i in slot `slots[i]`. `where` is the user's line, for errors and profiles."""
+
+    kernel: Kernel
+    slots: tuple[int, ...]
+    where: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """Copies slot `source` to slot `target`, same number of bytes."""
+
+    source: int
+    target: int
+
+
+@dataclass(frozen=True, slots=True)
+class Cond:
+    """Runs `then` if the bool in slot `predicate` is true, else `orelse`. The sub-programs' inputs are bound to `inputs`, their
+    outputs to `outputs`."""
+
+    predicate: int
+    then: Program
+    orelse: Program
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class While:
+    """carried := initial; while test(carried, constants): carried := body(carried, constants).
+
+    `outputs` are the slots of the carried values (written by the loop); `test` and `body` take carried then constants.
+    """
+
+    test: Program
+    body: Program
+    initial: tuple[int, ...]
+    constants: tuple[int, ...]
+    outputs: tuple[int, ...]
+
+
+Item: TypeAlias = Step | Copy | Cond | While
+
+
+@dataclass(frozen=True, slots=True)
+class Temp:
+    """A temporary: its size, and the first and last item (index in `items`) that touch it. Two whose lifetimes do not
+    overlap may share memory; an item's inputs and outputs never do unless `Program.in_place` says so."""
+
+    nbytes: DimLike
+    first: int
+    last: int
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """`inputs`, `outputs`: their types. `results[k]` is the slot whose contents are result k: an output's slot, or an input's
+    (returned as it is, without a copy); two results may name one slot. `donations`: pairs (output number, input number) that may share memory when
+    the caller gives that input away. `dims`: named sizes in the order a backend takes them."""
+
+    inputs: tuple[TensorType, ...]
+    outputs: tuple[TensorType, ...]
+    temps: tuple[Temp, ...]
+    items: tuple[Item, ...]
+    results: tuple[int, ...]
+    donations: tuple[tuple[int, int], ...] = ()
+    dims: tuple[str, ...] = ()

@@ -8,7 +8,7 @@ and hashable; this file imports nothing of duo but its errors.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from functools import lru_cache
+from functools import cache
 from typing import TypeAlias
 
 import ml_dtypes
@@ -89,7 +89,7 @@ def dtype(spec: object) -> DType:
 _INT_RANK = {"i8": 1, "i16": 2, "i32": 3, "i64": 4}
 
 
-@lru_cache(maxsize=None)
+@cache
 def promote(a: DType, b: DType) -> DType:
     """The dtype that holds both: bool < integers < floats; u8 with i8 gives i16; f16 with bf16 gives f32."""
     if a is b:

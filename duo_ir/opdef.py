@@ -1,0 +1,220 @@
+"""OpDef: the one place where a primitive is defined.
+
+A definition holds the type rule, the derivative rules (written in the same ops, so every order of derivative is free), the NumPy
+reference and the lowering `kind`, which is how passes and backends see it: no pass knows an op by name. The definitions
+themselves are module-level names in `duo_ir/ops/`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from duo_ir.core import Op, Value, current_builder
+from duo_ir.errors import DTypeError, DuoError, ShapeError
+from duo_ir.types import DimLike, DType, Shape, TensorType, f32
+
+
+# ------------------------------------------------------------------------------------------------------------ kinds
+@dataclass(frozen=True)
+class Elementwise:
+    """result[i] = recipe(s, x[i], y[i], ..., **attrs). All operands and results have one shape.
+
+    f16 and bf16 operands are widened to f32 before the recipe and its result is rounded to the result dtype after it, unless
+    `widen` is False (casts and selections, which must see the dtypes as they are)."""
+
+    recipe: Callable[..., Any]
+    widen: bool = True
+    cheap: bool = True  # cheaper to compute again than to store and load
+
+
+@dataclass(frozen=True)
+class AxisMap:
+    """Position on one operand axis: offset + sum(coefficient * index of result axis)."""
+
+    offset: DimLike = 0
+    terms: tuple[tuple[int, DimLike], ...] = ()  # (result axis, coefficient)
+
+
+@dataclass(frozen=True)
+class View:
+    """How a movement op reads its first operand. `axes` has one AxisMap per operand axis. With `guards`, positions may fall outside:
+    guards[k] = (bound, step) on axis k (None: always inside): inside iff 0 <= p < bound*step and p divisible by step, and the element is p // step;
+    outside, the result is the second operand (0-d fill)."""
+
+    axes: tuple[AxisMap, ...]
+    guards: tuple[tuple[DimLike, int] | None, ...] = ()
+
+
+@dataclass(frozen=True)
+class Movement:
+    """result[i] = x[view(i)]: transpose, broadcast, slice, flip, pad. view(x.shape, result.shape, **attrs) -> View."""
+
+    view: Callable[..., View]
+
+
+@dataclass(frozen=True)
+class Reshape:
+    """Same elements in row-major order, another shape."""
+
+
+@dataclass(frozen=True)
+class Concat:
+    """Operands one after another along attribute `axis`."""
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """One operand reduced over attribute `axes` (sorted, dropped from the shape), in the contract's order. name as in kernel.Reduce."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Contraction:
+    """[batch..., m, k] x [batch..., k, n] -> [batch..., m, n]."""
+
+
+@dataclass(frozen=True)
+class Generate:
+    """result[i] = recipe(s, indices, linear, *scalars, **attrs): from positions (i64 handles) and 0-d operands."""
+
+    recipe: Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Gather:
+    """gather(x, i1..ik; axes): result[I..., rest...] = x with axis axes[j] at i_j[I]. Checked at run time."""
+
+
+@dataclass(frozen=True)
+class Scatter:
+    """scatter(x, updates, i1..ik; axes, mode): x with updates[I..., rest...] added to ('add') or put at ('set') those places,
+    in row-major order of I. Checked at run time."""
+
+
+@dataclass(frozen=True)
+class Cumulative:
+    """Cumulative sum along attribute `axis`."""
+
+
+@dataclass(frozen=True)
+class Control:
+    """name 'cond' or 'while': holds nested Functions; `plan.py` turns it into program items."""
+
+    name: str
+
+
+Kind: TypeAlias = (
+    Elementwise
+    | Movement
+    | Reshape
+    | Concat
+    | Reduction
+    | Contraction
+    | Generate
+    | Gather
+    | Scatter
+    | Cumulative
+    | Control
+)
+
+Arrays: TypeAlias = Sequence[np.ndarray]
+MaybeValue: TypeAlias = Value | None
+
+
+@dataclass(frozen=True, eq=False)
+class OpDef:
+    """One primitive.
+
+    infer(*types, **attrs) -> TensorType or a tuple of them; raises ShapeError, DTypeError or ArgumentError.
+    kind: how it is lowered.
+    reference(*arrays, **attrs) -> array or tuple: the meaning, on NumPy arrays, to the bit. None for Elementwise and Generate,
+      whose recipe is the meaning, and for Control, which the interpreter runs.
+    derivative(op, i, g) -> Value | None: for elementwise ops: d result / d operand i, times g (None: no gradient). Gives both VJP and JVP.
+    vjp(op, *cotangents) -> one Value or None per operand, for the rest. Cotangents are never None.
+    jvp(op, tangents) -> tangent Value(s); tangents may be None. `linear` (operand numbers): the op is linear in those operands jointly and constant in the
+      others, so its JVP is itself on the tangents (None there becomes zeros).
+    canonicalize(op) -> replacement Values or None: bit-exact local simplification.
+    """
+
+    name: str
+    infer: Callable[..., TensorType | tuple[TensorType, ...]]
+    kind: Kind
+    reference: Callable[..., Any] | None = None
+    derivative: Callable[[Op, int, Value], MaybeValue] | None = None
+    vjp: Callable[..., Sequence[MaybeValue]] | None = None
+    jvp: Callable[..., Any] | None = None
+    linear: tuple[int, ...] = ()
+    canonicalize: Callable[[Op], Sequence[Value] | None] | None = None
+    commutative: bool = False
+    doc: str = ""
+    batch: Callable[..., Any] | None = field(default=None)
+
+    def __post_init__(self) -> None:
+        if self.name in REGISTRY:
+            raise DuoError(f"op {self.name!r} is defined twice")
+        REGISTRY[self.name] = self
+
+    def __call__(self, *operands: Value, **attrs: Any) -> Any:
+        """Emits the op into the current Builder; returns its Value, or a tuple when it has several results."""
+        results = current_builder().emit(self, operands, attrs)
+        return results[0] if len(results) == 1 else results
+
+    def infer_types(self, operands: Sequence[Value], attrs: Mapping[str, Any]) -> tuple[TensorType, ...]:
+        """Result types, or an error that names the op and the operands' types."""
+        types = [v.type for v in operands]
+        try:
+            out = self.infer(*types, **attrs)
+        except DuoError as error:
+            listed = ", ".join(map(str, types))
+            raise type(error)(f"{self.name}({listed}): {error}") from None
+        return (out,) if isinstance(out, TensorType) else out
+
+    def __repr__(self) -> str:
+        return f"<op {self.name}>"
+
+
+REGISTRY: dict[str, OpDef] = {}
+
+
+def compute_dtype(d: DType) -> DType:
+    """The dtype an elementwise recipe sees for operands of dtype d."""
+    return f32 if d.is_narrow_float else d
+
+
+def same_type(name: str, *types: TensorType) -> TensorType:
+    """The common type of operands that must agree; used by type rules."""
+    first = types[0]
+    for t in types[1:]:
+        if t.dtype is not first.dtype:
+            raise DTypeError(f"operands of {name} need one dtype, got {first.dtype.name} and {t.dtype.name}; cast one")
+        if t.shape != first.shape:
+            raise ShapeError(f"operands of {name} need one shape, got {first} and {t}; broadcast one")
+    return first
+
+
+__all__ = [
+    "REGISTRY",
+    "AxisMap",
+    "Concat",
+    "Contraction",
+    "Control",
+    "Cumulative",
+    "Elementwise",
+    "Gather",
+    "Generate",
+    "Kind",
+    "Movement",
+    "OpDef",
+    "Reduction",
+    "Reshape",
+    "Scatter",
+    "Shape",
+    "View",
+    "compute_dtype",
+    "same_type",
+]

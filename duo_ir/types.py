@@ -7,6 +7,7 @@ and hashable; this file imports nothing of duo but its errors.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import TypeAlias
@@ -80,6 +81,8 @@ def dtype(spec: object) -> DType:
     if isinstance(spec, type) and spec in _BY_PYTHON:
         return _BY_PYTHON[spec]
     try:
+        if spec is None or isinstance(spec, str):  # to NumPy None is float64, 'f8' eight bytes and 'i8' not duo's i8
+            raise TypeError
         return _BY_NUMPY[np.dtype(spec)]  # type: ignore[call-overload]
     except (TypeError, KeyError):
         raise DTypeError(f"{spec!r} is not a dtype of duo; it has {', '.join(DTYPES)}") from None
@@ -256,6 +259,13 @@ def substitute(d: DimLike, sizes: Mapping[str, DimLike]) -> DimLike:
     return total
 
 
+def _size(value: object) -> int:
+    """An integer of another class (NumPy's) as int."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise ShapeError(f"a size is an int or a Dim, not {value!r}")
+    return operator.index(value)
+
+
 # -------------------------------------------------------------------------------------------------- tensor types
 class TensorType:
     """A dtype and a shape. Interned: equal types are the same object."""
@@ -270,6 +280,9 @@ class TensorType:
         key = (dtype, shape)
         found = cls._interned.get(key)
         if found is None:
+            # Only ints and Dims get in: 2.0 and True equal an int, so they would stand for it ever after.
+            shape = tuple([d if type(d) is int or isinstance(d, Dim) else _size(d) for d in shape])
+            key = (dtype, shape)
             found = object.__new__(cls)
             found.dtype, found.shape, found._hash = dtype, shape, hash(key)
             cls._interned[key] = found

@@ -1,0 +1,1 @@
+"""duo: a deep-learning framework with two frontends and one result."""

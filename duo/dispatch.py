@@ -1,0 +1,55 @@
+"""One op surface, several kinds of tensor.
+
+Every user-facing function normalises its arguments and calls `apply(body, tensors, attrs)`. A *body* is a plain function over SSA
+values, `body(*values, *attrs)`, written once. What `apply` does with it is up to the kind of tensor it is given: on SSA values it
+runs the body on the spot; an eager tensor records it in the trace; a graph tensor inlines it into its graph. Python numbers among
+`tensors` are weak scalars: run-time arguments, never baked into the program.
+
+A kind of tensor is any class with `_priority` (the highest among the operands decides: a Parameter meeting a placeholder becomes
+part of the graph) and the static methods `_apply`, `_view`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from duo_ir.core import Value
+from duo_ir.errors import DTypeError
+
+
+class View(NamedTuple):
+    """A function whose result shares storage with its operand: `read(x, *attrs)`, and `write(x, new, *attrs)`, which is x with the
+    viewed part replaced by `new` (None: writing through this view is refused, as two of its elements are one in memory)."""
+
+    read: Callable[..., Value]
+    write: Callable[..., Value] | None
+
+
+def _kind(tensors: tuple[Any, ...]) -> Any:
+    best = None
+    for t in tensors:
+        cls = t.__class__
+        if cls is float or cls is int or cls is bool or cls is Value:
+            continue
+        priority = getattr(cls, "_priority", None)
+        if priority is None:
+            raise DTypeError(f"expected tensors and numbers, got {cls.__name__}")
+        if best is None or priority > best._priority:
+            best = cls
+    return best
+
+
+def apply(body: Callable[..., Any], tensors: tuple[Any, ...], attrs: tuple[Any, ...] = ()) -> Any:
+    """The result(s) of `body` on tensors of any one kind, Python numbers among them. `attrs` are static and hashable."""
+    kind = _kind(tensors)
+    if kind is None:
+        return body(*tensors, *attrs)
+    return kind._apply(body, tensors, attrs)
+
+
+def apply_view(view: View, tensor: Any, attrs: tuple[Any, ...] = ()) -> Any:
+    """A view of `tensor`."""
+    if tensor.__class__ is Value:
+        return view.read(tensor, *attrs)
+    return _kind((tensor,))._view(view, tensor, attrs)

@@ -1,0 +1,1 @@
+"""Eager mode: tensors that look immediate and are lazy underneath."""

@@ -1,0 +1,184 @@
+"""Gradients of eager programs: the walk from results back to leaves.
+
+The tape is the path: no tensor refers to its parents. While the forward pass is still in the open trace, a backward pass is one entry,
+the macro BACKWARD, whose meaning is the IR's reverse mode over the entries before it. What an earlier flush has already run is a
+`Segment` (segments.py); its backward is an entry as well. Segments are walked newest first and cotangents add one by one in
+reverse program order whatever the segments, so where a flush came cannot change a bit. Where Python must look at a gradient on
+the way (a hook on a value that is not a leaf) the walk stops at that value, asks, and goes on.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from duo.eager.build import Construction, Watch
+from duo.eager.trace import NOTHING, Info, Macro, Node, Trace, Val, commit, open_trace, settle
+from duo_ir.core import Value
+from duo_ir.errors import GradientError
+from duo_ir.ops import stop_gradient
+from duo_ir.ops.broadcasting import ones_like
+
+
+class GradLeaf:
+    """What makes a tensor a leaf: where its gradient accumulates, and its hooks."""
+
+    __slots__ = ("__weakref__", "grad", "hooks", "tensor")
+
+    def __init__(self, tensor: Any) -> None:
+        self.tensor = weakref.ref(tensor)
+        self.grad: Any = None
+        self.hooks: list[Callable] = []
+
+
+class Inner:
+    """Hooks of a value that is not a leaf. `Val.extra` of a pending one; an Origin (segments.py) once it has run."""
+
+    __slots__ = ("hooks",)
+
+    def __init__(self) -> None:
+        self.hooks: list[Callable] = []
+
+
+class Backward(Macro):
+    """Key (BACKWARD, low, seeds, wanted, retain, create), seeds = ((value number, cotangent number or -1 for ones), ...).
+
+    Its values are gradients; `Node.extra` numbers what they are gradients of."""
+
+    name = "backward"
+
+    def infer(self, parent: Node, key: tuple) -> tuple[tuple[Info, ...], Any]:
+        construction = Construction(parent)
+        overwritten = {construction.values[n] for n in construction.overwritten}
+        numbers, gradients = self._run(construction, key, Watch(construction.freed, overwritten))  # type: ignore[arg-type]
+        return tuple(Info(g.type, key[5]) for g in gradients) or (NOTHING,), numbers
+
+    def build(self, construction: Construction, node: Node) -> tuple[Any, ...]:
+        watch = Watch()
+        _, gradients = self._run(construction, node.key, watch)
+        if not node.key[4]:
+            construction.freed.update(watch.touched)
+        if node.key[5]:
+            return gradients or (None,)
+        return tuple(stop_gradient(g) for g in gradients) or (None,)
+
+    def _run(self, construction: Construction, key: tuple, watch: Watch) -> tuple[tuple[int, ...], tuple[Value, ...]]:
+        _, low, seeds, wanted, _, _ = key
+        with construction.builder:
+            start: dict[Value, Value] = {}
+            for number, cotangent in seeds:
+                value = construction.value(number)
+                start[value] = construction.value(cotangent) if cotangent >= 0 else ones_like(value)
+            return construction.backward(low, start, wanted, watch)
+
+
+BACKWARD = Backward()
+Cotangents = dict[int, Any]  # value number -> eager Tensor, or None for ones
+
+
+def walk_back(
+    seeds: Cotangents,
+    hooked: Iterable[int],
+    wanted: Sequence[int],
+    extra_of: Callable[[int], Any],
+    stage: Callable[[int, Cotangents, Sequence[int]], Cotangents],
+) -> tuple[Cotangents, Cotangents]:
+    """(cotangents of leaves, gradients of wanted values) of one path. `stage(low, seeds, wanted)` differentiates the entries after `low`;
+    the values `hooked` are where Python looks at the gradient."""
+    found: Cotangents = {}
+    pending = dict(seeds)
+    for low in [*sorted(hooked, reverse=True), 0]:
+        if any(n > low for n in pending):
+            results = stage(low, pending, wanted)
+            pending = {}
+            for n, gradient in results.items():
+                if n in wanted and n > low:
+                    found[n] = gradient
+                extra = extra_of(n)
+                if n <= low or (extra is not None and not isinstance(extra, Inner)) or n not in wanted:
+                    pending[n] = gradient
+        if low in pending:
+            pending[low] = call_hooks(extra_of(low).hooks, pending[low])
+    return pending, found
+
+
+def call_hooks(hooks: Sequence[Callable], gradient: Any) -> Any:
+    """The gradient after each hook has seen it and perhaps replaced it."""
+    for hook in list(hooks):
+        new = hook(gradient)
+        if new is not None:
+            gradient = new
+    return gradient
+
+
+class Engine:
+    """One call of backward or grad. cotangents: GradLeaf or Origin -> eager Tensor."""
+
+    def __init__(self, wrap: Callable[[Val], Any], wanted: Sequence[Val], retain: bool, create: bool) -> None:
+        self.wrap, self.wanted, self.retain, self.create = wrap, wanted, retain, create
+        self.cotangents: dict[Any, Any] = {}
+        self.found: dict[Val, Any] = {}  # gradients of wanted values that are not leaves
+
+    def run(self, roots: Sequence[tuple[Any, Any]], ones: Callable[[Any], Any]) -> None:
+        """roots: (tensor, its cotangent or None for ones)."""
+        trace = open_trace()
+        seeds: Cotangents = {}
+        for tensor, gradient in roots:
+            val = tensor._value()
+            if not val.info.requires_grad:
+                raise GradientError(
+                    f"a tensor {val.info.type} that does not require grad has no gradient; it was made under no_grad, from "
+                    "detached values, or from tensors without requires_grad_()"
+                )
+            if val.trace is not trace:
+                settle(val)
+            key: Any = val.index if val.trace is trace else val.extra
+            into: dict = seeds if val.trace is trace else self.cotangents
+            if val.trace is not trace or key in into:
+                gradient = ones(tensor) if gradient is None else gradient
+            if key in into:
+                first = into[key] if into[key] is not None else ones(tensor)
+                gradient = first + gradient
+            into[key] = gradient
+        if seeds:
+            self.walk_trace(trace, seeds)
+        while True:
+            origins = [k for k in self.cotangents if not isinstance(k, GradLeaf)]
+            if not origins:
+                return
+            segment = max((k.segment for k in origins), key=lambda s: s.serial)
+            mine = {k.number: self.cotangents.pop(k) for k in origins if k.segment is segment}
+            if self.create:
+                trace = open_trace()
+                numbers = segment.replay(trace, list(mine))
+                self.walk_trace(trace, {numbers[n]: g for n, g in mine.items()})
+            else:
+                segment.walk(self, mine)
+
+    def walk_trace(self, trace: Trace, seeds: Cotangents) -> None:
+        """Through what is recorded in the open trace."""
+        entries = trace.entries
+        for extra, gradient in list(self.cotangents.items()):
+            number = trace.leaf_numbers.get(extra)
+            if number is not None:
+                seeds[number] = gradient
+        wanted = [v.index for v in self.wanted if v.trace is trace]
+        hooked = [n for n, v in enumerate(entries) if isinstance(v.extra, Inner) and v.trace is trace and v.buf is None]
+
+        def stage(low: int, given: Cotangents, wanted: Sequence[int]) -> Cotangents:
+            refs = tuple((n, -1 if t is None else number_in(trace, t)) for n, t in given.items())
+            vals = commit(trace, (BACKWARD, low, refs, tuple(sorted(set(wanted))), self.retain, self.create))
+            if vals is None or vals[0].node is None:
+                raise GradientError("the trace was closed by another thread during backward; call it again")
+            return {n: self.wrap(v) for n, v in zip(vals[0].node.extra, vals)}
+
+        leaves, found = walk_back(seeds, hooked, wanted, lambda n: entries[n].extra, stage)
+        self.found.update((entries[n], g) for n, g in found.items())
+        self.cotangents.update((entries[n].extra, g) for n, g in leaves.items() if entries[n].extra is not None)
+
+
+def number_in(trace: Trace, tensor: Any) -> int:
+    """The number of a tensor's value in this trace."""
+    val = tensor._value()
+    return val.index if val.trace is trace else trace.enter(val)

@@ -1,0 +1,157 @@
+"""A path of the trie as a Function: the steps' bodies are run on SSA values, macros build themselves.
+
+This is where a recorded program becomes IR. A Construction also answers what only the ops can tell: which leaves a gradient reaches,
+and whether one would read a value that has been overwritten or freed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterable
+
+from duo.eager.trace import Info, Macro, Node, scalar_types
+from duo_ir.core import Builder, Function, Op, Value
+from duo_ir.errors import GradientError
+from duo_ir.ops import stop_gradient
+from duo_ir.transforms.autodiff import reverse
+from duo_ir.types import DType, TensorType
+
+
+class Construction:
+    """The Function of the path to `node`, under construction.
+
+    values[n] is value number n (None for the root and notes). inputs lists where the parameters come from, in order:
+    (entry number, None) for a leaf, (entry number, k) for the k-th Python number of that entry.
+    """
+
+    def __init__(self, node: Node) -> None:
+        self.builder = Builder("eager")
+        self.values: list[Value | None] = [None]
+        self.infos: list[Info] = [node.infos[0]]
+        self.leaf_like: list[bool] = [False]  # leaves and marks: gradients end there
+        self.ends: list[int] = [0]  # number of ops after entry n
+        self.inputs: list[tuple[int, int | None]] = []
+        self.scalar_dtypes: list[DType] = []
+        self.overwritten: set[int] = set()
+        self.freed: set[Op] = set()
+        with self.builder:
+            for step in node.path():
+                self._step(step)
+
+    def _step(self, node: Node) -> None:
+        self.builder.loc = node.loc
+        body = node.key[0]
+        if isinstance(body, Macro):
+            made = body.build(self, node)
+        else:
+            made = self._apply(node)
+        self.values.extend(made)
+        self.infos.extend(node.infos)
+        self.leaf_like.extend([isinstance(body, Macro) and body.name in ("leaf", "mark", "optimize")] * len(made))
+        self.ends.extend([len(self.builder.ops)] * len(made))
+
+    def _apply(self, node: Node) -> tuple[Value, ...]:
+        refs = node.refs
+        operand_types = tuple([self.infos[r].type if r.__class__ is int else r for r in refs])
+        dtypes = iter(scalar_types(operand_types))
+        operands: list[Value] = []
+        k = 0
+        for r in refs:
+            if r.__class__ is int:
+                operands.append(self.value(r))
+            else:
+                operands.append(self.scalar(k, next(dtypes)))
+                k += 1
+        out = node.key[0](*operands, *node.attrs)
+        results = tuple(out) if isinstance(out, (tuple, list)) else (out,)
+        if node.grad:
+            return results
+        needs = any(r.__class__ is int and self.infos[r].requires_grad for r in refs)
+        return tuple(stop_gradient(v) if needs and v.type.dtype.is_float else v for v in results)
+
+    def value(self, number: int) -> Value:
+        """The SSA value of that number."""
+        value = self.values[number]
+        assert value is not None
+        return value
+
+    def leaf(self, type: TensorType) -> Value:
+        self.inputs.append((len(self.values), None))
+        return self.builder.parameter(type)
+
+    def scalar(self, k: int, dtype: DType) -> Value:
+        """The k-th Python number of the entry that is being built."""
+        self.inputs.append((len(self.values), k))
+        self.scalar_dtypes.append(dtype)
+        return self.builder.parameter(TensorType(dtype, ()))
+
+    def stop(self, value: Value) -> Value:
+        """`value` without history, where it could have one."""
+        return stop_gradient(value) if value.type.dtype.is_float else value
+
+    def cut(self, number: int) -> Value:
+        return stop_gradient(self.value(number))
+
+    def function(self, results: Iterable[int], name: str = "eager") -> Function:
+        """The Function with the values of these numbers as results."""
+        return self.builder.build([self.value(n) for n in results], name)
+
+    # ------------------------------------------------------------------------------------------------ gradients
+    def backward(
+        self, low: int, start: dict[Value, Value], wanted: Iterable[int], watch: Watch
+    ) -> tuple[tuple[int, ...], tuple[Value, ...]]:
+        """Reverse pass over the entries after `low`: (numbers that a gradient reaches, their gradients).
+
+        start: value -> cotangent. The gradient stops at leaves and marks and at values of entries up to `low`; those,
+        and the values `wanted`, are the candidates, in order of number.
+        """
+        wanted = set(wanted)
+        numbers: list[int] = []
+        wrt: list[Value] = []
+        for n, (value, info) in enumerate(zip(self.values, self.infos)):
+            if value is None or not info.requires_grad:
+                continue
+            if self.leaf_like[n] or n <= low or n in wanted:
+                numbers.append(n)
+                wrt.append(value)
+        ops = tuple(self.builder.ops[self.ends[low] :])
+        reached = [(n, g) for n, g in zip(numbers, reverse(ops, start, wrt, watch.visit)) if g is not None]
+        return tuple(n for n, _ in reached), tuple(g for _, g in reached)
+
+
+class Watch:
+    """Sees each op that a reverse pass goes through with the ops its rule emitted, and so knows what the rule reads.
+
+    touched: the ops whose rules read a forward value. Raises GradientError for one in `freed` or one that reads a value of `overwritten`."""
+
+    def __init__(self, freed: Container[Op] = (), overwritten: Container[Value] = ()) -> None:
+        self.freed, self.overwritten = freed, overwritten
+        self.touched: list[Op] = []
+
+    def visit(self, op: Op, emitted: list[Op]) -> None:
+        mine = set(op.operands) | set(op.results)
+        reads = [v for e in emitted for v in e.operands if v in mine]
+        if not reads:
+            return
+        if op in self.freed:
+            raise freed_error(op)
+        if any(v in self.overwritten for v in reads):
+            raise overwritten_error(op)
+        self.touched.append(op)
+
+
+def freed_error(op: Op) -> GradientError:
+    return GradientError(
+        f"backward goes a second time through {op.definition.name}{_at(op)}, whose saved values were freed by the "
+        "first; call the first backward with retain_graph=True"
+    )
+
+
+def overwritten_error(op: Op) -> GradientError:
+    return GradientError(
+        f"the gradient of {op.definition.name}{_at(op)} needs a value that an in-place op has overwritten since; "
+        "write into a clone, or use the op that returns a new tensor"
+    )
+
+
+def _at(op: Op) -> str:
+    return f" ({op.loc.full()})" if op.loc is not None else ""

@@ -1,0 +1,248 @@
+"""Flushing: a closed trace is compiled (or found), run, and its live values get their buffers.
+
+What is live is read off reference counts: an entry that only its trace holds is dead. The first time a path is seen its ops run
+one by one through kernels shared by all programs; from the second time on it runs as one fused program. Equal bits make
+the difference invisible, and traces that never repeat never compile more than their kinds of op.
+
+`DUO_SYNC=1` flushes after every op and raises errors at once; `DUO_FLUSH=random:SEED` flushes at random points.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import sys
+from typing import Any
+
+from duo import runtime
+from duo.eager import trace as tracing
+from duo.eager.autograd import Inner
+from duo.eager.build import Construction, Watch
+from duo.eager.segments import Origin, Position, Pullback, Segment
+from duo.eager.trace import END, NOTHING, Info, Macro, Node, Trace, Val, settle, state
+from duo_ir.core import Value
+from duo_ir.errors import GradientError, TraceError
+from duo_ir.types import DType
+
+_getrefcount = sys.getrefcount
+
+
+def _baseline() -> int:
+    """The reference count that `map(getrefcount, entries)` sees for a value held by its trace alone."""
+    entries = [Val(None, 0, None, NOTHING)]
+    held = [Val(None, 0, None, NOTHING)]
+    keep = held[0]
+    alone, kept = list(map(_getrefcount, entries))[0], list(map(_getrefcount, held))[0]
+    # Where counts do not tell (no reference counting, deferred counts) everything is taken to be live.
+    return alone if kept == alone + 1 and keep is held[0] else -1
+
+
+_ALONE = _baseline()
+
+
+class Program:
+    """The executable of one path for one set of live values. order: the value numbers of its results."""
+
+    def __init__(self, plan: FlushPlan, live: tuple[int, ...], fused: bool) -> None:
+        construction = Construction(plan.node)
+        self.order = live
+        self.fused = fused
+        outs = [n for n in live if construction.infos[n].requires_grad and not construction.leaf_like[n]]
+        self.errors = _freed_outputs(construction, outs)
+        self.outs = tuple(outs)
+        self.residuals: tuple[Position, ...] = ()
+        kept: list[Value] = []
+        if alive := [n for n in outs if n not in self.errors]:
+            pullback = Pullback(plan.node, 0, alive, (), check=False)
+            plan.saving |= pullback.touched
+            self.residuals = tuple(p for p in pullback.residuals if p[0] >= 0)
+            kept = [construction.builder.ops[i].results[r] for i, r in self.residuals]
+        values = [construction.value(n) for n in live]
+        self.same = {p: n for p, v in zip(self.residuals, kept) for n, w in zip(live, values) if v is w}
+        function = construction.builder.build([*values, *kept])
+        scalars = [i for i, (_, k) in enumerate(plan.inputs) if k is not None]
+        self.run = runtime.runnable(function, fused, scalars).run
+        self.function = function
+
+
+def _freed_outputs(construction: Construction, outs: list[int]) -> dict[int, Exception]:
+    """The outputs whose history a backward pass of this very path has freed already, with the error that says so."""
+    errors: dict[int, Exception] = {}
+    if not construction.freed:
+        return errors
+    builder = construction.builder
+    start = len(builder.ops)
+    for n in outs:
+        with builder:
+            try:
+                construction.backward(0, {construction.value(n): construction.value(n)}, (), Watch(construction.freed))
+            except GradientError as error:
+                errors[n] = error
+        del builder.ops[start:]
+    return errors
+
+
+class FlushPlan:
+    """What every flush at one node needs (`Node.memo`)."""
+
+    def __init__(self, node: Node) -> None:
+        self.node = node
+        self.visits = 0
+        self.programs: dict[tuple[int, ...], Program] = {}
+        self.pullbacks: dict[tuple, Pullback] = {}
+        self.saving: set[int] = set()
+        construction = Construction(node)
+        self.inputs = construction.inputs
+        dtypes = iter(construction.scalar_dtypes)
+        self.scalar_dtypes: dict[int, DType] = {i: next(dtypes) for i, (_, k) in enumerate(self.inputs) if k is not None}
+        leaves = {e for e, k in self.inputs if k is None}
+        self.candidates = [n for n, v in enumerate(construction.values) if v is not None and n not in leaves]
+
+    def program(self, live: tuple[int, ...]) -> Program:
+        self.visits += 1
+        program = self.programs.get(live)
+        if program is not None and (program.fused or self.visits < 2):
+            return program
+        wanted = set(live)
+        for order, known in self.programs.items():
+            if known.fused and known.order == order and wanted <= set(order) and len(order) <= len(live) + 4:
+                return known
+        program = self.programs[live] = Program(self, live, fused=self.visits > 1 or FUSE_AT_ONCE)
+        return program
+
+
+FUSE_AT_ONCE = os.environ.get("DUO_TIERS", "1") == "0"
+
+
+def flush(trace: Trace | None = None) -> None:
+    """Closes and runs a trace (this thread's by default). An error of the program is raised where one of its values is touched."""
+    trace = trace if trace is not None else state.trace
+    if state.capture is not None and trace is state.trace:
+        raise TraceError(state.capture.refusal())
+    with trace.lock:
+        if trace.done:
+            return
+        entries = trace.entries
+        while entries[-1] is not END:
+            last = entries[-1]
+            if entries[-1] is last:
+                entries.append(END)
+        if trace.node is None:
+            trace.node = entries[-2].node
+        _run(trace)
+
+
+def _run(trace: Trace) -> None:
+    entries, node = trace.entries, trace.node
+    assert node is not None
+    if node.parent is None:
+        trace.done = True
+        return
+    plan: FlushPlan = node.memo
+    if plan is None:
+        plan = node.memo = FlushPlan(node)
+    counts = list(map(_getrefcount, entries))
+    live = tuple([n for n in plan.candidates if counts[n] > _ALONE or isinstance(entries[n].extra, Inner)])
+    if not live:
+        _finish(trace)
+        return
+    try:
+        program = plan.program(live)
+        inputs: list[Any] = []
+        for e, k in plan.inputs:
+            entry = entries[e]
+            inputs.append(entry.buf if k is None else entry.scalars[k])  # type: ignore[index]
+        buffers = program.run(inputs)
+    except Exception as error:
+        for n in live:
+            entries[n].extra = error
+            entries[n].trace = None
+        _finish(trace)
+        return
+    segment = _segment(trace, plan, program, buffers) if program.outs else None
+    for n, buffer in zip(program.order, buffers):
+        val = entries[n]
+        val.buf = buffer
+        if segment is not None and n in segment.origins and not plan_is_leaf(val):
+            val.extra = segment.origins[n]
+        val.trace = None
+    _finish(trace)
+
+
+def plan_is_leaf(val: Val) -> bool:
+    """Whether the value is a leaf of its own (a parameter that was updated), not an output of the segment."""
+    return val.extra is not None and not isinstance(val.extra, Inner)
+
+
+def _segment(trace: Trace, plan: FlushPlan, program: Program, buffers: list[Any]) -> Segment:
+    entries = trace.entries
+    outside = {number: val for val, number in trace.leaves.items()}
+    sources = [outside[e] if k is None else entries[e].scalars[k] for e, k in plan.inputs]  # type: ignore[index]
+    segment = Segment(plan.node, entries[:-1], sources)
+    for position, buffer in zip(program.residuals, buffers[len(program.order) :]):
+        number = program.same.get(position)
+        if number is not None:
+            segment.residuals[position] = entries[number]
+            continue
+        val = Val(None, -1, None, Info(_type_at(program, position)))
+        val.buf = buffer
+        segment.residuals[position] = val
+    for n in program.outs:
+        origin = segment.origins[n] = Origin(segment, n, program.errors.get(n))
+        if isinstance(entries[n].extra, Inner):
+            origin.hooks = entries[n].extra.hooks
+    return segment
+
+
+def _type_at(program: Program, position: Position) -> Any:
+    return program.function.results[len(program.order) + program.residuals.index(position)].type
+
+
+def _finish(trace: Trace) -> None:
+    trace.done = True
+    trace.leaves = {}
+    trace.leaf_numbers = {}
+
+
+def synchronize() -> None:
+    """Runs what this thread has recorded and waits for it."""
+    flush()
+    runtime.backend.synchronize()
+
+
+# ------------------------------------------------------------------------------------------------ when to flush
+_random: random.Random | None = None
+
+
+def configure(sync: bool | None = None, flush_seed: int | None = None) -> None:
+    """`DUO_SYNC` and `DUO_FLUSH` at run time: `sync` flushes after every op, `flush_seed` at random points."""
+    global _random
+    if sync is not None:
+        tracing.stop_policy = _always if sync else _by_size
+    if flush_seed is not None:
+        _random = random.Random(flush_seed)
+        tracing.stop_policy = _at_random
+    tracing.SYNC = tracing.stop_policy is not _by_size
+
+
+def _by_size() -> tuple[bool, bool]:
+    return True, False
+
+
+def _always() -> tuple[bool, bool]:
+    return True, True
+
+
+def _at_random() -> tuple[bool, bool]:
+    assert _random is not None
+    return _random.random() < 0.15, False
+
+
+tracing.flush_hook = flush
+tracing.stop_policy = _by_size
+_flush_setting = os.environ.get("DUO_FLUSH", "")
+configure(
+    sync=os.environ.get("DUO_SYNC", "0") not in ("", "0"),
+    flush_seed=int(_flush_setting.split(":")[1]) if _flush_setting.startswith("random:") else None,
+)
+__all__ = ["Macro", "configure", "flush", "settle", "synchronize"]

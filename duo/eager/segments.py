@@ -1,0 +1,212 @@
+"""Tape segments: what an earlier flush left behind for a backward pass.
+
+When a flush runs values that require gradients and that someone still holds, the forward values which their derivative rules will
+read (the residuals) become outputs too and are kept, with the leaves, in a Segment; its backward is a Function of
+residuals and cotangents, made when a backward pass asks for it and kept with the node of the path.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from duo.eager.autograd import Cotangents, Engine, Inner, number_in, walk_back
+from duo.eager.build import Construction, Watch, freed_error, overwritten_error
+from duo.eager.trace import NOTHING, Info, Macro, Node, Trace, Val, commit, open_trace
+from duo.runtime import from_numpy
+from duo_ir.core import Builder, Function, Op, Value
+from duo_ir.errors import GradientError
+from duo_ir.ops import add
+from duo_ir.types import TensorType
+
+# A forward value by position in the Construction of its path: (-1, parameter number) or (op number, result number).
+Position = tuple[int, int]
+
+
+class Origin:
+    """Where a value came from: value `number` of the path that `segment` ran. `error`: its gradient was freed before the flush."""
+
+    __slots__ = ("error", "hooks", "number", "segment")
+
+    def __init__(self, segment: Segment, number: int, error: Exception | None) -> None:
+        self.segment, self.number, self.error = segment, number, error
+        self.hooks: list[Callable] = []
+
+
+class Pullback:
+    """The backward Function of one path for one set of cotangents: (residuals..., cotangents...) -> gradients of `numbers`."""
+
+    def __init__(self, node: Node, low: int, given: Sequence[int], wanted: Sequence[int], check: bool = True) -> None:
+        construction = Construction(node)
+        forward = list(construction.builder.ops)
+        watch = Watch(overwritten={construction.value(n) for n in construction.overwritten} if check else ())
+        with construction.builder as builder:
+            seeds = {n: builder.parameter(construction.value(n).type) for n in given}
+            start: dict[Value, Value] = {}
+            for n, seed in seeds.items():
+                value = construction.value(n)
+                start[value] = add(start[value], seed) if value in start else seed
+            self.numbers, gradients = construction.backward(low, start, wanted, watch)
+        self.touched = frozenset(_op_numbers(forward, watch.touched))
+        new_ops = builder.ops[len(forward) :]
+        self.residuals, self.function = _outline(construction, forward, new_ops, list(seeds.values()), gradients)
+        self.types = tuple(g.type for g in gradients)
+
+
+def _op_numbers(forward: list[Op], ops: Iterable[Op]) -> Iterable[int]:
+    numbers = {id(op): i for i, op in enumerate(forward)}
+    return (numbers[id(op)] for op in ops)
+
+
+def _outline(
+    construction: Construction, forward: list[Op], ops: list[Op], seeds: list[Value], results: Sequence[Value]
+) -> tuple[tuple[Position, ...], Function]:
+    """The part of `ops` that `results` need, as a Function of the forward values it reads and the seeds."""
+    position: dict[Value, Position] = {}
+    for i, param in enumerate(construction.builder.params):
+        position[param] = (-1, i)
+    for i, op in enumerate(forward):
+        for r in op.results:
+            position[r] = (i, r.index)
+    needed = set(results)
+    kept: list[Op] = []
+    for op in reversed(ops):
+        if not needed.isdisjoint(op.results):
+            kept.append(op)
+            needed.update(op.operands)
+    seeded = set(seeds)
+    reads = sorted((v for v in needed if v in position and v not in seeded), key=lambda v: position[v])
+    builder = Builder("backward")
+    env = {v: builder.parameter(v.type) for v in [*reads, *seeds]}
+    with builder:
+        for op in reversed(kept):
+            builder.loc = op.loc
+            env.update(zip(op.results, builder.emit(op.definition, tuple([env[v] for v in op.operands]), op.attrs)))
+    return tuple(position[v] for v in reads), builder.build([env[r] for r in results])
+
+
+class SegmentBackward(Macro):
+    """Key (SEGMENT_BACKWARD, pullback, numbers of residuals and cotangents in this trace)."""
+
+    name = "segment_backward"
+
+    def infer(self, parent: Node, key: tuple) -> tuple[tuple[Info, ...], Any]:
+        return tuple(Info(t) for t in key[1].types) or (NOTHING,), None
+
+    def build(self, construction: Construction, node: Node) -> tuple[Any, ...]:
+        _, pullback, refs = node.key
+        return construction.builder.inline(pullback.function, [construction.value(n) for n in refs]) or (None,)
+
+
+class Replay(Macro):
+    """A segment's forward pass recorded again: key (REPLAY, node, outputs, numbers of its leaves and scalars in this trace)."""
+
+    name = "replay"
+
+    def infer(self, parent: Node, key: tuple) -> tuple[tuple[Info, ...], Any]:
+        _, node, outputs, _ = key
+        return tuple(node.info_of(n) for n in outputs), None
+
+    def build(self, construction: Construction, node: Node) -> tuple[Any, ...]:
+        _, path, outputs, refs = node.key
+        function = Construction(path).function(outputs)
+        return construction.builder.inline(function, [construction.value(n) for n in refs])
+
+
+SEGMENT_BACKWARD, REPLAY = SegmentBackward(), Replay()
+_serial = itertools.count()
+
+
+class Segment:
+    """What one flush left: the path it ran, what it read, residuals by position, and the op numbers whose residuals are freed.
+
+    sources: per parameter of the path, the value outside (or the number) that was given for it."""
+
+    def __init__(self, node: Node, entries: Sequence[Val], sources: list[Any]) -> None:
+        self.serial = next(_serial)
+        self.node = node
+        self.sources = sources
+        self.extras = {e.index: e.extra for e in entries if e.extra is not None and not isinstance(e.extra, Inner)}
+        self.residuals: dict[Position, Val] = {}
+        self.origins: dict[int, Origin] = {}
+        self.freed: set[int] = set()
+
+    def source(self, number: int) -> Val:
+        """Parameter `number` of the path as a value outside."""
+        source = self.sources[number]
+        if isinstance(source, Val):
+            return source
+        dtype = self.node.memo.scalar_dtypes[number]
+        val = Val(None, -1, None, Info(TensorType(dtype, ())))
+        val.buf = from_numpy(np.asarray(source, dtype.numpy))
+        self.sources[number] = val
+        return val
+
+    def pullback(self, low: int, given: Sequence[int], wanted: Sequence[int]) -> Pullback:
+        table = self.node.memo.pullbacks
+        key = (low, tuple(given), tuple(wanted))
+        found = table.get(key)
+        if found is None:
+            found = table[key] = Pullback(self.node, low, given, wanted)
+        return found
+
+    def walk(self, engine: Engine, seeds: Cotangents) -> None:
+        """Takes the cotangents of its outputs to its leaves."""
+        for n in seeds:
+            if (error := self.origins[n].error) is not None:
+                raise error
+        for n, extra in self.extras.items():
+            gradient = engine.cotangents.get(extra)
+            if gradient is not None and n not in seeds:
+                seeds[n] = gradient
+        wanted = {v: v.extra.number for v in engine.wanted if isinstance(v.extra, Origin) and v.extra.segment is self}
+        hooked = [n for n, o in self.origins.items() if o.hooks]
+        touched: set[int] = set()
+
+        def extra_of(n: int) -> Any:
+            return self.origins[n] if n in hooked else self.extras.get(n)
+
+        def stage(low: int, given: Cotangents, wanted: Sequence[int]) -> Cotangents:
+            pullback = self.pullback(low, list(given), wanted)
+            touched.update(pullback.touched)
+            if again := self.freed & pullback.touched:
+                raise freed_error(Construction(self.node).builder.ops[min(again)])
+            residuals = [self._residual(p) for p in pullback.residuals]
+            while True:
+                trace = open_trace()
+                refs = [v.index if v.trace is trace else trace.enter(v) for v in residuals]
+                refs += [number_in(trace, t) for t in given.values()]
+                vals = commit(trace, (SEGMENT_BACKWARD, pullback, tuple(refs))) if -1 not in refs else None
+                if vals is not None:
+                    return {n: engine.wrap(v) for n, v in zip(pullback.numbers, vals)}
+
+        leaves, found = walk_back(seeds, hooked, list(wanted.values()), extra_of, stage)
+        engine.found.update((v, found[n]) for v, n in wanted.items() if n in found)
+        engine.cotangents.update((self.extras[n], g) for n, g in leaves.items() if n in self.extras)
+        if not engine.retain:
+            self.freed |= touched
+            if self.freed >= self.node.memo.saving:
+                self.residuals.clear()
+
+    def _residual(self, position: Position) -> Val:
+        if position[0] < 0:
+            val = self.source(position[1])
+        else:
+            found = self.residuals.get(position)
+            if found is None:
+                raise freed_error(Construction(self.node).builder.ops[position[0]])
+            val = found
+        if val.overwritten:
+            raise overwritten_error(Construction(self.node).builder.ops[max(position[0], 0)])
+        return val
+
+    def replay(self, trace: Trace, numbers: Sequence[int]) -> dict[int, int]:
+        """Records the forward pass again in `trace`; gives the new numbers of these outputs."""
+        refs = tuple([trace.enter(self.source(i)) for i in range(len(self.sources))])
+        vals = commit(trace, (REPLAY, self.node, tuple(numbers), refs)) if -1 not in refs else None
+        if vals is None:
+            raise GradientError("the trace was closed by another thread during backward; call it again")
+        return {n: v.index for n, v in zip(numbers, vals)}

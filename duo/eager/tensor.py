@@ -1,0 +1,518 @@
+"""The eager tensor: storage, views, in-place writes, leaves.
+
+A tensor is (storage, view chain, version seen). Values are SSA and never change; what changes is which value a storage holds.
+A tensor that was never viewed or written to has no Storage object, only its value. A write to a view computes
+the new base through the chain's write rules and bumps the version; other views see the version and read again.
+"""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from duo import runtime
+from duo.dispatch import View
+from duo.eager.autograd import Engine, GradLeaf, Inner
+from duo.eager.flush import flush
+from duo.eager.trace import MARK, OVERWRITE, Info, Val, commit, note, open_trace, record, settle, state
+from duo.tensor import Tensor
+from duo_ir.core import Value
+from duo_ir.errors import ArgumentError, DTypeError, GradientError, ShapeError, TraceError
+from duo_ir.ops import stop_gradient
+from duo_ir.ops.broadcasting import broadcast_to, cast_to
+from duo_ir.types import DType, Shape, TensorType, dtype
+
+
+class Storage:
+    """What tensors that alias have in common: the base value and how often it was written. `shared`: says whether NumPy can see the memory."""
+
+    __slots__ = ("shared", "val", "version")
+
+    def __init__(self, val: Val) -> None:
+        self.val = val
+        self.version = 0
+        self.shared: Callable[[], bool] | None = None
+
+
+def _detach_read(x: Value) -> Value:
+    return stop_gradient(x)
+
+
+def _detach_write(x: Value, new: Value) -> Value:
+    return new
+
+
+def _data_write(x: Value, new: Value) -> Value:
+    return stop_gradient(new)
+
+
+DETACH = View(_detach_read, _detach_write)
+DATA = View(_detach_read, _data_write)  # a write through `.data` is not seen by the check for overwritten values
+_SAME_MEMORY = (DETACH, DATA)
+
+
+def _conform(new: Value, dtype: DType, shape: Shape) -> Value:
+    return broadcast_to(cast_to(new, dtype), shape)
+
+
+class EagerTensor(Tensor):
+    """A tensor whose ops run when their results are looked at. See `duo.Tensor` for what it can do."""
+
+    __slots__ = ("__weakref__", "_chain", "_leaf", "_seen", "_storage", "_val")
+    _priority = 0
+
+    def __init__(self, val: Val) -> None:
+        self._val = val
+        self._storage: Storage | None = None
+        self._chain: tuple[tuple[View, tuple], ...] = ()
+        self._seen = 0
+        self._leaf: GradLeaf | None = None
+
+    # ------------------------------------------------------------------------------------------- ops and views
+    @staticmethod
+    def _apply(body: Callable, tensors: tuple, attrs: tuple) -> Any:
+        vals = record(body, tensors, attrs)
+        if len(vals) == 1:
+            return EagerTensor(vals[0])
+        return tuple([EagerTensor(v) for v in vals])
+
+    @staticmethod
+    def _view(view: View, tensor: EagerTensor, attrs: tuple) -> EagerTensor:
+        storage = tensor._storage
+        if storage is None:
+            storage = tensor._storage = Storage(tensor._val)
+            tensor._seen = 0
+        (val,) = record(view.read, (tensor,), attrs)
+        out = EagerTensor(val)
+        out._storage, out._chain, out._seen = storage, (*tensor._chain, (view, attrs)), storage.version
+        return out
+
+    def _value(self) -> Val:
+        return self._val if self._storage is None else self._current()
+
+    def _current(self) -> Val:
+        """The value, read again through the chain when the storage has been written since."""
+        storage = self._storage
+        assert storage is not None
+        if storage.shared is not None:
+            if storage.shared():
+                return self._snapshot(storage)
+            storage.shared = None
+        if self._seen != storage.version:
+            version = storage.version
+            val = storage.val
+            for view, attrs in self._chain:
+                (val,) = record(view.read, (EagerTensor(val),), attrs)
+            self._val = as_leaf(val, self._leaf) if self._leaf is not None else val
+            self._seen = version
+        return self._val
+
+    def _snapshot(self, storage: Storage) -> Val:
+        """A copy of memory that NumPy may write to at any time."""
+        base = storage.val
+        source = runtime.to_numpy(settle(base), base.info.type)
+        val = material(runtime.from_numpy(source), base.info.type)
+        for view, attrs in self._chain:
+            (val,) = record(view.read, (EagerTensor(val),), attrs)
+        return as_leaf(val, self._leaf) if self._leaf is not None else val
+
+    # ------------------------------------------------------------------------------------------- in-place writes
+    def _assign(self, new: Any) -> EagerTensor:
+        """Writes `new` (a tensor or number, cast and broadcast to this tensor's type) in place."""
+        type_ = self._type
+        if not isinstance(new, EagerTensor):
+            new = full_value(new, type_)
+        elif new._type is not type_:
+            if len(new._type.shape) > len(type_.shape):
+                raise ShapeError(f"cannot write a tensor {new._type} in place into {type_}: it has more axes")
+            new = EagerTensor._apply(_conform, (new,), (type_.dtype, type_.shape))
+        if state.grad and self.requires_grad and self._leaf is not None:
+            raise GradientError(
+                f"an in-place op on a leaf {type_} that requires grad; do it under duo.no_grad(), or on a clone()"
+            )
+        self._write(new._value())
+        return self
+
+    def _write(self, val: Val) -> None:
+        storage = self._storage
+        if not any(view is DATA for view, _ in self._chain):
+            _overwrite(self._val)
+            if storage is not None and storage.val is not self._val:
+                _overwrite(storage.val)
+        if storage is None:
+            self._val = as_leaf(val, self._leaf) if self._leaf is not None else val
+            return
+        base = val
+        if self._chain:
+            parents = [storage.val]
+            for view, attrs in self._chain[:-1]:
+                parents.append(record(view.read, (EagerTensor(parents[-1]),), attrs)[0])
+            for parent, (view, attrs) in zip(reversed(parents), reversed(self._chain)):
+                if view.write is None:
+                    raise ShapeError(
+                        "an in-place write to an expanded tensor, where several elements are one in memory; clone() it first"
+                    )
+                (base,) = record(view.write, (EagerTensor(parent), EagerTensor(base)), attrs)
+        if storage.shared is not None and storage.shared():
+            shared = settle(storage.val)
+            target = runtime.to_numpy(shared, base.info.type)
+            target[...] = runtime.to_numpy(settle(base), base.info.type)
+            base = material(shared, base.info.type)
+        storage.val = base
+        storage.version += 1
+        if self._chain:
+            self._current()
+        else:
+            self._val = as_leaf(base, self._leaf) if self._leaf is not None else base
+            self._seen = storage.version
+
+    # ------------------------------------------------------------------------------------------- what it is
+    @property
+    def _type(self) -> TensorType:
+        return self._val.info.type
+
+    @property
+    def device(self) -> Any:
+        return "cpu"
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether gradients are recorded for it. Settable on leaves."""
+        return self._value().info.requires_grad
+
+    @requires_grad.setter
+    def requires_grad(self, value: bool) -> None:
+        self.requires_grad_(value)
+
+    def requires_grad_(self, requires_grad: bool = True) -> EagerTensor:
+        """Makes this tensor a leaf that collects its gradient in `.grad` (or one that does not)."""
+        val = self._value()
+        if requires_grad == val.info.requires_grad:
+            return self
+        if requires_grad:
+            if not val.info.type.dtype.is_float:
+                raise DTypeError(f"only floating-point tensors can require gradients, not {val.info.type}")
+            self._leaf = GradLeaf(self)
+            self._val = as_leaf(val, self._leaf)
+        else:
+            if self._leaf is None:
+                raise GradientError("requires_grad can be turned off on leaves only; detach() gives a tensor without history")
+            self._leaf = None
+            (self._val,) = record(_detach_read, (self,))
+            if self._storage is not None and not self._chain:
+                self._storage.val = self._val
+        return self
+
+    @property
+    def is_leaf(self) -> bool:
+        return self._leaf is not None or not self.requires_grad
+
+    @property
+    def grad(self) -> Any:
+        """The gradient that backward passes have added up, or None."""
+        return self._leaf.grad if self._leaf is not None else None
+
+    @grad.setter
+    def grad(self, value: Any) -> None:
+        if self._leaf is None:
+            if value is None:
+                return
+            raise GradientError("only a leaf that requires grad has .grad; call requires_grad_() first")
+        if value is not None and value._type is not self._type:
+            raise ShapeError(f"the gradient of {self._type} cannot be {value._type}")
+        self._leaf.grad = value
+
+    @property
+    def data(self) -> EagerTensor:
+        """The same storage without history; a write through it is not seen by backward's check."""
+        return EagerTensor._view(DATA, self, ())
+
+    @data.setter
+    def data(self, value: Any) -> None:
+        if value._storage is None:
+            value._storage = Storage(value._val)
+        val = value._value()
+        self._storage, self._chain, self._seen = value._storage, value._chain, value._seen
+        if val.info.requires_grad:
+            (val,) = record(_detach_read, (value,))
+        self._val = as_leaf(val, self._leaf) if self._leaf is not None else val
+
+    @property
+    def _version(self) -> int:
+        return self._storage.version if self._storage is not None else 0
+
+    def detach(self) -> EagerTensor:
+        """The same storage without history."""
+        return EagerTensor._view(DETACH, self, ())
+
+    def detach_(self) -> EagerTensor:
+        """Forgets the history."""
+        (self._val,) = record(_detach_read, (self,))
+        self._leaf = None
+        return self
+
+    def __deepcopy__(self, memo: dict) -> EagerTensor:
+        if not self.is_leaf:
+            raise GradientError("only leaves can be deep-copied; detach() first")
+        out = memo[id(self)] = self._fresh_copy()
+        return out
+
+    def _fresh_copy(self) -> EagerTensor:
+        out = EagerTensor(material(runtime.from_numpy(self.detach().numpy()), self._type))
+        return out.requires_grad_() if self.requires_grad else out
+
+    def __reduce__(self) -> Any:
+        raise ArgumentError("tensors are not pickled; use duo.save and duo.load (safetensors)")
+
+    # ------------------------------------------------------------------------------------------- looking at values
+    def numpy(self) -> np.ndarray:
+        """The values as a NumPy array that shares this tensor's memory (a view through indexing or transposition gives a copy)."""
+        if self.requires_grad:
+            raise GradientError("a tensor that requires grad has no .numpy(), which could not record a gradient; use .detach().numpy()")
+        return self._array()
+
+    def _array(self, share: bool = True) -> np.ndarray:
+        if state.capture is not None:
+            raise TraceError(state.capture.refusal())
+        storage = self._storage
+        if storage is None and share:
+            storage = self._storage = Storage(self._val)
+            self._seen = 0
+        if share and storage is not None and all(v in _SAME_MEMORY for v, _ in self._chain):
+            base = storage.val
+            array = runtime.to_numpy(settle(base), base.info.type)
+            if storage.shared is None or not storage.shared():
+                alive = weakref.ref(array)
+                storage.shared = lambda: alive() is not None
+            elif storage.shared is not None:
+                first, alive = storage.shared, weakref.ref(array)
+                storage.shared = lambda: alive() is not None or first()
+            return array
+        val = self._value()
+        return runtime.to_numpy(settle(val), val.info.type, copy=True)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        array = self.numpy()
+        if dtype is not None and np.dtype(dtype) != array.dtype:
+            return array.astype(dtype)
+        return array.copy() if copy else array
+
+    def item(self) -> Any:
+        """The only element as a Python number."""
+        val = self._value()
+        if val.info.type.size != 1:
+            raise ShapeError(f"item() needs exactly one element; this tensor is {val.info.type}")
+        if state.capture is not None:
+            raise TraceError(state.capture.refusal())
+        return runtime.to_numpy(settle(val), val.info.type, copy=True).reshape(()).item()
+
+    def tolist(self) -> Any:
+        return self._array(share=False).tolist()
+
+    def __repr__(self) -> str:
+        from duo.eager.printing import format_tensor
+
+        return format_tensor(self)
+
+    # ------------------------------------------------------------------------------------------- gradients
+    def backward(
+        self, gradient: Any = None, retain_graph: bool | None = None, create_graph: bool = False, inputs: Any = None
+    ) -> None:
+        """Adds d(self)/d(leaf) (times `gradient`) to `.grad` of every leaf, or of `inputs` only."""
+        backward((self,), (gradient,), retain_graph, create_graph, inputs)
+
+    def register_hook(self, hook: Callable[[Any], Any]) -> RemovableHook:
+        """Calls hook(gradient) when the gradient of this tensor is known; what it returns, if anything, replaces the gradient."""
+        if not self.requires_grad:
+            raise GradientError("a hook on a tensor that does not require grad would never be called")
+        if self._leaf is not None:
+            return RemovableHook(self._leaf.hooks, hook)
+        val = self._value()
+        if val.extra is None:
+            val.extra = Inner()
+        return RemovableHook(val.extra.hooks, hook)
+
+    def retain_grad(self) -> None:
+        """Keeps the gradient of a tensor that is not a leaf in `.grad`."""
+        if self._leaf is not None:
+            return
+        raise_for = weakref.ref(self)
+
+        def keep(gradient: Any) -> None:
+            tensor = raise_for()
+            if tensor is not None:
+                tensor._retained(gradient)
+
+        self.register_hook(keep)
+
+    def _retained(self, gradient: Any) -> None:
+        leaf = self._leaf if self._leaf is not None else GradLeaf(self)
+        leaf.grad = gradient
+        self._leaf = leaf
+
+
+class RemovableHook:
+    """Handle of a registered hook; `remove()` takes it off."""
+
+    def __init__(self, hooks: list, hook: Callable) -> None:
+        self._hooks, self._hook = hooks, hook
+        hooks.append(hook)
+
+    def remove(self) -> None:
+        if self._hook in self._hooks:
+            self._hooks.remove(self._hook)
+
+
+# ------------------------------------------------------------------------------------------------------ values
+def material(buffer: Any, type: TensorType, requires_grad: bool = False) -> Val:
+    """A value that is there."""
+    val = Val(None, -1, None, Info(type, requires_grad))
+    val.buf = buffer
+    return val
+
+
+def as_leaf(val: Val, leaf: GradLeaf) -> Val:
+    """`val` as the value of a leaf."""
+    while True:
+        trace = open_trace()
+        if val.trace is trace:
+            made = commit(trace, (MARK, val.index))
+            if made is None:
+                continue
+            made[0].extra = leaf
+            return made[0]
+        out = material(settle(val), val.info.type, True)
+        out.extra = leaf
+        return out
+
+
+def _overwrite(val: Val) -> None:
+    """Notes that an in-place op has replaced `val`, for backward's check."""
+    val.overwritten = True
+    trace = open_trace()
+    node = trace.entries[-1].node
+    if node is None or not node.tracked:
+        return
+    number = val.index if val.trace is trace else trace.leaves.get(val)
+    if number is not None:
+        note(OVERWRITE, number)
+
+
+def full_value(value: Any, type: TensorType) -> EagerTensor:
+    """A tensor of that type filled with a Python number or NumPy scalar."""
+    array = np.full(type.static_shape(), value, type.dtype.numpy)
+    return EagerTensor(material(runtime.from_numpy(array), type))
+
+
+def tensor_of(array: np.ndarray) -> EagerTensor:
+    """A tensor with a copy of the array."""
+    array = np.asarray(array)
+    return EagerTensor(material(runtime.from_numpy(array), TensorType(dtype(array.dtype), array.shape)))
+
+
+def _is_shared(array: np.ndarray) -> Callable[[], bool]:
+    if not array.flags.owndata:
+        return lambda: True
+    # Our closure, its cell's use and the buffer hold it; anyone else means that it can be written to.
+    return lambda: sys.getrefcount(array) > _OWN_REFERENCES
+
+
+_OWN_REFERENCES = 3
+
+
+def from_numpy(array: np.ndarray) -> EagerTensor:
+    """A tensor that shares the array's memory (a non-contiguous array is copied). Writes to either are seen by the other; results
+    already asked for never change."""
+    if not isinstance(array, np.ndarray):
+        raise DTypeError(f"from_numpy takes a NumPy array, not {type(array).__name__}; use duo.tensor")
+    kind = TensorType(dtype(array.dtype), array.shape)
+    if not (array.flags.c_contiguous and array.flags.aligned and array.flags.writeable) or array.size == 0:
+        return EagerTensor(material(runtime.from_numpy(array), kind))
+    out = EagerTensor(material(runtime.from_numpy(array, copy=False), kind))
+    out._storage = Storage(out._val)
+    out._storage.shared = _is_shared(array)
+    return out
+
+
+# ------------------------------------------------------------------------------------------------------ backward
+def _ones(tensor: EagerTensor) -> EagerTensor:
+    return full_value(1, tensor._type)
+
+
+def _check_roots(tensors: Sequence[Any], gradients: Sequence[Any]) -> list[tuple[Any, Any]]:
+    roots = []
+    for t, g in zip(tensors, gradients):
+        if g is None and t._type.size != 1:
+            raise GradientError(f"a gradient can be implied for one element only; this tensor is {t._type}: pass gradient=...")
+        if g is not None:
+            if g._type.shape != t._type.shape:
+                raise ShapeError(f"the gradient given has shape {list(g._type.shape)}, the tensor is {t._type}")
+            if g._type.dtype is not t._type.dtype:
+                g = EagerTensor._apply(_conform, (g,), (t._type.dtype, t._type.shape))
+        roots.append((t, g))
+    return roots
+
+
+def backward(
+    tensors: Sequence[Any],
+    gradients: Sequence[Any],
+    retain_graph: bool | None = None,
+    create_graph: bool = False,
+    inputs: Any = None,
+) -> None:
+    """Adds the gradients of sum(tensor * gradient) to `.grad` of the leaves (or of `inputs` only)."""
+    retain = create_graph if retain_graph is None else retain_graph
+    engine = Engine(EagerTensor, (), retain, create_graph)
+    engine.run(_check_roots(tensors, gradients), _ones)
+    chosen = None if inputs is None else {t._leaf for t in ([inputs] if isinstance(inputs, Tensor) else inputs)}
+    for leaf, gradient in engine.cotangents.items():
+        if chosen is not None and leaf not in chosen:
+            continue
+        for hook in list(leaf.hooks):
+            new = hook(gradient)
+            gradient = gradient if new is None else new
+        if leaf.grad is None:
+            leaf.grad = gradient
+        elif create_graph:
+            leaf.grad = leaf.grad + gradient
+        else:
+            leaf.grad._write((leaf.grad + gradient)._value())
+
+
+def grad(
+    outputs: Any,
+    inputs: Any,
+    grad_outputs: Any = None,
+    retain_graph: bool | None = None,
+    create_graph: bool = False,
+    allow_unused: bool = False,
+) -> tuple:
+    """Gradients of sum(output * grad_output) with respect to each of `inputs`, leaves or not; nothing is added to `.grad`."""
+    outs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
+    ins = [inputs] if isinstance(inputs, Tensor) else list(inputs)
+    grads = [None] * len(outs) if grad_outputs is None else (
+        [grad_outputs] if isinstance(grad_outputs, Tensor) else list(grad_outputs)
+    )
+    for t in ins:
+        if not t.requires_grad:
+            raise GradientError(f"an input {t._type} of grad does not require grad; call requires_grad_() before using it")
+    retain = create_graph if retain_graph is None else retain_graph
+    vals = [t._value() for t in ins]
+    engine = Engine(EagerTensor, [v for t, v in zip(ins, vals) if t._leaf is None], retain, create_graph)
+    engine.run(_check_roots(outs, grads), _ones)
+    out = []
+    for t, v in zip(ins, vals):
+        gradient = engine.cotangents.get(t._leaf) if t._leaf is not None else engine.found.get(v)
+        if gradient is None and not allow_unused:
+            raise GradientError(
+                f"an input {t._type} of grad was not used to compute the outputs; pass allow_unused=True for None"
+            )
+        out.append(gradient)
+    return tuple(out)
+
+
+__all__ = ["EagerTensor", "Storage", "backward", "flush", "from_numpy", "grad", "material", "tensor_of"]

@@ -1,0 +1,424 @@
+"""Recording: the trace, the trie, and what a recorded value is.
+
+Each thread has a Trace, a list of entries. An entry is a `Val`, one SSA value of the program that is being recorded; its number
+is its position. A trace is a path in a trie: a `Node` maps (body, operand numbers, attributes) to the next node and keeps the inferred
+types, so recording an op seen before is one dict look-up, and the node reached at a flush is the key of the executable.
+
+An op reads the last entry, makes its own and commits by appending while the last entry is still the one it read; nothing else
+advances, so a signal handler, a finaliser or another thread in between cannot corrupt a trace. Closing a trace appends END likewise.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable
+from types import CodeType
+from typing import Any
+
+from duo.runtime import Buffer
+from duo_ir.core import Builder, Loc, Value
+from duo_ir.errors import DTypeError
+from duo_ir.types import DType, TensorType, bool_, promote_scalar
+
+MAX_ENTRIES = 4096
+MAX_BYTES = 256 << 20
+MAX_NODES = 200_000
+
+
+class Info:
+    """What is known of a value without running anything. Interned."""
+
+    __slots__ = ("requires_grad", "type")
+    _all: dict[tuple[TensorType, bool], Info] = {}
+    type: TensorType
+    requires_grad: bool
+
+    def __new__(cls, type: TensorType, requires_grad: bool = False) -> Info:
+        found = cls._all.get((type, requires_grad))
+        if found is None:
+            found = object.__new__(cls)
+            found.type, found.requires_grad = type, requires_grad
+            cls._all[type, requires_grad] = found
+        return found
+
+    def __repr__(self) -> str:
+        return f"{self.type}{' grad' if self.requires_grad else ''}"
+
+
+class Node:
+    """One step of a path. `infos` describes the values that the step made."""
+
+    __slots__ = (
+        "__weakref__", "attrs", "extra", "first", "grad", "infos", "key", "loc", "memo", "next", "parent", "size", "stop",
+        "tracked",
+    )  # fmt: skip
+
+    def __init__(
+        self, parent: Node | None, key: tuple, infos: tuple[Info, ...], grad: bool, loc: Loc | None, attrs: tuple = ()
+    ) -> None:
+        self.parent, self.key, self.infos, self.grad, self.loc, self.attrs = parent, key, infos, grad, loc, attrs
+        self.next: dict[tuple, Node] = {}
+        self.memo: Any = None  # what a flush here needs to know (flush.py)
+        self.extra: Any = None
+        self.first = parent.first + len(parent.infos) if parent is not None else 0  # number of its first value
+        held = parent.size if parent is not None else 0
+        self.size = held + sum(int(i.type.nbytes) for i in infos)
+        self.stop = self.size > MAX_BYTES
+        self.tracked = any(i.requires_grad for i in infos) or (parent is not None and parent.tracked)
+
+    @property
+    def refs(self) -> tuple:
+        """Operands of a body's step: numbers of values, and the classes of Python numbers."""
+        return self.key[1:-2] if self.attrs else self.key[1:]
+
+    def info_of(self, number: int) -> Info:
+        """What is known of value `number` on this path."""
+        node: Node | None = self
+        while node is not None and node.first > number:
+            node = node.parent
+        assert node is not None
+        return node.infos[number - node.first]
+
+    def path(self) -> list[Node]:
+        """The nodes from the root's first child to this one."""
+        out: list[Node] = []
+        node: Node = self
+        while node.parent is not None:
+            out.append(node)
+            node = node.parent
+        out.reverse()
+        return out
+
+
+class Val:
+    """One value: pending (an entry of `trace`), or there (`buf`), or failed (`buf` None and `trace` None: `extra` is the error).
+
+    `extra` is what gradients need to know of it: a GradLeaf, an Origin (output of an earlier segment), or None.
+    `overwritten` is set once an in-place op has replaced it in its tensor."""
+
+    __slots__ = ("buf", "extra", "index", "info", "node", "overwritten", "scalars", "trace")
+
+    def __init__(self, trace: Trace | None, index: int, node: Node | None, info: Info) -> None:
+        self.trace = trace
+        self.index = index
+        self.node = node
+        self.info = info
+        self.buf: Buffer | None = None
+        self.scalars: tuple | None = None
+        self.extra: Any = None
+        self.overwritten = False
+
+
+class Macro:
+    """An entry that is not the application of a body: it infers and builds itself. Instances are keys of the trie."""
+
+    name = "macro"
+
+    def infer(self, parent: Node, key: tuple) -> tuple[tuple[Info, ...], Any]:
+        """What the values that it makes are, and anything the node should keep (`Node.extra`)."""
+        raise NotImplementedError
+
+    def build(self, construction: Any, node: Node) -> tuple[Any, ...]:
+        """Emits into the current Builder; gives one Value per info (None where there is none)."""
+        raise NotImplementedError
+
+
+class Leaf(Macro):
+    """A value from outside enters the trace: key (LEAF, type, requires_grad, number of an earlier entry of the same leaf or -1)."""
+
+    name = "leaf"
+
+    def infer(self, parent: Node, key: tuple) -> tuple[tuple[Info, ...], Any]:
+        return (Info(key[1], key[2]),), None
+
+    def build(self, construction: Any, node: Node) -> tuple[Any, ...]:
+        return (construction.leaf(node.key[1]),)
+
+
+class Mark(Macro):
+    """A pending value becomes a leaf of its own: key (MARK, number)."""
+
+    name = "mark"
+
+    def infer(self, parent: Node, key: tuple) -> tuple[tuple[Info, ...], Any]:
+        return (Info(parent.info_of(key[1]).type, True),), None
+
+    def build(self, construction: Any, node: Node) -> tuple[Any, ...]:
+        return (construction.cut(node.key[1]),)
+
+
+class Note(Macro):
+    """A fact about the path that makes no value of the program: grad mode switched, a value overwritten. Key (note, fact)."""
+
+    name = "note"
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def infer(self, parent: Node, key: tuple) -> tuple[tuple[Info, ...], Any]:
+        return (NOTHING,), None
+
+    def build(self, construction: Any, node: Node) -> tuple[Any, ...]:
+        if self is OVERWRITE:
+            construction.overwritten.add(node.key[1])
+        return (None,)
+
+
+NOTHING = Info(TensorType(bool_, (0,)))
+LEAF, MARK, GRAD_MODE, OVERWRITE = Leaf(), Mark(), Note("grad_mode"), Note("overwrite")
+
+_ROOTS = {grad: Node(None, ("root", grad), (NOTHING,), grad, None) for grad in (True, False)}
+_END_NODE = Node(None, ("end",), (NOTHING,), False, None)
+END = Val(None, -1, _END_NODE, NOTHING)
+
+
+class Trace:
+    """A program under recording. Entry 0 stands for the root."""
+
+    __slots__ = ("__weakref__", "done", "entries", "leaf_numbers", "leaves", "lock", "node")
+
+    def __init__(self, grad: bool) -> None:
+        self.entries: list[Val] = [Val(self, 0, _ROOTS[grad], NOTHING)]
+        self.leaves: dict[Val, int] = {}  # a value from outside -> its number here
+        self.leaf_numbers: dict[Any, int] = {}  # a GradLeaf -> number of its first entry
+        self.lock = threading.RLock()
+        self.node: Node | None = None  # set when closed
+        self.done = False
+
+    def enter(self, val: Val) -> int:
+        """The number of a value from outside; -1 when this trace has been closed meanwhile."""
+        number = self.leaves.get(val)
+        if number is not None:
+            return number
+        if val.buf is None:
+            settle(val)
+        info = val.info
+        leaf = val.extra if info.requires_grad else None
+        earlier = self.leaf_numbers.get(leaf, -1) if leaf is not None else -1
+        vals = commit(self, (LEAF, info.type, info.requires_grad, earlier))
+        if vals is None:
+            return -1
+        (proxy,) = vals
+        proxy.buf, proxy.extra = val.buf, val.extra
+        self.leaves[val] = proxy.index
+        if leaf is not None and earlier < 0:
+            self.leaf_numbers[leaf] = proxy.index
+        return proxy.index
+
+
+class _State(threading.local):
+    """Per thread: the open trace and the grad mode."""
+
+    def __init__(self) -> None:
+        self.grad = True
+        self.trace = Trace(True)
+        self.capture: Any = None  # a compiled function being traced forbids looking at values
+
+
+state = _State()
+_infer_memo: dict[tuple, tuple[tuple[TensorType, ...], tuple[DType, ...]]] = {}
+_node_count = [0]
+flush_hook: Callable[[Trace], None]  # set by flush.py: closes and runs a trace
+
+
+def open_trace() -> Trace:
+    """This thread's trace, a new one if it has been closed."""
+    trace = state.trace
+    if trace.entries[-1] is END:
+        if _node_count[0] > MAX_NODES:
+            forget()
+        trace = state.trace = Trace(state.grad)
+    return trace
+
+
+def forget() -> None:
+    """Drops the trie (executables stay in their own cache)."""
+    _node_count[0] = 0
+    for root in _ROOTS.values():
+        root.next = {}
+
+
+def settle(val: Val) -> Buffer:
+    """Makes sure that `val` has its buffer: flushes the trace it is pending in. Raises the error of a failed value."""
+    if val.buf is None:
+        trace = val.trace
+        if trace is not None:
+            flush_hook(trace)
+        if val.buf is None:
+            raise val.extra if isinstance(val.extra, BaseException) else RuntimeError("a value was lost")
+    return val.buf
+
+
+def note_overwritten(val: Val) -> None:
+    """An in-place op has replaced `val` in its tensor; a segment that saved it will refuse to go back through it."""
+    val.overwritten = True
+
+
+def commit(trace: Trace, key: tuple, scalars: tuple | None = None) -> list[Val] | None:
+    """Appends a macro's entry, whose key holds whatever came before it; None if the trace is closed."""
+    while True:
+        last = trace.entries[-1]
+        node = last.node.next.get(key)  # type: ignore[union-attr]
+        if node is None:
+            if last is END:
+                return None
+            node = _miss(last, key, ())
+        vals = [Val(trace, last.index + 1 + k, node, info) for k, info in enumerate(node.infos)]
+        vals[0].scalars = scalars
+        if trace.entries[-1] is last:
+            trace.entries.extend(vals)
+            return vals
+
+
+def note(macro: Note, fact: Any) -> None:
+    """Adds a fact to this thread's path."""
+    while commit(open_trace(), (macro, fact)) is None:
+        pass
+
+
+def record(body: Any, operands: tuple, attrs: tuple = ()) -> list[Val]:
+    """Records `body(*operands, *attrs)`; operands are eager tensors and Python numbers. Gives its result Vals."""
+    while True:
+        trace = state.trace
+        refs: list[Any] = [body]
+        scalars: tuple | None = None
+        for t in operands:
+            cls = t.__class__
+            if cls is float or cls is int or cls is bool:
+                refs.append(cls)
+                scalars = (t,) if scalars is None else (*scalars, t)
+                continue
+            val = t._val if t._storage is None else t._current()
+            refs.append(val.index if val.trace is trace else trace.enter(val))
+        last = trace.entries[-1]
+        if attrs:
+            refs.append(attrs)
+            refs.append(attr_classes(attrs))
+        key = tuple(refs)
+        node = last.node.next.get(key)  # type: ignore[union-attr]
+        if node is None:
+            if last is END:
+                open_trace()
+                continue
+            node = _miss(last, key, attrs)
+        infos = node.infos
+        if len(infos) == 1:
+            val = Val(trace, last.index + 1, node, infos[0])
+            if scalars is not None:
+                val.scalars = scalars
+            if trace.entries[-1] is last:
+                trace.entries.append(val)
+                if node.stop or last.index > MAX_ENTRIES or SYNC:
+                    _stop(trace, val)
+                return [val]
+        else:
+            vals = [Val(trace, last.index + 1 + k, node, info) for k, info in enumerate(infos)]
+            vals[0].scalars = scalars
+            if trace.entries[-1] is last:
+                trace.entries.extend(vals)
+                if node.stop or last.index > MAX_ENTRIES or SYNC:
+                    _stop(trace, *vals)
+                return vals
+
+
+SYNC = False  # DUO_SYNC=1 and DUO_FLUSH=random:SEED: `_stop` is asked after every op
+stop_policy: Callable[[], tuple[bool, bool]] = lambda: (True, False)  # -> (flush now, raise errors here)
+
+
+def _stop(trace: Trace, *vals: Val) -> None:
+    if state.capture is not None:
+        return
+    flush, raising = stop_policy() if SYNC else (True, False)
+    if flush:
+        flush_hook(trace)
+        if raising:
+            for val in vals:
+                settle(val)
+
+
+def _miss(last: Val, key: tuple, attrs: tuple) -> Node:
+    """Infers the step's types and adds it to the trie. Errors (shapes, dtypes) are raised here, at the user's line."""
+    body = key[0]
+    parent = last.node
+    assert parent is not None
+    extra = None
+    if isinstance(body, Macro):
+        infos, extra = body.infer(parent, key)
+        grad = key[1] if body is GRAD_MODE else parent.grad
+    else:
+        refs = key[1:-2] if attrs else key[1:]
+        operand_infos = [parent.info_of(r) if r.__class__ is int else r for r in refs]
+        types = infer(body, tuple([i if i.__class__ is type else i.type for i in operand_infos]), attrs)
+        grad = parent.grad
+        needs = grad and any(i.__class__ is Info and i.requires_grad for i in operand_infos)
+        infos = tuple(Info(t, needs and t.dtype.is_float) for t in types)
+    node = Node(parent, key, infos, grad, user_location(), attrs)
+    node.extra = extra
+    _node_count[0] += 1
+    return parent.next.setdefault(key, node)
+
+
+def attr_classes(attrs: tuple) -> tuple:
+    """Tells apart attributes that compare equal but are not the same: 1, 1.0 and True; 0.0 and -0.0."""
+    return tuple([a.hex() if a.__class__ is float else a.__class__ for a in attrs])
+
+
+def scalar_types(operands: tuple) -> tuple[DType, ...]:
+    """The dtype that each Python number among operands (TensorTypes and number classes) takes beside the tensors."""
+    tensors = [t.dtype for t in operands if t.__class__ is TensorType]
+    out = []
+    for o in operands:
+        if o.__class__ is TensorType:
+            continue
+        if not tensors:
+            raise DTypeError("an op on numbers alone has no dtype; make one of them a tensor")
+        dtype = tensors[0]
+        for other in tensors[1:]:
+            if other.is_float and not dtype.is_float:
+                dtype = other
+        out.append(promote_scalar(dtype, o))
+    return tuple(out)
+
+
+def infer(body: Callable[..., Any], operands: tuple, attrs: tuple) -> tuple[TensorType, ...]:
+    """Result types of `body` on operands of these TensorTypes and number classes."""
+    memo_key = (body, operands, attrs)
+    found = _infer_memo.get(memo_key)
+    if found is None:
+        builder = Builder()
+        scalars = iter(scalar_types(operands))
+        values = [
+            builder.parameter(o if o.__class__ is TensorType else TensorType(next(scalars), ())) for o in operands
+        ]
+        with builder:
+            out = body(*values, *attrs)
+        results = out if isinstance(out, (tuple, list)) else (out,)
+        found = tuple([r.type for r in results])
+        if len(_infer_memo) > 50_000:
+            _infer_memo.clear()
+        _infer_memo[memo_key] = found
+    return found
+
+
+# ------------------------------------------------------------------------------------------------- the user's line
+_INTERNAL = ("duo.", "duo_ir.", "duo_backends.")
+
+
+def user_frame() -> Any:
+    """The nearest frame outside duo."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        name = frame.f_globals.get("__name__", "")
+        if name != "duo" and not name.startswith(_INTERNAL):
+            return frame
+        frame = frame.f_back
+    return None
+
+
+def user_location() -> Loc | None:
+    frame = user_frame()
+    if frame is None:
+        return None
+    code: CodeType = frame.f_code
+    return Loc(code, frame.f_lasti)

@@ -1,0 +1,241 @@
+"""The optimiser base: parameter groups, state, and the step as one entry of the trace.
+
+`step()` records one macro for each group: all parameters' updates by the group's rule, with hyperparameters as run-time scalars read
+at the call, then flushes. The same rule makes the update ops of graph mode (`minimize`).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from duo.eager.autograd import number_in
+from duo.eager.flush import flush
+from duo.eager.tensor import EagerTensor, full_value
+from duo.eager.trace import Info, Macro, Node, commit, note_overwritten, open_trace, state
+from duo.optim.rules import Rule, apply_rule
+from duo_ir.core import Value
+from duo_ir.errors import ArgumentError, ShapeError
+from duo_ir.types import TensorType, f64, i64
+
+
+class Optimize(Macro):
+    """Key (OPTIMIZE, rule, options, has step, rows of numbers). Values: the new step if counted, then each row's parameter and slots."""
+
+    name = "optimize"
+
+    def infer(self, parent: Node, key: tuple) -> tuple[tuple[Info, ...], Any]:
+        _, rule, options, step, rows = key
+        infos = [parent.info_of(step)] if step is not None else []
+        count = len(rule.slots(options))
+        for p, g, *_ in rows:
+            kind = parent.info_of(p).type
+            if parent.info_of(g).type is not kind:
+                raise ShapeError(f"{rule.name}: a parameter {kind} has a gradient {parent.info_of(g).type}")
+            infos.append(Info(kind, parent.info_of(p).requires_grad))
+            infos.extend([Info(kind)] * count)
+        return tuple(infos), None
+
+    def build(self, construction: Any, node: Node) -> tuple[Value, ...]:
+        _, rule, options, step, rows = node.key
+        hyper = [construction.scalar(k, f64) for k in range(len(rule.hyper))]
+        count = _next(construction.value(step)) if step is not None else None
+        values = [[construction.value(n) for n in row] for row in rows]
+        construction.overwritten.update(row[0] for row in rows)
+        out = apply_rule(rule, options, count, hyper, values)
+        made = [construction.stop(v) for row in out for v in row]
+        return tuple(made if count is None else [count, *made])
+
+
+def _next(step: Value) -> Value:
+    return step + 1  # type: ignore[operator]
+
+
+OPTIMIZE = Optimize()
+
+
+class Optimizer:
+    """Base of duo's optimisers, with torch.optim's interface: `param_groups`, `state`, `step`, `zero_grad`, `state_dict`."""
+
+    rule: Rule
+
+    def __init__(self, params: Iterable, defaults: dict[str, Any]) -> None:
+        self.defaults = defaults
+        self.state: defaultdict[Any, dict[str, Any]] = defaultdict(dict)
+        self.param_groups: list[dict[str, Any]] = []
+        self._sharing: dict[int, tuple[Any, int]] = {}  # id of a step counter -> it, and how many parameters share it
+        groups = list(params)
+        if not groups:
+            raise ArgumentError("an optimizer got an empty parameter list")
+        if not isinstance(groups[0], dict):
+            groups = [{"params": groups}]
+        for group in groups:
+            self.add_param_group(group)
+
+    def add_param_group(self, group: dict[str, Any]) -> None:
+        """Adds a group {'params': [...], 'lr': ...}; what it does not say comes from the defaults."""
+        group = dict(group)
+        params = group["params"]
+        group["params"] = [params] if hasattr(params, "_type") else list(params)
+        if any(isinstance(p, tuple) for p in group["params"]):
+            group["params"] = [p[1] if isinstance(p, tuple) else p for p in group["params"]]
+        known = {id(p) for g in self.param_groups for p in g["params"]}
+        for p in group["params"]:
+            if not isinstance(p, EagerTensor):
+                raise ArgumentError(f"an optimizer takes tensors, not {type(p).__name__}")
+            if not p.is_leaf:
+                raise ArgumentError(f"an optimizer takes leaf tensors; one of type {p._type} was computed from others")
+            if id(p) in known:
+                raise ArgumentError("a parameter is in two groups of the optimizer")
+            known.add(id(p))
+        for name, value in self.defaults.items():
+            group.setdefault(name, value)
+        self.check_group(group)
+        self.param_groups.append(group)
+
+    # What a kind of optimiser says of a group's options.
+    def check_group(self, group: dict[str, Any]) -> None:
+        """Raises ArgumentError for values out of range."""
+
+    def options(self, group: dict[str, Any]) -> frozenset:
+        """Static flags of the rule."""
+        raise NotImplementedError
+
+    def hyper(self, group: dict[str, Any]) -> tuple[float, ...]:
+        """Values of `rule.hyper`."""
+        return tuple([float(group[name]) for name in self.rule.hyper])
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drops the gradients (or writes zeros into them)."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                if set_to_none:
+                    p.grad = None
+                elif p.grad is not None:
+                    p.grad.zero_()
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One update of every parameter that has a gradient. `closure` recomputes the loss first."""
+        loss = None
+        if closure is not None:
+            grad_mode, state.grad = state.grad, True
+            try:
+                loss = closure()
+            finally:
+                state.grad = grad_mode
+        for group in self.param_groups:
+            self._step_group(group)
+        if state.capture is None:
+            flush()
+        return loss
+
+    def _step_group(self, group: dict[str, Any]) -> None:
+        options = self.options(group)
+        cohorts: dict[Any, list[Any]] = {}  # parameters that were updated equally often
+        for p in group["params"]:
+            if p.grad is not None:
+                slots = self.state[p]
+                cohorts.setdefault(id(slots.get("step")) if slots else "new", []).append(p)
+        for key, params in cohorts.items():
+            if key == "new":
+                self._start(options, params)
+                self._update(options | {"first"} if "momentum" in options else options, group, params)
+            else:
+                self._update(options, group, params)
+
+    def _start(self, options: frozenset, params: list[Any]) -> None:
+        """State for parameters that meet their first gradient; those that start together share one step counter."""
+        step = full_value(0, TensorType(i64, ())) if self.rule.counts else None
+        for p in params:
+            if step is not None:
+                self.state[p]["step"] = step
+            for name in self.rule.slots(options):
+                self.state[p][name] = full_value(0, p._type)
+        if step is not None:
+            self._sharing[id(step)] = (step, len(params))
+
+    def _update(self, options: frozenset, group: dict[str, Any], params: list[Any]) -> None:
+        names = self.rule.slots(options)
+        step = self.state[params[0]]["step"] if self.rule.counts else None
+        tensors = [[p, p.grad, *[self.state[p][n] for n in names]] for p in params]
+        hyper = self.hyper(group)
+        while True:
+            trace = open_trace()
+            numbers = tuple([tuple([number_in(trace, t) for t in row]) for row in tensors])
+            count = number_in(trace, step) if step is not None else None
+            if count == -1 or any(-1 in row for row in numbers):
+                continue
+            vals = commit(trace, (OPTIMIZE, self.rule, options, count, numbers), hyper)
+            if vals is not None:
+                break
+        made = iter(vals)
+        if step is not None:
+            self._advance(step, params, next(made))
+        for p, _, *slots in tensors:
+            for tensor in (p, *slots):
+                take_update(tensor, next(made))
+
+    def _advance(self, step: Any, params: list[Any], val: Any) -> None:
+        _, sharers = self._sharing.get(id(step), (step, 0))
+        if sharers == len(params):
+            take_update(step, val)
+            return
+        mine = EagerTensor(val)  # some of those that shared the counter had no gradient this time
+        self._sharing[id(step)] = (step, sharers - len(params))
+        self._sharing[id(mine)] = (mine, len(params))
+        for p in params:
+            self.state[p]["step"] = mine
+
+    def state_dict(self) -> dict[str, Any]:
+        """{'state': {number of the parameter: slots}, 'param_groups': [...]} as torch.optim writes it. `step` counts updates done."""
+        number = {id(p): i for i, p in enumerate(p for g in self.param_groups for p in g["params"])}
+        slots = {number[id(p)]: dict(s) for p, s in self.state.items() if id(p) in number and s}
+        groups = [
+            {**{k: v for k, v in g.items() if k != "params"}, "params": [number[id(p)] for p in g["params"]]}
+            for g in self.param_groups
+        ]
+        return {"state": slots, "param_groups": groups}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Takes over what `state_dict` returned; the groups must have as many parameters."""
+        groups = state_dict["param_groups"]
+        if [len(g["params"]) for g in groups] != [len(g["params"]) for g in self.param_groups]:
+            raise ArgumentError("the state dict has other parameter groups than this optimizer")
+        by_number: dict[int, Any] = {}
+        for mine, theirs in zip(self.param_groups, groups):
+            by_number.update(zip(theirs["params"], mine["params"]))
+            mine.update({k: v for k, v in theirs.items() if k != "params"})
+        self.state = defaultdict(dict)
+        self._sharing = {}
+        counters: dict[int, Any] = {}
+        for n, slots in state_dict["state"].items():
+            p = by_number[int(n)]
+            mine = self.state[p]
+            for name, value in slots.items():
+                mine[name] = self._counter(value, counters) if name == "step" else value.detach().clone()
+
+    def _counter(self, step: Any, counters: dict[int, Any]) -> Any:
+        """The shared step counter for parameters that were updated this often."""
+        done = int(step.item()) if hasattr(step, "item") else int(step)
+        if done not in counters:
+            counters[done] = full_value(done, TensorType(i64, ()))
+        counter = counters[done]
+        self._sharing[id(counter)] = (counter, self._sharing.get(id(counter), (counter, 0))[1] + 1)
+        return counter
+
+
+def take_update(tensor: Any, val: Any) -> None:
+    """Makes `val`, which a step computed from the tensor's value, the tensor's value."""
+    note_overwritten(tensor._val)
+    if tensor._leaf is not None:
+        val.extra = tensor._leaf
+    storage = tensor._storage
+    if storage is None:
+        tensor._val = val
+    elif storage.shared is None and not tensor._chain:
+        storage.val = tensor._val = val
+        storage.version += 1
+        tensor._seen = storage.version
+    else:
+        tensor._write(val)

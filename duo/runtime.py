@@ -1,0 +1,114 @@
+"""Where frontends meet backends: buffers, executables, devices.
+
+A `Runnable` is a compiled Function: it takes buffers (and Python numbers for scalar parameters) and gives buffers. They are cached by
+canonical hash and bounded in number, so equal programs, from whichever frontend, are compiled once. `DUO_BACKEND=interpret` runs everything by
+the reference interpreter, which gives the same bits.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from duo_backends.cpu.backend import CpuBackend
+from duo_backends.cpu.memory import Buffer
+from duo_ir.core import Function
+from duo_ir.errors import ArgumentError
+from duo_ir.interpret import interpret
+from duo_ir.pipeline import compile as compile_function
+from duo_ir.types import TensorType
+
+MAX_EXECUTABLES = 2048
+
+
+@dataclass
+class Statistics:
+    """What this process has compiled and run. `compiled`: programs; `fused`: of those, compiled as a whole; `hits`: found in the cache."""
+
+    compiled: int = 0
+    fused: int = 0
+    hits: int = 0
+
+
+statistics = Statistics()
+backend = CpuBackend()
+
+
+class Interpreted:
+    """Runs a Function by the reference interpreter."""
+
+    donations: tuple[tuple[int, int], ...] = ()
+
+    def __init__(self, function: Function) -> None:
+        self.function = function
+
+    def run(self, inputs: Sequence[Any], donated: Collection[int] = ()) -> list[Buffer]:
+        arrays = [
+            to_numpy(b, p.type, copy=True) if isinstance(b, Buffer) else np.asarray(b, p.type.dtype.numpy)
+            for b, p in zip(inputs, self.function.params)
+        ]
+        return [from_numpy(a) for a in interpret(self.function, *arrays)]
+
+
+_cache: OrderedDict[tuple[str, bool, tuple[int, ...]], Any] = OrderedDict()
+_lock = threading.Lock()
+_use_interpreter = os.environ.get("DUO_BACKEND", "cpu") == "interpret"
+
+
+def set_backend(name: str) -> None:
+    """'cpu' (compiled code) or 'interpret' (the reference interpreter), for programs compiled from now on."""
+    global _use_interpreter
+    if name not in ("cpu", "interpret"):
+        raise ArgumentError(f"backend {name!r} is not known; there are 'cpu' and 'interpret'")
+    _use_interpreter = name == "interpret"
+    clear_cache()
+
+
+def clear_cache() -> None:
+    """Forgets compiled programs (object code stays in the disk cache)."""
+    with _lock:
+        _cache.clear()
+    for listener in cache_listeners:
+        listener()
+
+
+cache_listeners: list[Any] = []
+
+
+def runnable(function: Function, fused: bool = True, scalars: Collection[int] = ()) -> Any:
+    """The compiled form of a Function whose types are static. `scalars`: numbers of 0-d parameters given as Python numbers."""
+    key = (function.hash, fused, tuple(scalars))
+    found = _cache.get(key)
+    if found is not None:
+        statistics.hits += 1
+        try:
+            _cache.move_to_end(key)
+        except KeyError:
+            pass
+        return found
+    made = Interpreted(function) if _use_interpreter else compile_function(
+        function, backend, fusion=fused, scalars=scalars
+    ).bind({})
+    with _lock:
+        statistics.compiled += 1
+        statistics.fused += fused
+        _cache[key] = made
+        while len(_cache) > MAX_EXECUTABLES:
+            _cache.popitem(last=False)
+    return made
+
+
+def from_numpy(array: np.ndarray, copy: bool = True) -> Buffer:
+    """A buffer with the array's contents; without `copy`, its very memory (C-contiguous arrays)."""
+    return backend.from_numpy(array, copy)
+
+
+def to_numpy(buffer: Buffer, type: TensorType, copy: bool = False) -> np.ndarray:
+    """The buffer as an array of that type; without `copy`, a view that keeps the buffer alive."""
+    return backend.to_numpy(buffer, type.dtype, type.static_shape(), copy)

@@ -1,0 +1,107 @@
+"""The CPU backend: kernels through the emitters and LLVM, cached in memory and on disk; buffers from the allocator."""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections import OrderedDict
+from collections.abc import Collection, Iterator, Sequence
+
+import numpy as np
+
+from duo_backends.cpu import jit
+from duo_backends.cpu.code import KernelCode, Target
+from duo_backends.cpu.emit import compile_kernel
+from duo_backends.cpu.executable import CpuExecutable
+from duo_backends.cpu.memory import Buffer, allocate
+from duo_backends.cpu.table import LoadedKernel
+from duo_ir.kernels.kernel import Kernel
+from duo_ir.kernels.program import Cond, Program, Step, While
+from duo_ir.types import DType
+
+KERNEL_LIMIT = 8192  # loaded kernels kept for programs to come
+
+
+class CpuBackend:
+    """Runs programs on the host. `cpu`: what to compile for, a name of `jit.machine` (default: DUO_CPU, else this
+    machine). `compile_count` counts kernels that went through the emitter, `loaded_count` those found loaded."""
+
+    name = "cpu"
+
+    def __init__(self, cpu: str | None = None) -> None:
+        self._cpu = cpu
+        self._kernels: OrderedDict[Kernel, LoadedKernel] = OrderedDict()
+        self._lock = threading.Lock()
+        self.compile_count = 0
+        self.loaded_count = 0
+
+    @property
+    def target(self) -> Target:
+        """What kernels are emitted for."""
+        return jit.machine(self._cpu).target
+
+    def compile(self, program: Program, scalars: Collection[int] = ()) -> CpuExecutable:
+        """Machine code for every kernel of `program` that is not loaded yet. `scalars`: numbers of 0-d inputs that will be Python
+        numbers."""
+        wanted = dict.fromkeys(kernels_of(program))
+        with self._lock:
+            found = {k: self._kernels[k] for k in wanted if k in self._kernels}
+            for kernel in found:
+                self._kernels.move_to_end(kernel)
+            self.loaded_count += len(found)
+        missing = [kernel for kernel in wanted if kernel not in found]
+        if missing:
+            found.update(zip(missing, self._load(missing)))
+            with self._lock:
+                self.compile_count += len(missing)
+                self._kernels.update((k, found[k]) for k in missing)
+                while len(self._kernels) > KERNEL_LIMIT:
+                    self._kernels.popitem(last=False)
+        return CpuExecutable(program, found, scalars)
+
+    def _load(self, kernels: Sequence[Kernel]) -> list[LoadedKernel]:
+        codes = [self.emit(kernel) for kernel in kernels]
+        modules = [(code.text, [phase.symbol for phase in code.phases]) for code in codes]
+        libraries = jit.build_many(modules, jit.machine(self._cpu))
+        return [
+            LoadedKernel(code, tuple([library.addresses[phase.symbol] for phase in code.phases]), library)
+            for code, library in zip(codes, libraries)
+        ]
+
+    def emit(self, kernel: Kernel) -> KernelCode:
+        """The kernel's LLVM text for this backend's target."""
+        return compile_kernel(kernel, self.target)
+
+    def allocate(self, nbytes: int) -> Buffer:
+        return allocate(nbytes)
+
+    def from_numpy(self, array: np.ndarray, copy: bool = True) -> Buffer:
+        """See `duo_backends.base.Backend`."""
+        if not copy:
+            return Buffer.from_numpy(array)
+        array = np.ascontiguousarray(array)
+        buffer = allocate(array.nbytes)
+        ctypes.memmove(buffer.ptr, array.ctypes.data, array.nbytes)
+        return buffer
+
+    def to_numpy(self, buffer: Buffer, dtype: DType, shape: Sequence[int], copy: bool = True) -> np.ndarray:
+        """See `duo_backends.base.Backend`."""
+        if not copy:
+            return buffer.numpy(dtype, shape)
+        return buffer.read(dtype, shape)
+
+    def synchronize(self) -> None:
+        """Programs have finished when `run` returns: nothing to wait for."""
+
+
+def kernels_of(program: Program) -> Iterator[Kernel]:
+    """All kernels of a program and of those nested in it."""
+    for item in program.items:
+        if isinstance(item, Step):
+            yield item.kernel
+        elif isinstance(item, Cond):
+            yield from kernels_of(item.then)
+            yield from kernels_of(item.orelse)
+        elif isinstance(item, While):
+            yield from kernels_of(item.test)
+            yield from kernels_of(item.body)

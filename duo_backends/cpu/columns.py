@@ -1,0 +1,307 @@
+"""Loop kernels whose vectors run along an outer axis while inner axes are walked one by one: sums over columns.
+
+A work unit is a strip of the last outer axis (for one point of the others). Each column's accumulators, 16 of them where
+the order is the contract's and one where it is free, lie in this thread's scratch, small enough to stay in L1; so do the
+finished results, which later stages read back. The bits are those of `rows.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from duo_backends.cpu.body import Scope, Value
+from duo_backends.cpu.code import KernelCode, Target
+from duo_backends.cpu.code import Phase as PhaseCode
+from duo_backends.cpu.llvm import Module, Region, is_literal, memory_type, register_type, vector
+from duo_backends.cpu.nest import Phase, ceil_div, lanes_for, points
+from duo_backends.cpu.reductions import (
+    CHUNK,
+    LANES,
+    Reducer,
+    drain,
+    identities,
+    load_state,
+    push,
+    split_states,
+    state_bytes,
+    store_state,
+    tree_levels,
+)
+from duo_ir.kernels.kernel import LoopKernel, Stage
+from duo_ir.types import DimLike, evaluate, product
+
+_WIDE, _NARROW = 512, 128  # columns of a strip: the second where there are few, for the sake of threads
+_FEW_STRIPS = 4  # strips of very few columns, for the same reason
+_ALIGN = 64
+
+
+def compile_columns(kernel: LoopKernel, target: Target, name: str, cost: Any) -> KernelCode:
+    """`kernel` with the axis to vectorise last among its outer ones."""
+    module = Module()
+    plan = _Columns(Phase(module, name, kernel, target), kernel)
+    plan.emit()
+    strip, last = plan.strip, kernel.axes[-1]
+
+    def units(sizes: Mapping[str, int]) -> int:
+        return points(kernel.axes[:-1], sizes) * ceil_div(evaluate(last, sizes), strip)
+
+    def scratch(sizes: Mapping[str, int], threads: int) -> int:
+        return threads * plan.share(sizes)
+
+    return KernelCode(module.text(), (PhaseCode(name, units),), scratch, cost)
+
+
+class _Stage:
+    """The memory of one reducing stage in a strip: accumulators, stack of the tree, results, in bytes."""
+
+    def __init__(self, stage: Stage, strip: int, width: int) -> None:
+        self.reducers = [Reducer(r, stage.body[r.args[0]].dtype) for r in stage.reduces]
+        self.ordered = any(r.ordered for r in self.reducers)
+        self.count: DimLike = product(stage.axes)
+        self.lanes = LANES if self.ordered else 1
+        if self.ordered and isinstance(self.count, int):
+            self.lanes = max(1, min(LANES, self.count))
+        self.each = state_bytes(self.reducers, width)  # one lane of one vector of columns
+        self.layer = self.each * self.lanes * (strip // width)
+        self.chunked = self.ordered and not (isinstance(self.count, int) and self.count <= CHUNK)
+
+    def levels(self, sizes: Mapping[str, int]) -> int:
+        return tree_levels(ceil_div(evaluate(self.count, sizes), CHUNK)) if self.chunked else 0
+
+
+class _Columns:
+    def __init__(self, phase: Phase, kernel: LoopKernel) -> None:
+        self.phase, self.kernel, self.f, self.e = phase, kernel, phase.f, phase.e
+        self.width = lanes_for([s.body for s in kernel.stages], phase.target)
+        last = kernel.axes[-1]
+        self.strip = _WIDE
+        if isinstance(last, int) and last < 8 * _WIDE:
+            self.strip = min(_NARROW, ceil_div(max(last, 1), _FEW_STRIPS))
+        self.strip = ceil_div(self.strip, self.width) * self.width
+        self.stages = [_Stage(s, self.strip, self.width) for s in kernel.stages]
+        self.result_at: dict[tuple[int, int], int] = {}
+        at = 0
+        for number, stage in enumerate(self.stages):
+            for n, r in enumerate(stage.reducers):
+                self.result_at[number, n] = at
+                at += ceil_div(r.result_dtype.itemsize * self.strip, _ALIGN) * _ALIGN
+        self.results_bytes = at
+        self.accumulator_bytes = ceil_div(max([0, *(s.layer for s in self.stages)]), _ALIGN) * _ALIGN
+        self.outer: list[str] = []
+        self.base = self.begin = self.end = ""
+        self.row: Region = self.f.top
+
+    def share(self, sizes: Mapping[str, int]) -> int:
+        """Bytes of scratch of one thread: results, accumulators, stack."""
+        stack = max([0, *(s.levels(sizes) * s.layer for s in self.stages)])
+        return self.results_bytes + self.accumulator_bytes + ceil_div(stack, _ALIGN) * _ALIGN
+
+    def _share_name(self) -> str:
+        """`share` at run time. A symbolic count's levels are the bits of its number of chunks."""
+        f, e = self.f, self.e
+        fixed = self.results_bytes + self.accumulator_bytes
+        stack = "0"
+        for s in self.stages:
+            if not s.chunked:
+                continue
+            chunks = f.div(f.add(e.dim(s.count), str(CHUNK - 1), f.top), str(CHUNK), f.top)
+            if is_literal(chunks):
+                levels = str(tree_levels(int(chunks)))
+            else:
+                chunks = f.call("smax", "i64", [("i64", chunks), ("i64", "1")], region=f.top)
+                zeros = f.call("ctlz", "i64", [("i64", chunks), ("i1", "false")], suffix="i64", region=f.top)
+                levels = f.sub("64", zeros, f.top)
+            size = f.mul(levels, str(s.layer), f.top)
+            if is_literal(size) and is_literal(stack):
+                stack = str(max(int(size), int(stack)))
+            else:
+                stack = f.call("smax", "i64", [("i64", size), ("i64", stack)], region=f.top)
+        rounded = f.mul(f.div(f.add(stack, str(_ALIGN - 1), f.top), str(_ALIGN), f.top), str(_ALIGN), f.top)
+        return f.add(rounded, str(fixed), f.top)
+
+    # ------------------------------------------------------------------------------------------------- the nest
+    def emit(self) -> None:
+        f, axes = self.f, self.kernel.axes
+        self.base = f.gep("i8", "%scratch", f.mul("%tid", self._share_name(), f.top), f.top)
+        last = self.e.dim(axes[-1])
+        strips = f.div(f.add(last, str(self.strip - 1), f.top), str(self.strip), f.top)
+        with f.loop("%begin", "%end") as units:
+            self.outer = self.phase.unravel(f.div(units.index, strips), axes[:-1]) if len(axes) > 1 else []
+            unit = f.rem(units.index, strips) if len(axes) > 1 else units.index
+            self.begin = f.mul(unit, str(self.strip))
+            self.end = f.min(f.add(self.begin, str(self.strip)), last)
+            if is_literal(last) and int(last) % self.strip == 0:
+                self.end = ""  # every strip is full
+            self.row = f.section()
+            for number, stage in enumerate(self.kernel.stages):
+                self._stage(number, stage)
+        f.finish()
+
+    def _over_strip(self, emit: Any) -> None:
+        """emit(column, offset in the strip, mask) for each vector of columns."""
+        f = self.f
+        if not self.end:
+            with f.loop("0", str(self.strip), self.width) as loop:
+                emit(f.add(self.begin, loop.index), loop.index, None)
+            return
+
+        def shifted(index: str, width: int, mask: str | None) -> None:
+            emit(index, f.sub(index, self.begin), mask)
+
+        self.phase.over_lanes(self.begin, self.end, self.width, shifted, scalar_tail=False)
+
+    def _scope(self, column: str, inner: Sequence[str], sections: Sequence[Region], mask: str | None) -> Scope:
+        outer = len(self.outer)
+        last = 2 + len(sections)
+        levels = (*(1 for _ in range(outer)), last, *(2 + k for k in range(len(inner))))
+        regions = (self.f.top, self.row, *sections, None)
+        return Scope((*self.outer, column, *inner), levels, regions, outer, self.width, mask)
+
+    def _point(self, stage: Stage, scope: Scope, offset: str) -> list[Value]:
+        def reduced(number: int, n: int) -> Value:
+            return self._result(number, n, offset, len(scope.regions) - 1)
+
+        values = self.e.emit(stage.body, scope, reduced)
+        for store in stage.stores:
+            self.e.store(store, values, scope)
+        return values
+
+    def _result_address(self, number: int, n: int, offset: str) -> tuple[str, str]:
+        f = self.f
+        d = self.stages[number].reducers[n].result_dtype
+        start = f.gep("i8", self.base, str(self.result_at[number, n]), f.top)
+        return f.gep(memory_type(d), start, offset), vector(self.width, memory_type(d))
+
+    def _result(self, number: int, n: int, offset: str, level: int) -> Value:
+        f, d = self.f, self.stages[number].reducers[n].result_dtype
+        address, type_ = self._result_address(number, n, offset)
+        name = f.pure(f"load {type_}, ptr {address}, align {d.itemsize}")
+        if d.kind == "b":
+            name = f.pure(f"icmp ne {type_} {name}, zeroinitializer")
+        return Value(name, d, True, level)
+
+    # ------------------------------------------------------------------------------------------------- stages
+    def _stage(self, number: int, stage: Stage) -> None:
+        if not stage.reduces:
+            self._nest(stage, [], [])
+            return
+        plan = self.stages[number]
+        f = self.f
+        accumulators = f.gep("i8", self.base, str(self.results_bytes), f.top)
+        stack = f.gep("i8", accumulators, str(self.accumulator_bytes), f.top)
+        self._clear(plan, accumulators)
+        if not plan.chunked:
+            self._walk(stage, plan, [], [], accumulators, "0", None)
+            self._finish(number, plan, accumulators)
+            return
+        total = self.e.dim(plan.count)
+        chunks = f.div(f.add(total, str(CHUNK - 1)), str(CHUNK))
+        if not is_literal(chunks):
+            chunks = f.call("smax", "i64", [("i64", chunks), ("i64", "1")])
+        self._walk(stage, plan, [], [], accumulators, "0", stack)
+        self._push(plan, accumulators, stack, f.sub(chunks, "1"))
+        self._drain(plan, accumulators, stack, chunks)
+        self._finish(number, plan, accumulators)
+
+    def _nest(self, stage: Stage, inner: list[str], sections: list[Region]) -> None:
+        f = self.f
+        if len(inner) == len(stage.axes):
+            self._over_strip(
+                lambda column, offset, mask: self._point(stage, self._scope(column, inner, sections, mask), offset)
+            )
+            return
+        with f.loop("0", self.e.dim(stage.axes[len(inner)])) as loop:
+            self._nest(stage, [*inner, loop.index], [*sections, f.section()])
+
+    def _clear(self, plan: _Stage, accumulators: str) -> None:
+        f = self.f
+        with f.loop("0", str(plan.layer), plan.each) as loop:
+            address = f.gep("i8", accumulators, loop.index)
+            store_state(f, plan.reducers, self.width, address, identities(plan.reducers, self.width))
+
+    def _slot(self, plan: _Stage, base: str, lane: str, offset: str) -> str:
+        """Where lane `lane` of the vector of columns at `offset` of the strip lies: lane-major."""
+        f = self.f
+        row = f.gep("i8", base, f.mul(lane, str(plan.each * (self.strip // self.width))))
+        return f.gep("i8", row, f.mul(f.div(offset, str(self.width)), str(plan.each)))
+
+    def _walk(
+        self,
+        stage: Stage,
+        plan: _Stage,
+        inner: list[str],
+        sections: list[Region],
+        accumulators: str,
+        flat: str,
+        stack: str | None,
+    ) -> None:
+        """All elements of a stage in row-major order; `flat` is the number of the first."""
+        f, sizes = self.f, stage.axes
+        if len(inner) < len(sizes):
+            rest = self.e.dim(product(sizes[len(inner) + 1 :]))
+            with f.loop("0", self.e.dim(sizes[len(inner)])) as loop:
+                here = f.add(flat, f.mul(loop.index, rest))
+                nested = [*sections, f.section()]
+                self._walk(stage, plan, [*inner, loop.index], nested, accumulators, here, stack)
+            return
+        if stack is not None:
+            inside = f.pure(f"and i64 {flat}, {CHUNK - 1}")
+            first = f.pure(f"icmp eq i64 {inside}, 0")
+            later = f.pure(f"icmp ne i64 {flat}, 0")
+            with f.when(f.pure(f"and i1 {first}, {later}")):
+                self._push(plan, accumulators, stack, f.sub(f.div(flat, str(CHUNK)), "1"))
+                self._clear(plan, accumulators)
+        lane = f.pure(f"and i64 {flat}, {LANES - 1}") if plan.lanes > 1 else "0"
+
+        def emit(column: str, offset: str, mask: str | None) -> None:
+            scope = self._scope(column, inner, sections, mask)
+            values = self._point(stage, scope, offset)
+            slot = self._slot(plan, accumulators, lane, offset)
+            position = ""
+            if any(r.is_arg for r in plan.reducers):
+                position = self.e.splat_scalar(flat, "i64", self.width)
+            state: list[str] = []
+            before = load_state(f, plan.reducers, self.width, slot)
+            for r, s in zip(plan.reducers, split_states(plan.reducers, before), strict=True):
+                operands = [self.e.splat(scope, values[k]) for k in r.args]
+                state += r.step(f, self.width, s, operands, position, None)
+            store_state(f, plan.reducers, self.width, slot, state)
+
+        self._over_strip(emit)
+
+    def _push(self, plan: _Stage, accumulators: str, stack: str, finished: str) -> None:
+        """The chunk's accumulators, vector by vector, into the counter of number `finished`."""
+        f = self.f
+        with f.loop("0", str(plan.layer), plan.each) as loop:
+            state = load_state(f, plan.reducers, self.width, f.gep("i8", accumulators, loop.index))
+            column = f.gep("i8", stack, loop.index)
+            push(f, plan.reducers, self.width, column, state, finished, plan.layer)
+
+    def _drain(self, plan: _Stage, accumulators: str, stack: str, chunks: str) -> None:
+        f = self.f
+        with f.loop("0", str(plan.layer), plan.each) as loop:
+            column = f.gep("i8", stack, loop.index)
+            state = drain(f, plan.reducers, self.width, column, chunks, plan.layer)
+            store_state(f, plan.reducers, self.width, f.gep("i8", accumulators, loop.index), state)
+
+    def _finish(self, number: int, plan: _Stage, accumulators: str) -> None:
+        """Halves the lanes of each column and keeps the results."""
+        f, width, reducers = self.f, self.width, plan.reducers
+        with f.loop("0", str(self.strip), width) as loop:
+            lanes: list[list[str]] = []
+            for lane in range(plan.lanes):
+                slot = self._slot(plan, accumulators, str(lane), loop.index)
+                lanes.append(load_state(f, reducers, width, slot))
+            if plan.ordered:
+                lanes += [identities(reducers, width)] * (LANES - plan.lanes)
+            for n, r in enumerate(reducers):
+                states = [split_states(reducers, s)[n] for s in lanes]
+                while len(states) > 1:
+                    half = len(states) // 2
+                    states = [r.merge(f, width, states[k], states[k + half]) for k in range(half)]
+                address, type_ = self._result_address(number, n, loop.index)
+                name = r.result(f, states[0], width)
+                if r.result_dtype.kind == "b":
+                    name = f.op(f"zext {vector(width, register_type(r.result_dtype))} {name} to {type_}")
+                f.emit(f"store {type_} {name}, ptr {address}, align {r.result_dtype.itemsize}")

@@ -1,0 +1,21 @@
+"""From a kernel to LLVM text: one function, dispatching on the kind of kernel."""
+
+from __future__ import annotations
+
+from duo_backends.cpu.code import KernelCode, Target
+from duo_backends.cpu.gemm import compile_contract
+from duo_backends.cpu.loops import compile_loop
+from duo_backends.cpu.scan import compile_scan
+from duo_backends.cpu.scatter import compile_scatter
+from duo_ir.kernels.kernel import ContractKernel, Kernel, LoopKernel, ScanKernel
+
+
+def compile_kernel(kernel: Kernel, target: Target) -> KernelCode:
+    """LLVM text of `kernel` for `target`, its phases, scratch and cost. Deterministic: equal kernels give equal text."""
+    if isinstance(kernel, LoopKernel):
+        return compile_loop(kernel, target)
+    if isinstance(kernel, ContractKernel):
+        return compile_contract(kernel, target)
+    if isinstance(kernel, ScanKernel):
+        return compile_scan(kernel, target)
+    return compile_scatter(kernel, target)

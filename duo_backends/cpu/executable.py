@@ -1,0 +1,298 @@
+"""Compiled programs on the CPU: `CpuExecutable` (any sizes) and `CpuBound` (sizes known, ready to run).
+
+A call needs a *frame*: argument pointers, scalar cells, temporaries, status words and scratch in one block. Small frames are
+kept by the bound program, one per overlapping call; large ones go back to the allocator after each call, so that programs share
+memory.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import os
+import threading
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import lru_cache
+from types import CodeType
+
+import numpy as np
+
+from duo_backends.base import Scalar
+from duo_backends.cpu import runner_text as layout
+from duo_backends.cpu.memory import Buffer, allocate, allocator
+from duo_backends.cpu.pool_text import CHUNKS_PER_THREAD, STATUS_BYTES
+from duo_backends.cpu.runner import native
+from duo_backends.cpu.table import LoadedKernel, Table, build_table
+from duo_backends.cpu.threads import get_num_threads, on_change
+from duo_ir.errors import ArgumentError, DeviceError, IndexOutOfRange
+from duo_ir.kernels.kernel import Kernel
+from duo_ir.kernels.program import Program, Step
+from duo_ir.types import DType, evaluate
+
+KEPT_FRAME = 1 << 20  # bytes up to which a bound program keeps its frames
+RELEASE_NANOSECONDS = 30_000  # estimated work from which on other Python threads may run meanwhile
+BOUND_LIMIT = 256  # sets of sizes that an executable remembers
+_LINE = 64
+_KINDS = {
+    "f64": layout.F64, "f32": layout.F32, "i64": layout.I64, "i32": layout.I32, "i16": layout.I16, "i8": layout.I8,
+    "u8": layout.U8, "bool": layout.BOOL, "f16": layout.BITS16, "bf16": layout.BITS16,
+}  # fmt: skip
+
+
+class CpuExecutable:
+    """A program and its loaded kernels. `scalars`: numbers of the inputs that are given as Python numbers."""
+
+    def __init__(self, program: Program, kernels: Mapping[Kernel, LoadedKernel], scalars: Collection[int] = ()) -> None:
+        for k in scalars:
+            if not 0 <= k < len(program.inputs) or program.inputs[k].shape != ():
+                raise ArgumentError(f"input {k} cannot be a Python number: it is not a 0-d input of the program")
+        self.program = program
+        self.kernels = kernels
+        self.scalars = frozenset(scalars)
+        self._bound: OrderedDict[tuple[int, ...], CpuBound] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def bind(self, sizes: Mapping[str, int] | None = None) -> CpuBound:
+        """The program for these values of `program.dims`. Raises ArgumentError when one is missing or negative."""
+        sizes = sizes or {}
+        try:
+            key = tuple([sizes[name] for name in self.program.dims])
+        except KeyError as error:
+            raise ArgumentError(
+                f"bind() needs sizes for {', '.join(self.program.dims)}; {error.args[0]!r} is missing"
+            ) from None
+        bound = self._bound.get(key)
+        if bound is not None:
+            return bound
+        if any(size < 0 for size in key):
+            raise ArgumentError(f"sizes must not be negative: {dict(zip(self.program.dims, key))}")
+        with self._lock:
+            bound = self._bound.get(key)
+            if bound is None:
+                bound = self._bound[key] = CpuBound(self, dict(zip(self.program.dims, key)))
+                if len(self._bound) > BOUND_LIMIT:
+                    self._bound.popitem(last=False)
+        return bound
+
+
+class CpuBound:
+    """A program ready to run. `run` may be called from several threads at once."""
+
+    def __init__(self, executable: CpuExecutable, sizes: Mapping[str, int]) -> None:
+        program = self.program = executable.program
+        self.executable, self.sizes = executable, sizes
+        self.table: Table = build_table(program, executable.kernels, sizes, native().copy)
+        self._out_bytes = [evaluate(t.nbytes, sizes) for t in program.outputs]
+        self._in_bytes = [evaluate(t.nbytes, sizes) for t in program.inputs]
+        self._scalars = executable.scalars
+        count = len(program.inputs)
+        self._plain = list(program.results) == list(range(count, count + len(program.outputs)))
+        self._donations = [
+            (output, given)
+            for output, given in program.donations
+            if given not in program.results
+            and given not in self._scalars
+            and self._in_bytes[given] >= self._out_bytes[output]
+        ]
+        self._plan = self._make_plan()
+        self.entry = native().make_entry(self._plan.ctypes.data)
+        self._measure()
+        on_change(self)
+
+    # --------------------------------------------------------------------------------------------------------- running
+    # `run(inputs, donated=())`, see `duo_backends.base.Bound.run`, is made by _make_run: a function with the program's
+    # number of inputs and outputs written out costs half of one with loops.
+    run: Callable[..., list[Buffer]]
+
+    def _make_run(self) -> Callable[..., list[Buffer]]:
+        names = {
+            "Buffer": Buffer, "allocate": allocate, "entry": self.entry, "fail": self._fail, "frames": self._frames,
+            "new_frame": self.new_frame, "general": self.run_general, "results": self._results, "bits": self._bits,
+        }  # fmt: skip
+        inputs = [f"a{k}" for k in range(len(self._in_bytes))]
+        lines = ["def run(inputs, donated=()):", "  if donated: return general(inputs, donated)"]
+        if os.environ.get("DUO_VERIFY") == "1":
+            names["check"] = self.check_inputs
+            lines.append("  check(inputs)")
+        if inputs:
+            lines.append(f"  {', '.join(inputs)}, = inputs")
+        addresses = [self._address(k, name) for k, name in enumerate(inputs)]
+        for k, nbytes in enumerate(self._out_bytes):
+            home = allocator.class_of(nbytes)
+            names[f"home{k}"], names[f"pop{k}"] = home, home.pop
+            lines.append(f"  try: o{k} = Buffer(pop{k}(), {nbytes}, home{k})")
+            lines.append(f"  except IndexError: o{k} = allocate({nbytes})")
+            addresses.append(f"o{k}.ptr")
+        if self._keeps_frames:
+            lines += ["  try: frame = frames.pop()", "  except IndexError: frame = new_frame()"]
+        else:
+            lines.append("  frame = new_frame()")
+        lines.append(f"  failed = entry({', '.join([*addresses, 'frame.ptr'])})")
+        lines.append("  if failed: fail(failed, frame)")
+        if self._keeps_frames:
+            lines.append("  frames.append(frame)")
+        outputs = f"[{', '.join(f'o{k}' for k in range(len(self._out_bytes)))}]"
+        lines.append(f"  return {outputs}" if self._plain else f"  return results(inputs, {outputs})")
+        exec(_compiled("\n".join(lines)), names)  # type: ignore[arg-type]
+        return names["run"]  # type: ignore[return-value]
+
+    def _address(self, k: int, name: str) -> str:
+        """The expression for what the entry takes for input k."""
+        if k not in self._scalars:
+            return f"{name}.ptr"
+        return f"bits({name}, {k})" if self.program.inputs[k].dtype.is_narrow_float else name
+
+    def _bits(self, value: object, k: int) -> int:
+        """The bits of an f16 or bf16 scalar input."""
+        return int(_rounded(value, self.program.inputs[k].dtype).view(np.uint16))
+
+    def run_general(self, inputs: Sequence[Buffer | Scalar], donated: Collection[int] = ()) -> list[Buffer]:
+        """`run` with loops, and with donation: an output takes the memory of an input that was given away."""
+        donors = self._donors(inputs, donated)
+        outputs = [donors.get(k) or allocate(n) for k, n in enumerate(self._out_bytes)]
+        given: list[object] = []
+        for k, x in enumerate(inputs):
+            if k not in self._scalars:
+                given.append(x.ptr)  # type: ignore[union-attr]
+            else:
+                given.append(self._bits(x, k) if self.program.inputs[k].dtype.is_narrow_float else x)
+        frames = self._frames
+        try:
+            frame = frames.pop()
+        except IndexError:
+            frame = self.new_frame()
+        failed = self.entry(*given, *[x.ptr for x in outputs], frame.ptr)
+        if failed:
+            self._fail(failed, frame)
+        if self._keeps_frames:
+            frames.append(frame)
+        for k, buffer in donors.items():
+            outputs[k] = buffer.give_away(self._out_bytes[k])
+        return outputs if self._plain else self._results(inputs, outputs)
+
+    def check_inputs(self, inputs: Sequence[Buffer | Scalar]) -> None:
+        """Raises ArgumentError when there are too few inputs or a buffer is too small (each call does under DUO_VERIFY=1)."""
+        if len(inputs) != len(self._in_bytes):
+            raise ArgumentError(f"the program takes {len(self._in_bytes)} inputs, not {len(inputs)}")
+        for k, (x, nbytes) in enumerate(zip(inputs, self._in_bytes)):
+            if k not in self._scalars and (not isinstance(x, Buffer) or x.nbytes < nbytes):
+                raise ArgumentError(f"input {k}, {self.program.inputs[k]}, needs a buffer of {nbytes} bytes, not {x!r}")
+
+    def _donors(self, inputs: Sequence[Buffer | Scalar], donated: Collection[int]) -> dict[int, Buffer]:
+        """Output number -> the given-away input whose memory it takes: one that the program allows and nobody else sees."""
+        donors: dict[int, Buffer] = {}
+        taken: set[int] = set()
+        uses = Counter(map(id, inputs))
+        for output, given in self._donations:
+            if output in donors or given in taken or given not in donated:
+                continue
+            buffer = inputs[given]
+            if isinstance(buffer, Buffer) and buffer.donatable and uses[id(buffer)] == 1:
+                donors[output] = buffer
+                taken.add(given)
+        return donors
+
+    def _results(self, inputs: Sequence[Buffer | Scalar], outputs: list[Buffer]) -> list[Buffer]:
+        count = len(self.program.inputs)
+        out = []
+        for slot in self.program.results:
+            if slot >= count:
+                out.append(outputs[slot - count])
+            elif slot in self._scalars:
+                array = _rounded(inputs[slot], self.program.inputs[slot].dtype)
+                buffer = allocate(array.nbytes)
+                ctypes.memmove(buffer.ptr, array.ctypes.data, array.nbytes)
+                out.append(buffer)
+            else:
+                out.append(inputs[slot])  # type: ignore[arg-type]
+        return out
+
+    def _fail(self, code: int, frame: Buffer) -> None:
+        if code > 0:
+            raise self._index_error(self.table.steps[code - 1], frame)
+        if code == -layout.WRONG_COUNT:
+            raise ArgumentError(f"the program takes {len(self.program.inputs)} inputs")
+        if code < -layout.OUT_OF_RANGE:
+            k = -code - layout.OUT_OF_RANGE - 1
+            raise ArgumentError(f"input {k} does not fit {self.program.inputs[k].dtype.name}")
+        k = -code - 1
+        raise DeviceError(f"input {k} of the program is a buffer that was given away (donated) to an earlier call")
+
+    def _index_error(self, step: Step | None, frame: Buffer) -> IndexOutOfRange:
+        assert step is not None
+        status = ctypes.c_int64.from_address(frame.ptr + 16).value
+        site, index, bound = (ctypes.c_int64 * 3).from_address(status)
+        sites = step.kernel.sites
+        what = sites[site - 1] if 0 < site <= len(sites) else "an indexed access"
+        where = f"{step.where}: " if step.where else ""
+        return IndexOutOfRange(
+            f"{where}{what}: index {index} is out of range for an axis of size {bound}; indices run from 0 to {bound - 1}"
+            if bound > 0
+            else f"{where}{what}: index {index} is out of range for an empty axis"
+        )
+
+    # ---------------------------------------------------------------------------------------------- plan and frames
+    def _make_plan(self) -> np.ndarray:
+        """The words that `duo_entry` reads; arrays they point to are kept in this object."""
+        program, count = self.program, len(self.program.inputs) + len(self.program.outputs)
+        base = layout.FRAME_HEADER + 8 * len(program.inputs)
+        users: list[list[int]] = [[] for _ in range(count)]
+        for word, place in enumerate(self.table.places):
+            if place < 0:
+                users[-1 - place].append(base + 8 * word)
+        self._patches = np.array([offset for user in users for offset in user] + [0], np.int64)
+        self._specs = np.zeros((count + 1, layout.SPEC_WORDS), np.int64)
+        position = 0
+        for k, user in enumerate(users):
+            kind = _KINDS[program.inputs[k].dtype.name] if k in self._scalars else layout.POINTER
+            self._specs[k] = (kind, layout.FRAME_HEADER + 8 * k, position, position + len(user))
+            position += len(user)
+        flags = layout.HAS_PARALLEL if self.table.parallel else 0
+        if self.table.cost > RELEASE_NANOSECONDS or self.table.loops:
+            flags |= layout.RELEASE_GIL
+        addresses = [a.ctypes.data for a in (self.table.code, self._specs, self._patches)]
+        self._temps_at = _round(base + 8 * len(self.table.places))
+        self._places_at = base
+        # Frame offsets of what lies in the arena; arguments are patched by each call.
+        self._places = np.array([max(place, 0) + self._temps_at for place in self.table.places], np.int64)
+        return np.array([count + 1, *addresses, flags], np.int64)
+
+    def _measure(self) -> None:
+        threads = get_num_threads() if self.table.parallel else 1
+        status_at = _round(self._temps_at + self.table.arena)
+        scratch_at = _round(status_at + STATUS_BYTES * CHUNKS_PER_THREAD * threads)
+        self._geometry = (threads, status_at, scratch_at, scratch_at + self.table.scratch(threads))
+        self._keeps_frames = self._geometry[3] <= KEPT_FRAME
+        self._frames: list[Buffer] = []
+        self.run = self._make_run()
+
+    def threads_changed(self) -> None:
+        self._measure()
+
+    def new_frame(self) -> Buffer:
+        """A frame for one call at a time; its `ptr` is the entry's last argument."""
+        threads, status_at, scratch_at, nbytes = self._geometry
+        frame = allocate(nbytes)
+        start = frame.ptr
+        header = (ctypes.c_int64 * 3).from_address(start)
+        header[0], header[1], header[2] = threads, start + scratch_at, start + status_at
+        words = self._places + start
+        ctypes.memmove(start + self._places_at, words.ctypes.data, words.nbytes)
+        ctypes.memset(start + status_at, 0, STATUS_BYTES * CHUNKS_PER_THREAD * threads)
+        return frame
+
+
+def _rounded(value: object, dtype: DType) -> np.ndarray:
+    """A Python number as a 0-d array."""
+    with np.errstate(over="ignore"):
+        return np.asarray(value, dtype.numpy)
+
+
+@lru_cache(maxsize=1024)
+def _compiled(source: str) -> CodeType:
+    return compile(source, "<duo bound program>", "exec")
+
+
+def _round(nbytes: int) -> int:
+    return math.ceil(nbytes / _LINE) * _LINE

@@ -1,0 +1,674 @@
+"""The contraction kernel on the CPU: (batched) matrix multiplication from register tiles, with a fused epilogue.
+
+The result is cut into *row tiles* and *column panels*; a work unit is a rectangle of them in one batch entry. For each K block of 512
+a unit packs what cannot be read in place (`gemm_pack.py`), calls micro-kernels (`gemm_tile.py`) that leave or add block sums in small tiles,
+and after the last block runs the kernel's body on the tiles. Scratch is bounded per thread whatever the sizes. Which tiles, whether
+to pack and how to cut are chosen here from what is known of sizes and strides; none of it changes a bit (numerics contract, rule 2).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from duo_backends.cpu.body import Emitter, Scope, Value
+from duo_backends.cpu.code import SIGNATURE, KernelCode, Phase, Target
+from duo_backends.cpu.convert import convert
+from duo_backends.cpu.gemm_pack import emit_copy, emit_gather, emit_transpose
+from duo_backends.cpu.gemm_tile import (
+    BLOCK,
+    Tile,
+    best_tile,
+    compute_dtype,
+    emit_micro_kernel,
+    lanes_of,
+    registers_of,
+)
+from duo_backends.cpu.llvm import Function, Module, memory_type, register_type, vector
+from duo_ir.errors import ArgumentError
+from duo_ir.kernels.kernel import Access, ContractKernel
+from duo_ir.types import DimLike, DType, evaluate, product
+
+CHUNK_BLOCKS = 8  # blocks per chunk of a long K
+SEQUENTIAL_K = 16384  # up to here blocks are added in order, beyond it chunks combine by the adjacent tree
+CACHED_ROWS = 168  # rows of A packed at a time: with K blocks of 512 they stay in the second-level cache
+UNIT_SIDE = 512  # largest rows and columns of a unit
+UNIT_WORK = 1 << 21  # multiply-adds of a unit below which it is not cut further
+_ALIGN = 64
+
+
+def compile_contract(kernel: ContractKernel, target: Target) -> KernelCode:
+    """One phase; units are rectangles of the result. Raises ArgumentError for operands with guards or index operands."""
+    for access in (kernel.a, kernel.b):
+        if access.guards or access.index_strides:
+            raise ArgumentError(
+                "matmul: a contraction reads its operands at plain affine positions; materialise them first"
+            )
+    plan = _plan(kernel, target)
+    name = "contract_" + hashlib.sha256(repr((kernel, target)).encode()).hexdigest()[:16]
+    module = Module()
+    _Driver(module, kernel, target, plan, name).emit()
+
+    def cost(sizes: Mapping[str, int]) -> float:
+        work = evaluate(product(kernel.batch) * kernel.m * kernel.n * kernel.k, sizes)
+        stored = evaluate(product(kernel.batch) * kernel.m * kernel.n, sizes)
+        return 50.0 + work * 2 / (1.5 * target.vector_bytes * (4 / plan.compute.itemsize)) + stored * 0.1
+
+    return KernelCode(
+        module.text(), (Phase(name, plan.units),), lambda sizes, threads: threads * plan.scratch(sizes), cost
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------ plan
+@dataclass(frozen=True)
+class Segment:
+    """`count` row tiles of `rows` rows, one after the other; None where the count depends on a symbolic m."""
+
+    rows: int
+    count: int | None
+
+
+@dataclass(frozen=True)
+class _Plan:
+    kernel: ContractKernel
+    compute: DType
+    lanes: int
+    vectors: int  # of a column panel
+    tail_vectors: int  # of the last panel; equal to `vectors` where all panels are alike
+    segments: tuple[Segment, ...]
+    pack_a: bool
+    pack_b: bool
+    pack_tail: bool  # the last panel is packed although the others are read in place
+    unit_tiles: int
+    unit_panels: int
+
+    @property
+    def panel(self) -> int:
+        """Columns of a panel."""
+        return self.vectors * self.lanes
+
+    @property
+    def has_tail(self) -> bool:
+        """Whether the last panel needs code of its own."""
+        return self.tail_vectors != self.vectors or self.pack_tail
+
+    @property
+    def k_block(self) -> int:
+        """K steps of a block, at most."""
+        return min(BLOCK, self.kernel.k) if isinstance(self.kernel.k, int) else BLOCK
+
+    @property
+    def one_block(self) -> bool:
+        return isinstance(self.kernel.k, int) and self.kernel.k <= BLOCK
+
+    @property
+    def may_be_long(self) -> bool:
+        return not isinstance(self.kernel.k, int) or self.kernel.k > SEQUENTIAL_K
+
+    @property
+    def cached_tiles(self) -> int:
+        """Row tiles of A packed at a time."""
+        return min(self.unit_tiles, max(1, CACHED_ROWS // self.segments[0].rows))
+
+    @property
+    def a_vector(self) -> int:
+        """Lanes at once in packing A: no more than its tiles need."""
+        rows, lanes = self.segments[0].rows, 16 // self.compute.itemsize
+        while lanes < min(rows, self.lanes):
+            lanes *= 2
+        return lanes
+
+    @property
+    def a_stride(self) -> int:
+        """Elements between k steps of a packed tile of A."""
+        return -(-self.segments[0].rows // self.a_vector) * self.a_vector
+
+    @property
+    def tile_elements(self) -> int:
+        return self.segments[0].rows * self.panel
+
+    @property
+    def strip_bytes(self) -> int:
+        """Packed B is laid out in strips, one vector of columns over the k of a block; an odd number of vectors, so that strips
+        read side by side do not share cache sets."""
+        return (self.k_block | 1) * self.lanes * self.compute.itemsize
+
+    @property
+    def b_bytes(self) -> int:
+        panels = self.unit_panels if self.pack_b else 1 if self.pack_tail else 0
+        return _round(panels * self.vectors * self.strip_bytes)
+
+    @property
+    def a_bytes(self) -> int:
+        rows = self.cached_tiles * self.a_stride if self.pack_a else 0
+        return _round(rows * self.k_block * self.compute.itemsize)
+
+    @property
+    def sums_bytes(self) -> int:
+        """The block sums of a unit, or of one tile where there is one block."""
+        tiles = 1 if self.one_block else self.unit_tiles * self.unit_panels
+        return _round(tiles * self.tile_elements * self.compute.itemsize)
+
+    def tiles(self, sizes: Mapping[str, int]) -> int:
+        if isinstance(self.kernel.m, int):
+            return sum(s.count or 0 for s in self.segments)
+        full, rest = divmod(evaluate(self.kernel.m, sizes), self.segments[0].rows)
+        return full + rest.bit_count()
+
+    def panels(self, sizes: Mapping[str, int]) -> int:
+        return -(-evaluate(self.kernel.n, sizes) // self.panel)
+
+    def units(self, sizes: Mapping[str, int]) -> int:
+        rows, columns = -(-self.tiles(sizes) // self.unit_tiles), -(-self.panels(sizes) // self.unit_panels)
+        return evaluate(product(self.kernel.batch), sizes) * rows * columns
+
+    def scratch(self, sizes: Mapping[str, int]) -> int:
+        """Bytes per thread."""
+        levels = 1
+        k = evaluate(self.kernel.k, sizes)
+        if k > SEQUENTIAL_K:
+            levels = (-(-k // (BLOCK * CHUNK_BLOCKS)) - 1).bit_length() + 1
+        return self.b_bytes + self.a_bytes + levels * self.sums_bytes
+
+
+def _round(size: int) -> int:
+    return -(-size // _ALIGN) * _ALIGN
+
+
+def _known(d: DimLike) -> int | None:
+    return d if isinstance(d, int) else None
+
+
+def _plan(kernel: ContractKernel, target: Target) -> _Plan:
+    compute = compute_dtype(kernel.acc)
+    lanes, registers = lanes_of(target, compute), registers_of(target)
+    m, n, k = _known(kernel.m), _known(kernel.n), _known(kernel.k)
+    column_vectors = None if n is None else -(-n // lanes)
+    rows, vectors = best_tile(m or None, column_vectors or None, registers)
+    segments = _segments(m, rows)
+    tail_vectors = vectors
+    if column_vectors and column_vectors % vectors:
+        tail_vectors = column_vectors % vectors
+
+    a_type, b_type = kernel.args[kernel.a.buffer].dtype, kernel.args[kernel.b.buffer].dtype
+    a_row, a_step = kernel.a.at.strides[-2:]
+    b_column = kernel.b.at.strides[-1]
+    panels = math.inf if column_vectors is None else -(-column_vectors // vectors)
+    tiles = math.inf if m is None else -(-m // rows)
+    pack_b = b_column != 1 or (
+        tiles > 2 and (b_type is not compute or k is None or n is None or k * n * compute.itemsize > 1 << 15)
+    )
+    pack_a = (not isinstance(a_row, int) and m != 1) or (
+        panels > 2 and (a_type is not compute or (_conflicts(a_row, a_step, compute.itemsize, k) and tiles > 1))
+    )
+    pack_tail = not pack_b and (n is None or n % lanes != 0)
+    unit_tiles, unit_panels = _unit(kernel, rows, vectors * lanes, tiles, panels)
+    return _Plan(
+        kernel, compute, lanes, vectors, tail_vectors, segments, pack_a, pack_b, pack_tail, unit_tiles, unit_panels
+    )
+
+
+def _segments(m: int | None, rows: int) -> tuple[Segment, ...]:
+    """A known m is cut evenly, into tiles of at most two heights; a symbolic one into full tiles and powers of two."""
+    if m is None:
+        powers = [1 << i for i in reversed(range((rows - 1).bit_length()))]
+        return (Segment(rows, None), *(Segment(p, None) for p in powers))
+    tiles = -(-m // rows)
+    if tiles == 0:
+        return (Segment(1, 0),)
+    high = -(-m // tiles)
+    big = m - tiles * (high - 1)
+    return (Segment(high, big), Segment(high - 1, tiles - big)) if tiles > big else (Segment(high, big),)
+
+
+def _conflicts(a_row: DimLike, a_step: DimLike, itemsize: int, k: int | None) -> bool:
+    """Whether A read in place would miss the first-level cache: its rows fall on few cache sets, or it is large."""
+    stride = a_row if a_step == 1 else a_step
+    return k is None or not isinstance(stride, int) or stride * itemsize >= 2048
+
+
+def _unit(kernel: ContractKernel, rows: int, columns: int, tiles: float, panels: float) -> tuple[int, int]:
+    """Row tiles and panels of a unit: up to 512 x 512, cut while there are few units with much work."""
+    k = kernel.k if isinstance(kernel.k, int) else 2 * BLOCK
+    batch = math.prod(d for d in kernel.batch if isinstance(d, int))
+    side = UNIT_SIDE if isinstance(kernel.k, int) else UNIT_SIDE // 2
+    all_tiles = min(tiles, -(-side // rows)) if tiles == math.inf else tiles
+    all_panels = min(panels, -(-4 * side // columns)) if panels == math.inf else panels
+    unit_tiles, unit_panels = max(1, min(all_tiles, side // rows)), max(1, min(all_panels, max(1, side // columns)))
+    while batch * -(-all_tiles // unit_tiles) * -(-all_panels // unit_panels) < 8:
+        if unit_tiles * rows * unit_panels * columns * k < 2 * UNIT_WORK:
+            break
+        if unit_panels > 1 and (unit_panels * columns >= unit_tiles * rows or unit_tiles == 1):
+            unit_panels = -(-unit_panels // 2)
+        elif unit_tiles > 1:
+            unit_tiles = -(-unit_tiles // 2)
+        else:
+            break
+    return int(unit_tiles), int(unit_panels)
+
+
+# ---------------------------------------------------------------------------------------------------------- driver
+class _RowTile(NamedTuple):
+    """SSA names: the tile's number, its first row and its rows."""
+
+    number: str
+    row: str
+    rows: str
+
+
+class _Panel(NamedTuple):
+    """SSA names: the panel's number, first column, columns, and the i1 that says whether it is the tail."""
+
+    number: str
+    column: str
+    columns: str
+    tail: str
+
+
+class _Driver:
+    """Emits the functions of one contraction."""
+
+    def __init__(self, module: Module, kernel: ContractKernel, target: Target, plan: _Plan, name: str) -> None:
+        self.module, self.kernel, self.target, self.plan, self.name = module, kernel, target, plan, name
+        self.a_type = kernel.args[kernel.a.buffer].dtype
+        self.b_type = kernel.args[kernel.b.buffer].dtype
+        self.made: dict[object, str] = {}
+
+    # ---------------------------------------------------------------------------------------- functions on demand
+    def _function(self, key: object, kind: str, emit: Callable[[str], None]) -> str:
+        if key not in self.made:
+            self.made[key] = f"{self.name}_{kind}{len(self.made)}"
+            emit(self.made[key])
+        return self.made[key]
+
+    def micro_kernel(self, rows: int, vectors: int, packed_b: bool) -> str:
+        plan, a_row = self.plan, self.kernel.a.at.strides[-2]
+        if plan.pack_a:
+            a, row_bytes = plan.compute, plan.compute.itemsize
+        else:
+            a, row_bytes = self.a_type, a_row * self.a_type.itemsize if isinstance(a_row, int) else 0
+        b = plan.compute if packed_b else self.b_type
+        b_vector = plan.strip_bytes if packed_b else plan.lanes * b.itemsize
+        tile = Tile(rows, vectors, a, row_bytes, b, b_vector, plan.compute)
+        return self._function(tile, "tile", lambda name: emit_micro_kernel(self.module, self.target, name, tile))
+
+    def packer(
+        self, dtype: DType, lane: DimLike, step: DimLike, lanes: int, vectors: int, apart: int
+    ) -> tuple[str, int]:
+        """(packing function for those strides, lanes it packs at once), with `vectors` vectors of `lanes` lanes, `apart` bytes from
+        each other, a k step."""
+        module, target, compute = self.module, self.target, self.plan.compute
+        if lane == 1:
+            copy = self._function(
+                ("copy", dtype, lanes, vectors, apart),
+                "copy",
+                lambda name: emit_copy(module, target, name, dtype, compute, lanes, vectors, apart),
+            )
+            return copy, lanes * vectors
+        gather = self._function(
+            ("gather", dtype), "gather", lambda name: emit_gather(module, target, name, dtype, compute)
+        )
+        if step != 1:
+            return gather, lanes
+        transpose = self._function(
+            ("transpose", dtype, lanes),
+            "transpose",
+            lambda name: emit_transpose(module, target, name, gather, dtype, compute, lanes),
+        )
+        return transpose, lanes
+
+    # ---------------------------------------------------------------------------------------------------- epilogue
+    def epilogue(self) -> str:
+        """void name(args, dims, status, batch indices..., row, rows, column, columns, tile): the body on one tile."""
+        return self._function("epilogue", "epilogue", self._emit_epilogue)
+
+    def _emit_epilogue(self, name: str) -> None:
+        kernel, plan = self.kernel, self.plan
+        batch = [f"%batch{i}" for i in range(len(kernel.batch))]
+        f = Function(
+            self.module,
+            f"define internal void @{name}(ptr %args, ptr %dims, ptr %status, "
+            + "".join(f"i64 {b}, " for b in batch)
+            + "i64 %row, i64 %rows, i64 %column, i64 %columns, ptr %tile, i64 %tile_row) noinline #0",
+        )
+        emitter = Emitter(f, self.target, kernel.args, _pointers(f, kernel), kernel.dims)
+        lanes, size = plan.lanes, plan.compute.itemsize
+        type_ = vector(lanes, register_type(plan.compute))
+
+        def strip(number: str, mask: str | None) -> None:
+            """One vector of columns, all rows."""
+            offset = f.mul(number, str(lanes))
+            column, at = f.add("%column", offset), f.gep("i8", "%tile", f.mul(offset, str(size)))
+            with f.loop("0", "%rows", 1, [("ptr", at)], runs=True) as loop:
+                row = f.op(f"add i64 %row, {loop.index}")
+                levels = (*(0 for _ in batch), 2, 1)
+                regions = (f.top, loop.before, None)
+                scope = Scope((*batch, row, column), levels, regions, len(batch) + 1, lanes, mask)
+                acc = f.op(f"load {type_}, ptr {loop.values[0]}, align {size}")
+                acc = convert(f, self.target, acc, plan.compute, kernel.acc, lanes, None)
+                acc = convert(f, self.target, acc, kernel.acc, kernel.result, lanes, None)
+                values = emitter.emit(kernel.body, scope, acc=Value(acc, kernel.result, True, 2))
+                for store in kernel.stores:
+                    emitter.store(store, values, scope)
+                loop.next = [f.op(f"getelementptr i8, ptr {loop.values[0]}, i64 %tile_row")]
+
+        full = f.div("%columns", str(lanes))
+        with f.loop("0", full, 1) as loop:
+            strip(loop.index, None)
+        rest = f.rem("%columns", str(lanes))
+        with f.when(f.op(f"icmp ne i64 {rest}, 0")):
+            numbers = ", ".join(f"i64 {lane}" for lane in range(lanes))
+            count = emitter.splat_scalar(rest, "i64", lanes)
+            strip(full, f.op(f"icmp slt {vector(lanes, 'i64')} <{numbers}>, {count}"))
+        f.finish()
+
+    # -------------------------------------------------------------------------------------------------------- main
+    def emit(self) -> None:
+        kernel, plan = self.kernel, self.plan
+        f = self.f = Function(self.module, f"define void @{self.name}({SIGNATURE}) #0")
+        emitter = Emitter(f, self.target, kernel.args, _pointers(f, kernel), kernel.dims)
+        self.dim = emitter.dim
+        pointers = emitter.pointers
+        self.m, self.n, self.k = (self.dim(d) for d in (kernel.m, kernel.n, kernel.k))
+        # like _Plan.scratch, per thread
+        levels = "1"
+        chunks = self._ceil_div(self.k, BLOCK * CHUNK_BLOCKS)
+        if plan.may_be_long:
+            self.long = f.op(f"icmp sgt i64 {self.k}, {SEQUENTIAL_K}", f.top)
+            zeros = f.op(
+                f.intrinsic("ctlz", "i64", [("i64", f.sub(chunks, "1", f.top)), ("i1", "false")], "i64"), f.top
+            )
+            levels = f.op(f"select i1 {self.long}, i64 {f.sub('65', zeros, f.top)}, i64 1", f.top)
+        share = f.add(str(plan.a_bytes + plan.b_bytes), f.mul(levels, str(plan.sums_bytes), f.top), f.top)
+        mine = f.gep("i8", "%scratch", f.mul("%tid", share, f.top), f.top)
+        self.b_packed = mine
+        self.a_packed = f.gep("i8", mine, str(plan.b_bytes), f.top)
+        self.sums = f.gep("i8", mine, str(plan.a_bytes + plan.b_bytes), f.top)
+        self._count_tiles()
+        self.panels = self._ceil_div(self.n, plan.panel)
+        row_units = self._ceil_div(self.tiles, plan.unit_tiles)
+        column_units = self._ceil_div(self.panels, plan.unit_panels)
+        self.blocks = "1" if plan.one_block else f.call(
+            "smax", "i64", [("i64", self._ceil_div(self.k, BLOCK)), ("i64", "1")], region=f.top
+        )  # fmt: skip
+
+        with f.loop("%begin", "%end") as unit:
+            rest = f.div(unit.index, row_units)
+            first_tile = f.mul(f.rem(unit.index, row_units), str(plan.unit_tiles))
+            first_panel = f.mul(f.rem(rest, column_units), str(plan.unit_panels))
+            number = f.div(rest, column_units)
+            self.batch = []
+            for axis in reversed(range(len(kernel.batch))):
+                size = self.dim(kernel.batch[axis])
+                self.batch.insert(0, f.rem(number, size) if axis else number)
+                number = f.div(number, size) if axis else number
+            self.t0, self.t1 = first_tile, f.min(f.add(first_tile, str(plan.unit_tiles)), self.tiles)
+            self.p0, self.p1 = first_panel, f.min(f.add(first_panel, str(plan.unit_panels)), self.panels)
+            self.a = self._operand(pointers, kernel.a, self.a_type)
+            self.b = self._operand(pointers, kernel.b, self.b_type)
+            self._unit()
+        f.finish()
+
+    def _ceil_div(self, x: str, y: int) -> str:
+        return self.f.div(self.f.add(x, str(y - 1), self.f.top), str(y), self.f.top)
+
+    def _count_tiles(self) -> None:
+        """For each segment the number of its first tile, their count and the first one's row."""
+        f, plan = self.f, self.plan
+        self.spans: list[tuple[str, str, str]] = []
+        tile, row = "0", "0"
+        rest = ""
+        for number, segment in enumerate(plan.segments):
+            if segment.count is not None:
+                count = str(segment.count)
+            elif number == 0:
+                count = f.div(self.m, str(segment.rows), f.top)
+                rest = f.rem(self.m, str(segment.rows), f.top)
+            else:
+                count = f.pure(f"and i64 {f.div(rest, str(segment.rows), f.top)}, 1", f.top)
+            self.spans.append((tile, count, row))
+            tile = f.add(tile, count, f.top)
+            row = f.add(row, f.mul(count, str(segment.rows), f.top), f.top)
+        self.tiles = tile
+
+    def _operand(self, pointers: list[str], access: Access, dtype: DType) -> str:
+        """The address of an operand's first element in this batch entry."""
+        f = self.f
+        at = self.dim(access.at.offset)
+        for index, stride in zip(self.batch, access.at.strides, strict=False):
+            at = f.add(at, f.mul(index, self.dim(stride)))
+        return f.gep(memory_type(dtype), pointers[access.buffer], at)
+
+    def _bytes(self, stride: DimLike, dtype: DType) -> str:
+        return self.f.mul(self.dim(stride), str(dtype.itemsize), self.f.top)
+
+    def _unit(self) -> None:
+        f, plan = self.f, self.plan
+        a_step, b_step = self.kernel.a.at.strides[-1], self.kernel.b.at.strides[-2]
+        with f.loop("0", self.blocks, runs=True) as block:
+            k0 = f.mul(block.index, str(BLOCK))
+            k = f.min(f.sub(self.k, k0), str(BLOCK))
+            a = f.gep("i8", self.a, f.mul(k0, self._bytes(a_step, self.a_type)))
+            b = f.gep("i8", self.b, f.mul(k0, self._bytes(b_step, self.b_type)))
+            sums, add = self.sums, "false"
+            if not plan.one_block:
+                add = f.op(f"icmp ne i64 {block.index}, 0")
+            if plan.may_be_long:
+                inside = f.rem(block.index, str(CHUNK_BLOCKS))
+                chunk = f.div(block.index, str(CHUNK_BLOCKS))
+                add = f.op(f"select i1 {self.long}, i64 {inside}, i64 {block.index}")
+                add = f.op(f"icmp ne i64 {add}, 0")
+                level = f.op(f.intrinsic("ctpop", "i64", [("i64", chunk)]))
+                level = f.op(f"select i1 {self.long}, i64 {level}, i64 0")
+                sums = f.gep("i8", self.sums, f.mul(level, str(plan.sums_bytes)))
+            self._pack_b(b, k)
+            if plan.pack_a:
+                with f.loop(self.t0, self.t1, plan.cached_tiles, runs=True) as cached:
+                    last = f.min(f.add(cached.index, str(plan.cached_tiles)), self.t1)
+                    self._pack_a(a, k, cached.index, last)
+                    self._multiply(cached.index, last, a, b, k, sums, add)
+            else:
+                self._multiply(self.t0, self.t1, a, b, k, sums, add)
+            if plan.may_be_long:
+                with f.when(self.long):
+                    self._combine_chunks(block.index, chunk, level)
+        if not plan.one_block:
+            with self._sweep(self.t0, self.t1) as (panel, tile):
+                self._finish_tile(tile, panel, self.sums)
+
+    # ------------------------------------------------------------------------------------------------------ tiles
+    def _select(self, tile: str, choices: list[str], type_: str = "i64") -> str:
+        """The choice of the segment that holds `tile`."""
+        f, value = self.f, choices[0]
+        for (first, _, _), choice in zip(self.spans[1:], choices[1:], strict=True):
+            if choice != value:
+                later = f.pure(f"icmp sge i64 {tile}, {first}")
+                value = f.pure(f"select i1 {later}, {type_} {choice}, {type_} {value}")
+        return value
+
+    @contextmanager
+    def _each_tile(self, t0: str, t1: str) -> Iterator[_RowTile]:
+        """A loop over row tiles [t0, t1)."""
+        f = self.f
+        with f.loop(t0, t1, runs=True) as loop:
+            tile, rows = loop.index, self._select(loop.index, [str(s.rows) for s in self.plan.segments])
+            first = self._select(tile, [first for first, _, _ in self.spans])
+            row = f.add(self._select(tile, [row for _, _, row in self.spans]), f.mul(f.sub(tile, first), rows))
+            yield _RowTile(tile, row, rows)
+
+    @contextmanager
+    def _sweep(self, t0: str, t1: str) -> Iterator[tuple[_Panel, _RowTile]]:
+        """A loop over the unit's panels and, inside, over row tiles [t0, t1)."""
+        f, plan = self.f, self.plan
+        whole = f.div(self.n, str(plan.panel), f.top)
+        with f.loop(self.p0, self.p1, runs=True) as loop:
+            column = f.mul(loop.index, str(plan.panel))
+            columns = f.min(f.sub(self.n, column), str(plan.panel))
+            tail = f.pure(f"icmp sge i64 {loop.index}, {whole}") if plan.has_tail else "false"
+            with self._each_tile(t0, t1) as tile:
+                yield _Panel(loop.index, column, columns, tail), tile
+
+    def _choose(self, condition: str, yes: str, no: str, type_: str = "i64") -> str:
+        if condition == "false" or yes == no:
+            return no
+        return self.f.pure(f"select i1 {condition}, {type_} {yes}, {type_} {no}")
+
+    def _multiply(self, t0: str, t1: str, a: str, b: str, k: str, sums: str, add: str) -> None:
+        f, plan, kernel = self.f, self.plan, self.kernel
+        size = plan.compute.itemsize
+        with self._sweep(t0, t1) as (panel, tile):
+            if plan.pack_a:
+                a_at = f.gep("i8", self.a_packed, f.mul(f.sub(tile.number, t0), str(self._a_tile_bytes)))
+                a_step = str(plan.a_stride * size)
+            else:
+                a_at = f.gep("i8", a, f.mul(tile.row, self._bytes(kernel.a.at.strides[-2], self.a_type)))
+                a_step = self._bytes(kernel.a.at.strides[-1], self.a_type)
+            b_step = str(plan.lanes * size)
+            if plan.pack_b:
+                b_at = f.gep(
+                    "i8",
+                    self.b_packed,
+                    f.mul(f.sub(panel.number, self.p0), str(self.plan.vectors * self.plan.strip_bytes)),
+                )
+            else:
+                packed = panel.tail if plan.pack_tail else "false"
+                b_at = f.gep("i8", b, f.mul(panel.column, str(self.b_type.itemsize)))
+                b_at = self._choose(packed, self.b_packed, b_at, "ptr")
+                b_step = self._choose(packed, b_step, self._bytes(kernel.b.at.strides[-2], self.b_type))
+            names = [
+                self._choose(
+                    panel.tail,
+                    f"@{self.micro_kernel(s.rows, plan.tail_vectors, plan.pack_b or plan.pack_tail)}",
+                    f"@{self.micro_kernel(s.rows, plan.vectors, plan.pack_b)}",
+                    "ptr",
+                )
+                if plan.has_tail
+                else f"@{self.micro_kernel(s.rows, plan.vectors, plan.pack_b)}"
+                for s in plan.segments
+            ]
+            name, place = self._select(tile.number, names, "ptr"), self._sums_of(tile, panel, sums)
+            f.emit(
+                f"call void {name}(i64 {k}, ptr {a_at}, i64 {a_step}, ptr {b_at}, i64 {b_step}, ptr {place}, i1 {add})"
+            )
+            if plan.one_block:
+                self._finish_tile(tile, panel, sums)
+
+    def _sums_of(self, tile: _RowTile, panel: _Panel, sums: str) -> str:
+        if self.plan.one_block:
+            return sums
+        f, plan = self.f, self.plan
+        number = f.add(f.mul(f.sub(panel.number, self.p0), str(plan.unit_tiles)), f.sub(tile.number, self.t0))
+        return f.gep("i8", sums, f.mul(number, str(plan.tile_elements * plan.compute.itemsize)))
+
+    def _finish_tile(self, tile: _RowTile, panel: _Panel, sums: str) -> None:
+        plan, size = self.plan, self.plan.lanes * self.plan.compute.itemsize
+        batch = "".join(f"i64 {b}, " for b in self.batch)
+        row_bytes = self._choose(panel.tail, str(plan.tail_vectors * size), str(plan.vectors * size))
+        self.f.emit(
+            f"call void @{self.epilogue()}(ptr %args, ptr %dims, ptr %status, {batch}i64 {tile.row}, i64 {tile.rows}, "
+            f"i64 {panel.column}, i64 {panel.columns}, ptr {self._sums_of(tile, panel, sums)}, i64 {row_bytes})"
+        )
+
+    # --------------------------------------------------------------------------------------------------- packing
+    @property
+    def _a_tile_bytes(self) -> int:
+        return self.plan.a_stride * self.plan.k_block * self.plan.compute.itemsize
+
+    def _pack_b(self, b: str, k: str) -> None:
+        f, plan = self.f, self.plan
+        if not (plan.pack_b or plan.pack_tail):
+            return
+        step, lane = self.kernel.b.at.strides[-2:]
+        # a 32-byte vector of columns is enough to fill the shuffle units, and reads few rows that may share cache sets
+        lanes = plan.lanes if lane == 1 else min(plan.lanes, 32 // plan.compute.itemsize)
+        name, at_once = self.packer(self.b_type, lane, step, lanes, plan.vectors, plan.strip_bytes)
+        lane_bytes, step_bytes = self._bytes(lane, self.b_type), self._bytes(step, self.b_type)
+        size = plan.compute.itemsize
+        last = f.sub(self.n, "1", f.top)
+
+        def pack(panel: str, slot: str) -> None:
+            with f.loop("0", str(plan.panel), at_once, runs=True) as loop:
+                # lanes wholly beyond the last column repeat it
+                column = f.min(f.add(f.mul(panel, str(plan.panel)), loop.index), last)
+                from_ = f.gep("i8", b, f.mul(column, lane_bytes))
+                valid = f.min(f.sub(self.n, column), str(at_once))
+                strip = f.mul(f.div(loop.index, str(plan.lanes)), str(plan.strip_bytes))
+                to = f.gep("i8", slot, f.add(strip, f.mul(f.rem(loop.index, str(plan.lanes)), str(size))))
+                f.emit(
+                    f"call void @{name}(ptr {from_}, i64 {lane_bytes}, i64 {step_bytes}, i64 {valid}, i64 {k}, "
+                    f"ptr {to}, i64 {plan.lanes * size})"
+                )
+
+        if plan.pack_b:
+            with f.loop(self.p0, self.p1, runs=True) as panel:
+                pack(
+                    panel.index,
+                    f.gep(
+                        "i8",
+                        self.b_packed,
+                        f.mul(f.sub(panel.index, self.p0), str(self.plan.vectors * self.plan.strip_bytes)),
+                    ),
+                )
+            return
+        whole = f.div(self.n, str(plan.panel), f.top)
+        with f.when(f.op(f"icmp sgt i64 {self.p1}, {whole}")):
+            pack(whole, self.b_packed)
+
+    def _pack_a(self, a: str, k: str, t0: str, t1: str) -> None:
+        f, plan = self.f, self.plan
+        lane, step = self.kernel.a.at.strides[-2:]
+        name, at_once = self.packer(
+            self.a_type,
+            lane,
+            step,
+            plan.a_vector,
+            plan.a_stride // plan.a_vector,
+            plan.a_vector * plan.compute.itemsize,
+        )
+        lane_bytes, step_bytes = self._bytes(lane, self.a_type), self._bytes(step, self.a_type)
+        size = plan.compute.itemsize
+        with self._each_tile(t0, t1) as tile:
+            slot = f.gep("i8", self.a_packed, f.mul(f.sub(tile.number, t0), str(self._a_tile_bytes)))
+            with f.loop("0", tile.rows, at_once, runs=True) as loop:
+                from_ = f.gep("i8", a, f.mul(f.add(tile.row, loop.index), lane_bytes))
+                valid = f.min(f.sub(tile.rows, loop.index), str(at_once))
+                to = f.gep("i8", slot, f.mul(loop.index, str(size)))
+                f.emit(
+                    f"call void @{name}(ptr {from_}, i64 {lane_bytes}, i64 {step_bytes}, i64 {valid}, i64 {k}, "
+                    f"ptr {to}, i64 {plan.a_stride * size})"
+                )
+
+    # ----------------------------------------------------------------------------------------------------- long K
+    def _combine_chunks(self, block: str, chunk: str, level: str) -> None:
+        """After a chunk's last block: merges equal-sized neighbours, as a binary counter carries; after the last chunk all that
+        is left, from the right. That is the adjacent tree: an odd last one moves up unchanged."""
+        f, plan = self.f, self.plan
+        next_block = f.op(f"add i64 {block}, 1")
+        last = f.op(f"icmp eq i64 {next_block}, {self.blocks}")
+        full = f.op(f"icmp eq i64 {f.rem(next_block, str(CHUNK_BLOCKS))}, 0")
+        with f.when(f.op(f"or i1 {last}, {full}")):
+            carries = f.op(f.intrinsic("cttz", "i64", [("i64", f.add(chunk, "1")), ("i1", "true")], "i64"))
+            merges = f.op(f"select i1 {last}, i64 {level}, i64 {carries}")
+            type_ = vector(plan.lanes, register_type(plan.compute))
+            size = plan.compute.itemsize * plan.lanes
+            operation = "fadd" if plan.compute.is_float else "add"
+            with f.loop("0", merges) as merge:
+                right = f.gep("i8", self.sums, f.mul(f.sub(level, merge.index), str(plan.sums_bytes)))
+                left = f.op(f"getelementptr i8, ptr {right}, i64 {-plan.sums_bytes}")
+                with f.loop("0", str(plan.sums_bytes), size) as loop:
+                    to = f.gep("i8", left, loop.index)
+                    x = f.op(f"load {type_}, ptr {to}, align {size}")
+                    y = f.op(f"load {type_}, ptr {f.gep('i8', right, loop.index)}, align {size}")
+                    f.emit(f"store {type_} {f.op(f'{operation} {type_} {x}, {y}')}, ptr {to}, align {size}")
+
+
+def _pointers(f: Function, kernel: ContractKernel) -> list[str]:
+    """The addresses of the kernel's arguments."""
+    out = []
+    for number in range(len(kernel.args)):
+        out.append(f.op(f"load ptr, ptr {f.gep('ptr', '%args', str(number), f.top)}, align 8", f.top))
+    return out

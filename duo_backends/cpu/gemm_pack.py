@@ -1,0 +1,148 @@
+"""Packing of a contraction's operands: a strip of lanes by k steps, widened, laid out as micro-kernels read it.
+
+A *lane* is a column of B or a row of A; in packed form each k step holds the lanes side by side. Three functions cover all strides:
+`copy` (lanes contiguous), `transpose` (k contiguous, transposed in registers) and `gather` (anything). Lanes beyond the valid
+ones hold anything: nothing reads the sums they enter. k is never padded.
+"""
+
+from __future__ import annotations
+
+from duo_backends.cpu.code import Target
+from duo_backends.cpu.convert import convert
+from duo_backends.cpu.llvm import Function, Module, mangle, memory_type, register_type, vector
+from duo_ir.types import DType
+
+# All packers: source, bytes between lanes, bytes between k steps, valid lanes (at least 1), k, target, bytes between
+# k steps of the target.
+PARAMETERS = "ptr noalias readonly %source, i64 %lane, i64 %step, i64 %valid, i64 %k, ptr noalias %target, i64 %row"
+
+
+def _function(module: Module, name: str) -> Function:
+    return Function(module, f"define internal void @{name}({PARAMETERS}) noinline #0")
+
+
+def emit_copy(
+    module: Module, target: Target, name: str, dtype: DType, compute: DType, lanes: int, vectors: int, apart: int
+) -> None:
+    """Lanes contiguous: `vectors` vectors of `lanes` lanes a k step, put `apart` bytes from each other, masked where fewer than
+    all lanes are valid."""
+    f = _function(module, name)
+    source, packed = vector(lanes, memory_type(dtype)), vector(lanes, register_type(compute))
+    mask_type = vector(lanes, "i1")
+    full = f.op(f"icmp sge i64 %valid, {lanes * vectors}")
+
+    def pack(masks: list[str] | None) -> None:
+        with f.loop("0", "%k", 1, [("ptr", "%source"), ("ptr", "%target")]) as loop:
+            from_, to = loop.values
+            for v in range(vectors):
+                at = f.gep("i8", from_, str(v * lanes * dtype.itemsize))
+                if masks is None:
+                    loaded = f.op(f"load {source}, ptr {at}, align {dtype.itemsize}")
+                else:
+                    operands = [("ptr", at), ("i32", str(dtype.itemsize)), (mask_type, masks[v])]
+                    operands.append((source, "zeroinitializer"))
+                    loaded = f.op(f.intrinsic("masked.load", source, operands, f"{mangle(source)}.p0"))
+                place = f.gep("i8", to, str(v * apart))
+                f.emit(
+                    f"store {packed} {convert(f, target, loaded, dtype, compute, lanes, None)}, ptr {place}, align {compute.itemsize}"
+                )
+            loop.next = [
+                f.op(f"getelementptr i8, ptr {from_}, i64 %step"),
+                f.op(f"getelementptr i8, ptr {to}, i64 %row"),
+            ]
+
+    with f.when(full):
+        pack(None)
+    with f.when(f.op(f"xor i1 {full}, true")):
+        index_type = vector(lanes, "i64")
+        first = f.op(f"insertelement {index_type} poison, i64 %valid, i64 0")
+        count = f.op(f"shufflevector {index_type} {first}, {index_type} poison, <{lanes} x i32> zeroinitializer")
+        masks = []
+        for v in range(vectors):
+            numbers = ", ".join(f"i64 {v * lanes + lane}" for lane in range(lanes))
+            masks.append(f.op(f"icmp slt {index_type} <{numbers}>, {count}"))
+        pack(masks)
+    f.finish()
+
+
+def emit_gather(module: Module, target: Target, name: str, dtype: DType, compute: DType) -> None:
+    """Any strides: element by element."""
+    f = _function(module, name)
+    source, packed = memory_type(dtype), register_type(compute)
+    with f.loop("0", "%k", 1, [("ptr", "%source"), ("ptr", "%target")]) as steps:
+        with f.loop("0", "%valid", 1, [("ptr", steps.values[0]), ("ptr", steps.values[1])], runs=True) as loop:
+            value = f.op(f"load {source}, ptr {loop.values[0]}, align {dtype.itemsize}")
+            value = convert(f, target, value, dtype, compute, 1, None)
+            f.emit(f"store {packed} {value}, ptr {loop.values[1]}, align {compute.itemsize}")
+            loop.next = [
+                f.op(f"getelementptr i8, ptr {loop.values[0]}, i64 %lane"),
+                f.op(f"getelementptr i8, ptr {loop.values[1]}, i64 {compute.itemsize}"),
+            ]
+        steps.next = [
+            f.op(f"getelementptr i8, ptr {steps.values[0]}, i64 %step"),
+            f.op(f"getelementptr i8, ptr {steps.values[1]}, i64 %row"),
+        ]
+    f.finish()
+
+
+def emit_transpose(
+    module: Module, target: Target, name: str, gather: str, dtype: DType, compute: DType, lanes: int
+) -> None:
+    """k contiguous: `lanes` lanes, as many k steps at a time as a 128-bit piece holds. The last block ends at k and may redo
+    some of the block before it; a k shorter than a block goes to `gather`."""
+    f = _function(module, name)
+    steps = 16 // compute.itemsize
+    piece, packed = vector(steps, memory_type(dtype)), vector(lanes, register_type(compute))
+    last = f.op("sub i64 %valid, 1")  # lanes beyond the valid ones repeat it
+    rows = [f.gep("i8", "%source", f.mul("%lane", f.min(str(lane), last))) for lane in range(lanes)]
+    long = f.op(f"icmp sge i64 %k, {steps}")
+    with f.when(long):
+        final = f.op(f"sub i64 %k, {steps}")
+        with f.loop("0", "%k", steps, runs=True) as loop:
+            k = f.min(loop.index, final)
+            offset = f.mul(k, str(dtype.itemsize))
+            loads = [f.op(f"load {piece}, ptr {f.gep('i8', row, offset)}, align {dtype.itemsize}") for row in rows]
+            strided = []  # strided[i]: of every group of `steps` lanes the i-th, `steps` values of k each
+            for i in range(steps):
+                whole = concatenate(f, loads[i::steps], steps, memory_type(dtype))
+                strided.append(convert(f, target, whole, dtype, compute, lanes, None))
+            to = f.gep("i8", "%target", f.mul(k, "%row"))
+            for value in interleave(f, strided, lanes, packed):
+                f.emit(f"store {packed} {value}, ptr {to}, align {compute.itemsize}")
+                to = f.op(f"getelementptr i8, ptr {to}, i64 %row")
+    with f.when(f.op(f"xor i1 {long}, true")):
+        f.emit(f"call void @{gather}(ptr %source, i64 %lane, i64 %step, i64 %valid, i64 %k, ptr %target, i64 %row)")
+    f.finish()
+
+
+def concatenate(f: Function, pieces: list[str], width: int, element: str) -> str:
+    """Vectors of `width` elements, a power of two of them, side by side."""
+    while len(pieces) > 1:
+        type_ = vector(width, element)
+        mask = ", ".join(f"i32 {i}" for i in range(2 * width))
+        pieces = [
+            f.op(f"shufflevector {type_} {x}, {type_} {y}, <{2 * width} x i32> <{mask}>")
+            for x, y in zip(pieces[::2], pieces[1::2])
+        ]
+        width *= 2
+    return pieces[0]
+
+
+def interleave(f: Function, rows: list[str], lanes: int, type_: str) -> list[str]:
+    """In each 128-bit lane (of len(rows), 2 or 4, elements) the transpose of the rows; each step is one unpack instruction
+    on x86-64."""
+    count = len(rows)
+
+    def unpack(x: str, y: str, unit: int, high: bool) -> str:
+        pick = []
+        for lane in range(0, lanes, count):
+            for part in range(count // (2 * unit)):
+                start = lane + (count // 2 if high else 0) + part * unit
+                pick += [start + i for i in range(unit)] + [lanes + start + i for i in range(unit)]
+        mask = ", ".join(f"i32 {i}" for i in pick)
+        return f.op(f"shufflevector {type_} {x}, {type_} {y}, <{lanes} x i32> <{mask}>")
+
+    if count == 2:
+        return [unpack(rows[0], rows[1], 1, high) for high in (False, True)]
+    pairs = [unpack(rows[i], rows[i + 1], 1, high) for i in (0, 2) for high in (False, True)]
+    return [unpack(pairs[i], pairs[i + 2], 2, high) for i in (0, 1) for high in (False, True)]

@@ -1,0 +1,279 @@
+"""CPU memory: `Buffer`s, aligned to 64 bytes, from a caching allocator.
+
+A freed block goes to the free list of its size class and serves the next request of that class; blocks of 1 MiB and more
+come from the system with huge pages. `allocate` and a Buffer's end touch only a dict and a list (atomic under the
+interpreter's lock, safe when a garbage collection interrupts, at the interpreter's end and after fork); only the way to
+the system takes a lock. Classes: multiples of 64 bytes up to 512, then eight to each power of two.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from duo_backends.cpu.system import system
+from duo_ir.errors import ArgumentError, DeviceError
+from duo_ir.types import DType
+
+ALIGNMENT = 64
+BIG = 1 << 20
+_SLAB = 4 << 20  # smaller blocks are cut from slabs of this size, which are kept
+
+
+class OutOfMemory(DeviceError, MemoryError):
+    """The system has no memory for a buffer."""
+
+
+@dataclass(frozen=True)
+class MemoryStatistics:
+    """Bytes, counted in whole blocks: taken from the system, of those in free lists, and the most ever taken."""
+
+    reserved: int
+    cached: int
+    peak: int
+
+    @property
+    def allocated(self) -> int:
+        """Bytes in live buffers (and slabs' remainders)."""
+        return self.reserved - self.cached
+
+
+class _Class:
+    """The free blocks of one size. `append` and `pop` are a list's, for big blocks with a look at the limit."""
+
+    __slots__ = ("append", "free", "pop", "size")
+
+    def __init__(self, size: int, allocator: Allocator) -> None:
+        self.size = size
+        self.free: list[int] = []
+        self.pop = self.free.pop
+        self.append = self.free.append
+        if size >= BIG:
+            self.append = self._append_big(allocator)
+
+    def _append_big(self, allocator: Allocator) -> Any:
+        append, size = self.free.append, self.size
+
+        def append_big(address: int) -> None:
+            append(address)
+            # Counting the cache takes microseconds: only after much has been freed (a lost count does no harm).
+            allocator.freed += size
+            if allocator.freed > allocator.limit >> 3:
+                allocator.freed = 0
+                allocator.trim_to_limit()
+
+        return append_big
+
+
+class Buffer:
+    """A block of memory: `ptr` (address) and `nbytes`. It owns a block of an allocator, or borrows memory of an array.
+
+    `ptr` is 0 after its memory was given away (donated).
+    """
+
+    # _home has append(address), called at the end; None: borrowed. _shared is set when others see the memory: the array
+    # it was borrowed from, or True once a NumPy view was made (left unset otherwise, which makes Buffers cheaper).
+    __slots__ = ("__weakref__", "_home", "_shared", "nbytes", "ptr")
+
+    _shared: object
+
+    def __init__(self, ptr: int, nbytes: int, home: Any) -> None:
+        self.ptr = ptr
+        self.nbytes = nbytes
+        self._home = home
+
+    def __del__(self) -> None:
+        home = self._home
+        if home is not None:
+            home.append(self.ptr)
+
+    def __repr__(self) -> str:
+        return f"Buffer({self.nbytes} bytes at {self.ptr:#x})"
+
+    @property
+    def donatable(self) -> bool:
+        """Whether its memory belongs to it alone, so that a program may write its result there."""
+        return self._home is not None and not hasattr(self, "_shared")
+
+    def give_away(self, nbytes: int) -> Buffer:
+        """A new Buffer over this one's memory; this one is empty from here on (`donatable` must hold)."""
+        home, ptr = self._home, self.ptr
+        self._home = None
+        self.ptr = 0
+        return Buffer(ptr, nbytes, home)
+
+    @staticmethod
+    def from_numpy(array: np.ndarray) -> Buffer:
+        """Borrows the memory of a C-contiguous, aligned array, which stays referenced. Raises ArgumentError otherwise."""
+        flags = array.flags
+        if not flags.c_contiguous or not flags.aligned:
+            raise ArgumentError(
+                f"a Buffer borrows C-contiguous aligned arrays; this one of shape {array.shape} has strides "
+                f"{array.strides}: pass np.ascontiguousarray(x)"
+            )
+        buffer = Buffer(array.ctypes.data, array.nbytes, None)
+        buffer._shared = array
+        return buffer
+
+    def numpy(self, dtype: DType, shape: Sequence[int]) -> np.ndarray:
+        """A NumPy view of the memory, which it keeps alive. Raises ArgumentError when the view is larger than the buffer."""
+        array = self._view(dtype.numpy, shape)
+        if self._home is not None:
+            self._shared = True
+        return array
+
+    def read(self, dtype: DType, shape: Sequence[int]) -> np.ndarray:
+        """A NumPy copy of the contents."""
+        return self._view(dtype.numpy, shape).copy()
+
+    def _view(self, dtype: np.dtype, shape: Sequence[int]) -> np.ndarray:
+        array = np.asarray(_ArrayInterface(self, dtype, tuple(shape)))
+        return array if array.dtype == dtype else array.view(dtype)
+
+
+class _ArrayInterface:
+    """What NumPy makes an array of; the array's `base`."""
+
+    __slots__ = ("__array_interface__", "buffer")
+
+    def __init__(self, buffer: Buffer, dtype: np.dtype, shape: tuple[int, ...]) -> None:
+        nbytes = dtype.itemsize
+        for size in shape:
+            nbytes *= size
+        if nbytes > buffer.nbytes:
+            raise ArgumentError(f"{buffer.nbytes} bytes do not hold {dtype} of shape {shape}")
+        if buffer.ptr == 0:
+            raise ArgumentError("this buffer was donated to a program and holds nothing any more")
+        self.buffer = buffer
+        # dtypes that are not NumPy's own (bfloat16) travel as unsigned integers of their size
+        typestr = dtype.str if dtype.kind in "fiub" else f"<u{dtype.itemsize}"
+        self.__array_interface__ = {"version": 3, "shape": shape, "typestr": typestr, "data": (buffer.ptr, False)}
+
+
+class Allocator:
+    """Blocks by size class. `limit`: bytes kept in free lists before big blocks go back to the system."""
+
+    def __init__(self, limit: int | None = None) -> None:
+        self.limit = system.physical_memory() // 4 if limit is None else limit
+        self._by_nbytes: dict[int, _Class] = {}  # every size asked for -> its class
+        self._classes: dict[int, _Class] = {}
+        self._lock = threading.RLock()
+        self._reserved = 0
+        self._peak = 0
+        self.freed = 0  # bytes of big blocks freed since the cache was last counted
+        self._slab = (0, 0)  # next free address, end
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self._renew_lock)
+
+    def allocate(self, nbytes: int) -> Buffer:
+        """A Buffer with undefined contents, aligned to 64 bytes. Raises OutOfMemory."""
+        home = self._by_nbytes.get(nbytes)
+        if home is None:
+            home = self.class_of(nbytes)
+        try:
+            return Buffer(home.pop(), nbytes, home)
+        except IndexError:
+            return Buffer(self._fresh(home), nbytes, home)
+
+    def class_of(self, nbytes: int) -> Any:
+        """The size class that serves `nbytes`."""
+        if nbytes < 0:
+            raise ArgumentError(f"a buffer cannot have {nbytes} bytes")
+        with self._lock:
+            size = class_size(nbytes)
+            home = self._classes.setdefault(size, _Class(size, self))
+            if len(self._by_nbytes) > 8192:
+                self._by_nbytes = {}
+            self._by_nbytes[nbytes] = home
+        return home
+
+    @property
+    def statistics(self) -> MemoryStatistics:
+        with self._lock:
+            return MemoryStatistics(self._reserved, self._cached(), self._peak)
+
+    def trim(self, keep: int = 0) -> None:
+        """Gives free big blocks back to the system, largest first, until at most `keep` bytes are cached."""
+        with self._lock:
+            self._trim(keep)
+
+    def trim_to_limit(self) -> None:
+        """After a big block was freed: keeps the cache within its limit. Skipped when another thread is at it."""
+        if self._lock.acquire(blocking=False):
+            try:
+                if self._cached() > self.limit:
+                    self._trim(self.limit // 2)
+            finally:
+                self._lock.release()
+
+    def _cached(self) -> int:
+        return sum(len(c.free) * c.size for c in list(self._classes.values()))
+
+    def _trim(self, keep: int) -> None:
+        cached = self._cached()
+        for home in sorted(self._classes.values(), key=lambda c: -c.size):
+            while cached > keep and home.size >= BIG:
+                try:
+                    address = home.pop()
+                except IndexError:
+                    break
+                system.unmap_block(address, home.size)
+                self._reserved -= home.size
+                cached -= home.size
+
+    def _fresh(self, home: _Class) -> int:
+        with self._lock:
+            if home.size < BIG:
+                return self._cut(home.size)
+            return self._map(home.size)
+
+    def _cut(self, size: int) -> int:
+        """The next block of the current slab."""
+        start, end = self._slab
+        if start + size > end:
+            start = self._map(_SLAB)
+            end = start + _SLAB
+        self._slab = (start + size, end)
+        return start
+
+    def _map(self, nbytes: int) -> int:
+        address = system.map_block(nbytes)
+        if address == 0:
+            self._trim(0)
+            address = system.map_block(nbytes)
+        if address == 0:
+            statistics = MemoryStatistics(self._reserved, self._cached(), self._peak)
+            raise OutOfMemory(
+                f"the system has no memory for a buffer of {nbytes} bytes (duo holds {statistics.reserved} bytes, "
+                f"{statistics.allocated} of them in live buffers); free tensors or use smaller batches"
+            )
+        self._reserved += nbytes
+        self._peak = max(self._peak, self._reserved)
+        return address
+
+    def _renew_lock(self) -> None:
+        self._lock = threading.RLock()  # the parent's other threads may have held it
+
+
+def class_size(nbytes: int) -> int:
+    """Size of the block that serves a request: at least `nbytes`, at most an eighth more above 512 bytes, and whole
+    pages from 1 MiB on."""
+    if nbytes <= 512:
+        return max(-(-nbytes // ALIGNMENT) * ALIGNMENT, ALIGNMENT)
+    step = 1 << ((nbytes - 1).bit_length() - 4)
+    return -(-nbytes // step) * step
+
+
+def fill_zero(buffer: Buffer) -> None:
+    """Sets every byte to zero."""
+    ctypes.memset(buffer.ptr, 0, buffer.nbytes)
+
+
+allocator = Allocator()
+allocate = allocator.allocate

@@ -1,0 +1,69 @@
+"""What the CPU runtime asks of Linux: sleeping on a word of memory (futex), blocks backed by huge pages, usable cores.
+
+`os_portable.py` answers the same questions elsewhere; `system.py` picks one.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import platform
+
+HUGE = 2 << 20
+SIG_SETMASK = 2
+_MADV_HUGEPAGE = 14
+_FUTEX_WAIT_PRIVATE, _FUTEX_WAKE_PRIVATE = 128, 129
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long)
+_libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+_libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+_FAILED = ctypes.c_void_p(-1).value
+
+
+def wait_text() -> str:
+    """LLVM text of @duo.wait(word, seen), which sleeps while *word == seen (it may also wake for no reason), and
+    @duo.wake(word), which wakes all sleepers of that word."""
+    number = {"x86_64": 202, "aarch64": 98, "riscv64": 98}[platform.machine()]
+    return f"""
+declare i64 @syscall(i64, ...)
+define internal void @duo.wait(ptr %word, i32 %seen) nounwind {{
+  %r = call i64 (i64, ...) @syscall(i64 {number}, ptr %word, i32 {_FUTEX_WAIT_PRIVATE}, i32 %seen, ptr null)
+  ret void
+}}
+define internal void @duo.wake(ptr %word) nounwind {{
+  %r = call i64 (i64, ...) @syscall(i64 {number}, ptr %word, i32 {_FUTEX_WAKE_PRIVATE}, i32 2147483647)
+  ret void
+}}
+"""
+
+
+def usable_cores() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+def physical_memory() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def map_block(nbytes: int) -> int:
+    """Address of a fresh zeroed block of at least 1 MiB, aligned and advised for huge pages; 0 when there is no memory."""
+    align = HUGE if nbytes >= HUGE else mmap.PAGESIZE
+    length = nbytes + align - mmap.PAGESIZE
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    start = _libc.mmap(None, length, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, 0)
+    if start in (None, _FAILED):
+        return 0
+    block = -(-start // align) * align
+    if block > start:
+        _libc.munmap(start, block - start)
+    if start + length > block + nbytes:
+        _libc.munmap(block + nbytes, start + length - block - nbytes)
+    _libc.madvise(block, nbytes, _MADV_HUGEPAGE)
+    return block
+
+
+def unmap_block(address: int, nbytes: int) -> None:
+    _libc.munmap(address, nbytes)

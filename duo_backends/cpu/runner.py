@@ -1,0 +1,93 @@
+"""The native part of the runtime, loaded once a process: the thread pool and the program runner.
+
+`native()` compiles (or takes from disk) the text of `pool_text.py` and `runner_text.py`; `make_entry` turns the address
+of a bound program's plan into the Python function that runs it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from duo_backends.cpu import pool_text, runner_text
+from duo_backends.cpu.jit import Library, build, machine
+from duo_backends.cpu.system import system
+
+_METH_FASTCALL = 0x80  # Include/methodobject.h
+
+
+class _MethodDef(ctypes.Structure):
+    _fields_ = (
+        ("name", ctypes.c_char_p),
+        ("function", ctypes.c_void_p),
+        ("flags", ctypes.c_int),
+        ("doc", ctypes.c_char_p),
+    )
+
+
+class Native:
+    """The loaded runtime. The control functions release the GIL."""
+
+    def __init__(self) -> None:
+        arch = {"AMD64": "x86_64", "arm64": "aarch64"}.get(platform.machine(), platform.machine())
+        text = pool_text.pool_text(arch, system.wait_text(), system.SIG_SETMASK) + runner_text.runner_text()
+        symbols = (*pool_text.SYMBOLS, *runner_text.SYMBOLS)
+        # Addresses taken from the running interpreter: its symbols need not be visible to a linker.
+        imports = {
+            name: ctypes.cast(getattr(ctypes.pythonapi, name), ctypes.c_void_p).value or 0
+            for name in runner_text.PYTHON
+        }
+        self.library: Library = build(text, symbols, machine("native"), imports)
+        addresses = self.library.addresses
+        number = ctypes.CFUNCTYPE(None, ctypes.c_int64)
+        self.resize = ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64)(addresses["duo_resize"])
+        self.set_spins = number(addresses["duo_set_spins"])
+        self.relax_times = number(addresses["duo_relax_times"])
+        self.forget = ctypes.CFUNCTYPE(None)(addresses["duo_forget"])
+        self.copy = addresses["duo_copy"]
+        self._method = _MethodDef(b"duo_program", addresses["duo_entry"], _METH_FASTCALL, None)
+        new = ctypes.pythonapi.PyCMethod_New
+        new.restype, new.argtypes = (
+            ctypes.py_object,
+            [ctypes.c_void_p, ctypes.py_object, ctypes.c_void_p, ctypes.c_void_p],
+        )
+        self._new = new
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self.forget)
+
+    def make_entry(self, plan: int) -> Callable[..., int]:
+        """A Python function that runs the plan at that address (see `runner_text.py`); the plan must outlive it."""
+        return self._new(ctypes.addressof(self._method), plan, None, None)
+
+
+_native: Native | None = None
+_lock = threading.Lock()
+_when_loaded: list[Callable[[Native], Any]] = []
+
+
+def native() -> Native:
+    """The runtime, loaded at the first call."""
+    global _native
+    if _native is not None:
+        return _native
+    with _lock:
+        if _native is None:
+            loaded = Native()
+            for action in _when_loaded:
+                action(loaded)
+            _native = loaded
+    return _native
+
+
+def loaded() -> Native | None:
+    """The runtime if it has been loaded."""
+    return _native
+
+
+def when_loaded(action: Callable[[Native], Any]) -> None:
+    """Runs `action` once, when the runtime is loaded; call at import."""
+    _when_loaded.append(action)

@@ -1,0 +1,308 @@
+"""A Program with known sizes as the flat table that the native runner walks (layout in `runner_text.py`).
+
+Control flow is flattened into branches and jumps, so that every buffer of every nested program has a fixed place: an
+argument of the call, or an offset in the call's arena. Arena offsets come from lifetimes. A loop's carried values
+alternate between two sets of places, for which its body is written out twice; a carried value that the body may update in
+place (`Program.donations`) has one place only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from duo_backends.cpu.code import KernelCode
+from duo_backends.cpu.pool_text import MAX_THREADS
+from duo_backends.cpu.runner_text import BRANCH, CODE_WORDS, END, FRAME_HEADER, JUMP, PHASE
+from duo_ir.errors import VerifyError
+from duo_ir.kernels.kernel import Kernel
+from duo_ir.kernels.program import Cond, Copy, Program, Step, While
+from duo_ir.types import evaluate
+
+SERIAL_NANOSECONDS = 50_000  # a phase below this is not worth waking threads for
+SHARE_NANOSECONDS = 20_000  # least work for one thread of a parallel phase
+COPY_UNIT = 1 << 18  # bytes, of `duo_copy`
+COPY_NANOSECONDS = 0.1  # a byte
+_LINE = 64
+
+
+@dataclass(frozen=True)
+class LoadedKernel:
+    """A kernel's code and the addresses of its phases. `library` keeps the code loaded."""
+
+    code: KernelCode
+    addresses: tuple[int, ...]
+    library: object
+
+
+@dataclass
+class Table:
+    """The result: `code` words (dims as addresses into `dims`), the pointer words of a frame as places, and the arena's size.
+    `steps[i]` is what instruction i runs, for error messages. `scratch(threads)` gives bytes."""
+
+    code: np.ndarray
+    dims: np.ndarray
+    places: list[int]
+    arena: int
+    cost: float
+    parallel: bool
+    loops: bool
+    steps: list[Step | None]
+    scratch_users: list[tuple[KernelCode, Mapping[str, int], int]]
+
+    def scratch(self, threads: int) -> int:
+        return max((code.scratch(sizes, min(n, threads)) for code, sizes, n in self.scratch_users), default=0)
+
+
+def argument(k: int) -> int:
+    """The place of argument k of the call; places in the arena are their offsets, 0 and up."""
+    return -1 - k
+
+
+def pack(spans: Sequence[tuple[int, int, int]]) -> tuple[list[int], int]:
+    """Offsets in one arena for (nbytes, first, last): two that live at the same item do not overlap. Returns them and the arena's
+    size. Largest first, each at the lowest offset that is free for all its life."""
+    n = len(spans)
+    size = np.array([-(-s[0] // _LINE) * _LINE for s in spans], np.int64)
+    first, last = np.array([s[1] for s in spans], np.int64), np.array([s[2] for s in spans], np.int64)
+    offset = np.zeros(n, np.int64)
+    done: list[int] = []
+    for i in sorted(range(n), key=lambda i: (-size[i], first[i])):
+        if size[i] and done:
+            others = np.array(done)
+            others = others[(first[others] <= last[i]) & (last[others] >= first[i])]
+            others = others[np.argsort(offset[others], kind="stable")]
+            # Free from the highest end of those below, up to the next one's start.
+            ends = np.maximum.accumulate(np.concatenate([[0], offset[others] + size[others]]))
+            starts = np.concatenate([offset[others], [np.iinfo(np.int64).max]])
+            offset[i] = ends[np.argmax(starts - ends >= size[i])]
+        if size[i]:
+            done.append(i)
+    return offset.tolist(), int((offset + size).max(initial=0))
+
+
+@dataclass
+class _Layout:
+    """Arena of one program, relative to its own start: temporaries, blocks of nested items, total."""
+
+    temps: list[int]
+    nested: dict[int, int]
+    nbytes: int
+
+
+@dataclass
+class _Coder:
+    kernels: Mapping[Kernel, LoadedKernel]
+    sizes: Mapping[str, int]
+    copy: int  # address of duo_copy
+    base: int  # frame offset of the first pointer word
+    layouts: dict[int, _Layout] = field(default_factory=dict)
+    code: list[list[int]] = field(default_factory=list)
+    steps: list[Step | None] = field(default_factory=list)
+    places: list[int] = field(default_factory=list)
+    dims: list[int] = field(default_factory=list)
+    users: list[tuple[KernelCode, Mapping[str, int], int]] = field(default_factory=list)
+    cost: float = 0.0
+    loops: bool = False
+
+    # ------------------------------------------------------------------------------------------------- arena sizes
+    def layout(self, program: Program) -> _Layout:
+        found = self.layouts.get(id(program))
+        if found is not None:
+            return found
+        spans = [(evaluate(t.nbytes, self.sizes), t.first, t.last) for t in program.temps]
+        nested = [i for i, item in enumerate(program.items) if isinstance(item, Cond | While)]
+        for i in nested:
+            spans.append((self.nested_bytes(program.items[i]), i, i))
+        offsets, total = pack(spans)
+        count = len(program.temps)
+        made = _Layout(offsets[:count], dict(zip(nested, offsets[count:])), total)
+        self.layouts[id(program)] = made
+        return made
+
+    def nested_bytes(self, item: object) -> int:
+        if isinstance(item, Cond):
+            return max(self.block_bytes(item.then), self.block_bytes(item.orelse))
+        assert isinstance(item, While)
+        single = single_place(item.body, len(item.initial))
+        shadowed = [item.body.inputs[k] for k in range(len(item.initial)) if k not in single]
+        shadows = sum(_round(evaluate(t.nbytes, self.sizes)) for t in shadowed)
+        return _LINE + shadows + max(self.block_bytes(item.test), self.block_bytes(item.body))
+
+    def output_bytes(self, program: Program) -> list[int]:
+        return [evaluate(t.nbytes, self.sizes) for t in program.outputs]
+
+    def block_bytes(self, program: Program) -> int:
+        """A nested program's arena: its outputs that no result names, then its own layout."""
+        dead = sum(
+            _round(n) for k, n in enumerate(self.output_bytes(program)) if _slot(program, k) not in program.results
+        )
+        return dead + self.layout(program).nbytes
+
+    # -------------------------------------------------------------------------------------------------------- code
+    def emit(self, program: Program, arguments: list[int], start: int) -> None:
+        """Code of `program` with its inputs and outputs at `arguments` and its arena from `start` on."""
+        layout = self.layout(program)
+        places = [*arguments, *(start + offset for offset in layout.temps)]
+        types = [*program.inputs, *program.outputs]
+        nbytes = [evaluate(t.nbytes, self.sizes) for t in types] + [
+            evaluate(t.nbytes, self.sizes) for t in program.temps
+        ]
+        for number, item in enumerate(program.items):
+            if isinstance(item, Step):
+                self.step(item, places)
+            elif isinstance(item, Copy):
+                self.copy_bytes(places[item.source], places[item.target], nbytes[item.source])
+            elif isinstance(item, Cond):
+                self.cond(item, places, start + layout.nested[number])
+            else:
+                self.loop(item, places, start + layout.nested[number])
+
+    def step(self, step: Step, places: list[int]) -> None:
+        loaded, kernel = self.kernels[step.kernel], step.kernel
+        sizes = {name: self.sizes[name] for name in kernel.dims}
+        units = [phase.units(sizes) for phase in loaded.code.phases]
+        if not any(units):
+            return
+        cost = loaded.code.cost(sizes)
+        self.cost += cost
+        args = self.pointers([places[slot] for slot in step.slots])
+        dims = len(self.dims)
+        self.dims += sizes.values()
+        most = 1
+        for address, n in zip(loaded.addresses, units):
+            if n > 0:
+                parts = _parts(cost, n)
+                most = max(most, parts)
+                self.add([PHASE, address, args, dims, n, parts], step)
+        self.users.append((loaded.code, sizes, most))
+
+    def copy_bytes(self, source: int, target: int, nbytes: int) -> None:
+        if source == target or nbytes == 0:
+            return
+        cost, units = nbytes * COPY_NANOSECONDS, -(-nbytes // COPY_UNIT)
+        self.cost += cost
+        args, dims = self.pointers([source, target]), len(self.dims)
+        self.dims.append(nbytes)
+        self.add([PHASE, self.copy, args, dims, units, _parts(cost, units)])
+
+    def cond(self, item: Cond, places: list[int], start: int) -> None:
+        inputs, outputs = [places[s] for s in item.inputs], [places[s] for s in item.outputs]
+        branch = self.add([BRANCH, self.pointers([places[item.predicate]]), 0])
+        self.nested(item.then, inputs, outputs, start)
+        jump = self.add([JUMP, 0])
+        self.code[branch][2] = len(self.code)
+        self.nested(item.orelse, inputs, outputs, start)
+        self.code[jump][1] = len(self.code)
+
+    def loop(self, item: While, places: list[int], start: int) -> None:
+        self.loops = True
+        constants = [places[s] for s in item.constants]
+        here, there, flag, rest = [places[s] for s in item.outputs], [], start, start + _LINE
+        nbytes = [evaluate(item.body.inputs[k].nbytes, self.sizes) for k in range(len(here))]
+        single = single_place(item.body, len(here))
+        for k, place in enumerate(here):
+            there.append(place if k in single else rest)
+            rest += 0 if k in single else _round(nbytes[k])
+        for k, slot in enumerate(item.initial):
+            self.copy_bytes(places[slot], here[k], nbytes[k])
+        top = len(self.code)
+        out_of = []
+        turns = [(here, there), (there, here)] if here != there else [(here, there)]
+        for before, after in turns:
+            predicate = self.result_place(item.test, [*before, *constants], flag)
+            self.nested(item.test, [*before, *constants], [predicate], rest)
+            out_of.append(self.add([BRANCH, self.pointers([predicate]), 0]))
+            self.nested(item.body, [*before, *constants], after, rest)
+        self.add([JUMP, top])
+        if len(turns) == 2:
+            self.code[out_of[1]][2] = len(self.code)
+            for k in range(len(here)):
+                self.copy_bytes(there[k], here[k], nbytes[k])
+        self.code[out_of[0]][2] = len(self.code)
+
+    def result_place(self, program: Program, inputs: list[int], otherwise: int) -> int:
+        """Where result 0 of a test lies: at an input if it is one."""
+        slot = program.results[0]
+        return inputs[slot] if slot < len(program.inputs) else otherwise
+
+    def nested(self, program: Program, inputs: list[int], targets: list[int], start: int) -> None:
+        """`program` with result k at `targets[k]`: its outputs are written there, other results copied."""
+        outputs: list[int] = []
+        for k, n in enumerate(self.output_bytes(program)):
+            slot = _slot(program, k)
+            if slot in program.results:
+                outputs.append(targets[program.results.index(slot)])
+            else:
+                outputs.append(start)
+                start += _round(n)
+        self.emit(program, [*inputs, *outputs], start)
+        places = [*inputs, *outputs]
+        types = [*program.inputs, *program.outputs]
+        for k, slot in enumerate(program.results):
+            if slot >= len(places):
+                raise VerifyError(
+                    f"result {k} of a nested program is temporary slot {slot}; results are inputs or outputs"
+                )
+            self.copy_bytes(places[slot], targets[k], evaluate(types[slot].nbytes, self.sizes))
+
+    def pointers(self, places: list[int]) -> int:
+        offset = self.base + 8 * len(self.places)
+        self.places += places
+        return offset
+
+    def add(self, words: list[int], step: Step | None = None) -> int:
+        self.code.append(words)
+        self.steps.append(step)
+        return len(self.code) - 1
+
+
+def build_table(program: Program, kernels: Mapping[Kernel, LoadedKernel], sizes: Mapping[str, int], copy: int) -> Table:
+    """The table of `program`; `copy` is the address of `duo_copy`. Pointer words start after the frame's header and one
+    scalar cell per input."""
+    coder = _Coder(kernels, sizes, copy, FRAME_HEADER + 8 * len(program.inputs))
+    count = len(program.inputs) + len(program.outputs)
+    coder.emit(program, [argument(k) for k in range(count)], 0)
+    coder.add([END])
+    dims = np.array([*coder.dims, 0], np.int64)
+    code = np.zeros((len(coder.code), CODE_WORDS), np.int64)
+    for row, words in zip(code, coder.code):
+        row[: len(words)] = words
+        if words[0] == PHASE:
+            row[3] = dims.ctypes.data + 8 * words[3]
+    parallel = any(words[0] == PHASE and words[5] > 1 for words in coder.code)
+    arena = coder.layout(program).nbytes
+    return Table(code, dims, coder.places, arena, coder.cost, parallel, coder.loops, coder.steps, coder.users)
+
+
+def single_place(body: Program, carried: int) -> set[int]:
+    """Carried values that need one place only: passed on as they are, or updated in place, which the body allows by a
+    donation and which must not be seen by another result that is the old value."""
+    found = {k for k in range(carried) if body.results[k] == k}
+    for output, given in body.donations:
+        slot = _slot(body, output)
+        if (
+            given < carried
+            and body.results[given] == slot
+            and given not in body.results
+            and body.results.count(slot) == 1
+        ):
+            found.add(given)
+    return found
+
+
+def _slot(program: Program, output: int) -> int:
+    return len(program.inputs) + output
+
+
+def _parts(cost: float, units: int) -> int:
+    """How many threads to use at most."""
+    if cost < SERIAL_NANOSECONDS:
+        return 1
+    return min(units, int(cost / SHARE_NANOSECONDS), MAX_THREADS)
+
+
+def _round(nbytes: int) -> int:
+    return -(-nbytes // _LINE) * _LINE

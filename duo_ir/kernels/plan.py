@@ -1,0 +1,209 @@
+"""Kernels over values -> Program: slots for inputs, outputs and temporaries, lifetimes, donations, control flow.
+
+A result that is a parameter is returned as it is; one that is the same memory in another shape, or a second name for a result of
+another shape, is a copy. The planner decides no order: items run as `fuse.py` put them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from duo_ir.core import Function, Op, Value
+from duo_ir.kernels.assemble import Built
+from duo_ir.kernels.fuse import Fused, fuse
+from duo_ir.kernels.kernel import Access, Body, ContractKernel, LoopKernel, ScatterKernel, Store
+from duo_ir.kernels.program import Cond, Copy, Item, Program, Step, Temp, While
+from duo_ir.opdef import Control
+from duo_ir.types import DimLike, TensorType
+
+
+def plan(fused: Fused, *, fusion: bool = True, own_results: bool = False) -> Program:
+    """The Program of a fused Function. `own_results`: result k is output k, written by the program (sub-programs of control flow).
+    `fusion` is how nested Functions are fused."""
+    planner = _Planner(fused, fusion)
+    planner.place_results(own_results)
+    for item in fused.items:
+        planner.items.append(planner.control(item) if isinstance(item, Op) else planner.step(item))
+    planner.items += planner.copies
+    return planner.finish()
+
+
+class _Planner:
+    def __init__(self, fused: Fused, fusion: bool) -> None:
+        self.fused, self.fusion = fused, fusion
+        function = fused.function
+        self.inputs = function.param_types
+        self.slots: dict[Value, int] = {p: n for n, p in enumerate(function.params)}
+        self.outputs: list[TensorType] = []
+        self.items: list[Item] = []
+        self.copies: list[Item] = []
+        self.results: list[int] = []
+        self.sizes: list[DimLike] = []  # bytes of each temporary
+
+    def place_results(self, own: bool) -> None:
+        types: dict[int, TensorType] = dict(enumerate(self.inputs))
+        for r in self.fused.function.results:
+            root = self.fused.storage(r)
+            slot = self.slots.get(root)
+            if slot is not None and not own and types[slot] == r.type:
+                self.results.append(slot)
+                continue
+            new = len(self.inputs) + len(self.outputs)
+            self.outputs.append(r.type)
+            types[new] = r.type
+            self.results.append(new)
+            if slot is None:
+                self.slots[root] = new
+            else:
+                self.copies.append(Copy(slot, new))
+
+    def slot(self, v: Value) -> int:
+        """The slot of v's memory; a temporary when it is first named."""
+        v = self.fused.storage(v)
+        found = self.slots.get(v)
+        if found is None:
+            found = self.slots[v] = len(self.inputs) + len(self.outputs) + len(self.sizes)
+            self.sizes.append(v.type.nbytes)
+        return found
+
+    def step(self, built: Built) -> Step:
+        return Step(built.kernel, tuple([self.slot(v) for v in built.operands]), built.where)
+
+    def control(self, op: Op) -> Item:
+        kind = op.definition.kind
+        assert isinstance(kind, Control)
+        operands = [self.slot(v) for v in op.operands]
+        outputs = tuple([self.slot(v) for v in op.results])
+        if kind.name == "cond":
+            then, orelse = self.nested(op.attrs["then"]), self.nested(op.attrs["orelse"])
+            return Cond(operands[0], then, orelse, tuple(operands[1:]), outputs)
+        count = op.attrs["carried"]
+        test, body = self.nested(op.attrs["test"]), self.nested(op.attrs["body"])
+        return While(test, body, tuple(operands[:count]), tuple(operands[count:]), outputs)
+
+    def nested(self, function: Function) -> Program:
+        return plan(fuse(function, self.fusion), fusion=self.fusion, own_results=True)
+
+    def finish(self) -> Program:
+        first: dict[int, int] = {}
+        last: dict[int, int] = {}
+        for n, item in enumerate(self.items):
+            for slot in touched(item):
+                first.setdefault(slot, n)
+                last[slot] = n
+        base = len(self.inputs) + len(self.outputs)
+        temps = tuple([Temp(size, first.get(base + n, 0), last.get(base + n, 0)) for n, size in enumerate(self.sizes)])
+        items = tuple(self.items)
+        donations = _donations(self.inputs, tuple(self.outputs), items, self.results)
+        return Program(self.inputs, tuple(self.outputs), temps, items, tuple(self.results), donations, self.dims())
+
+    def dims(self) -> tuple[str, ...]:
+        names: dict[str, None] = dict.fromkeys(self.fused.function.dims)
+        for item in self.items:
+            for found in _item_dims(item):
+                names.setdefault(found)
+        for t in self.outputs:
+            for name in t.names:
+                names.setdefault(name)
+        return tuple(names)
+
+
+def _item_dims(item: Item) -> tuple[str, ...]:
+    if isinstance(item, Step):
+        return item.kernel.dims
+    if isinstance(item, Cond):
+        return item.then.dims + item.orelse.dims
+    return item.test.dims + item.body.dims if isinstance(item, While) else ()
+
+
+def reads_writes(item: Item) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Slots that an item reads, and those it writes."""
+    if isinstance(item, Step):
+        pairs = list(zip(item.slots, item.kernel.args))
+        return tuple([s for s, a in pairs if not a.output]), tuple([s for s, a in pairs if a.output])
+    if isinstance(item, Copy):
+        return (item.source,), (item.target,)
+    if isinstance(item, Cond):
+        return (item.predicate, *item.inputs), item.outputs
+    return item.initial + item.constants, item.outputs
+
+
+def touched(item: Item) -> tuple[int, ...]:
+    reads, writes = reads_writes(item)
+    return reads + writes
+
+
+# -------------------------------------------------------------------------------------------------------- donations
+def _donations(
+    inputs: tuple[TensorType, ...], outputs: tuple[TensorType, ...], items: tuple[Item, ...], results: list[int]
+) -> tuple[tuple[int, int], ...]:
+    """Pairs (output, input) that may share memory: the input is read for the last time before the output is first written, or in the
+    same kernel at the very position that is written. Pairs of one kernel come first (an optimiser's new and old parameter)."""
+    last_read: dict[int, int] = {}
+    first_write: dict[int, int] = {}
+    for n, item in enumerate(items):
+        reads, writes = reads_writes(item)
+        for slot in reads:
+            last_read[slot] = n
+        for slot in writes:
+            first_write.setdefault(slot, n)
+    free = {n: t for n, t in enumerate(inputs) if n not in results and t.size != 0}
+    found: dict[int, int] = {}
+    for together in (True, False):
+        for out, t in enumerate(outputs):
+            written = first_write.get(len(inputs) + out)
+            if written is None or out in found:
+                continue
+            for n, candidate in free.items():
+                if candidate.dtype is not t.dtype or candidate.size != t.size:
+                    continue
+                read = last_read.get(n, -1)
+                if together:
+                    fits = read == written and _same_position(items[written], n, len(inputs) + out)
+                else:
+                    fits = read < written
+                if fits:
+                    found[out] = n
+                    del free[n]
+                    break
+    return tuple(sorted(found.items()))
+
+
+def _same_position(item: Item, source: int, target: int) -> bool:
+    """Whether the kernel reads `source` only where, and no later than, it writes `target`."""
+    if not isinstance(item, Step) or item.slots.count(source) != 1 or item.slots.count(target) != 1:
+        return False
+    read, written = item.slots.index(source), item.slots.index(target)
+    kernel = item.kernel
+    if isinstance(kernel, ScatterKernel):
+        return read == 0 and all(a.buffer != 0 for a in _loads(kernel.body))
+    if isinstance(kernel, ContractKernel):
+        if read in (kernel.a.buffer, kernel.b.buffer):
+            return False
+        return _in_place([((), kernel.body, kernel.stores)], read, written)
+    if isinstance(kernel, LoopKernel):
+        return _in_place([(s.axes, s.body, s.stores) for s in kernel.stages], read, written)
+    return False
+
+
+def _in_place(stages: list[tuple[tuple[DimLike, ...], Body, tuple[Store, ...]]], read: int, written: int) -> bool:
+    stores = [(n, s.access) for n, (_, _, ss) in enumerate(stages) for s in ss if s.access.buffer == written]
+    if len(stores) != 1:
+        return False
+    last, store = stores[0]
+    for n, (axes, body, _) in enumerate(stages):
+        for access in _loads(body):
+            if access.buffer != read:
+                continue
+            # A load over other inner axes may touch other elements of the row; one in a later stage comes after the store.
+            if n > last or axes != stages[last][0] or access.guards or access.index_strides or access.at != store.at:
+                return False
+    return True
+
+
+def _loads(body: Body) -> Iterator[Access]:
+    for instr in body:
+        if instr.op == "load":
+            access = instr.attr
+            assert isinstance(access, Access)
+            yield access

@@ -1,0 +1,349 @@
+"""The CPU contraction kernel against the order that the numerics contract fixes (rule 2), bit for bit.
+
+Kernels are built by hand and called through ctypes, one phase after the other, their units split at random points.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import itertools
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pytest
+
+from duo_backends.cpu.code import KernelCode
+from duo_backends.cpu.gemm import compile_contract
+from duo_backends.cpu.jit import Library, Machine, build, machine
+from duo_ir.errors import ArgumentError, DeviceError
+from duo_ir.kernels.kernel import Access, Affine, Arg, ContractKernel, Guard, Instr, Store
+from duo_ir.scalar.numpy_eval import fma
+from duo_ir.types import Dim, DimLike, DType, bf16, dtype, f16, f32, f64, row_major
+
+WIDTHS = ("native", "native/32", "native/16")
+CANARY = 0x5A
+
+
+def machine_or_skip(name: str) -> Machine:
+    try:
+        return machine(name)
+    except (ArgumentError, DeviceError) as error:
+        pytest.skip(str(error))
+
+
+# ------------------------------------------------------------------------------------------------------- reference
+def reference(a: np.ndarray, b: np.ndarray, acc: DType, result: DType) -> np.ndarray:
+    """(..., m, k) x (..., k, n) in the contract's order."""
+    if not acc.is_float:
+        return (a.astype(np.int64) @ b.astype(np.int64)).astype(acc.numpy).astype(result.numpy)
+    a, b = a.astype(acc.numpy), b.astype(acc.numpy)
+    k = a.shape[-1]
+    shape = (*np.broadcast_shapes(a.shape[:-2], b.shape[:-2]), a.shape[-2], b.shape[-1])
+    blocks = []
+    for start in range(0, k, 512):
+        total = np.zeros(shape, acc.numpy)
+        for i in range(start, min(start + 512, k)):
+            total = fma(a[..., :, i, None], b[..., None, i, :], total)
+        blocks.append(total)
+    if not blocks:
+        return np.zeros(shape, acc.numpy).astype(result.numpy)
+    with np.errstate(all="ignore"):
+        sums = blocks
+        if k > 16384:
+            sums = [functools.reduce(np.add, blocks[i : i + 8]) for i in range(0, len(blocks), 8)]
+            while len(sums) > 1:
+                pairs = [sums[i] + sums[i + 1] for i in range(0, len(sums) - 1, 2)]
+                sums = pairs + sums[len(sums) - len(sums) % 2 :]
+        return functools.reduce(np.add, sums).astype(result.numpy)
+
+
+def same(x: np.ndarray, y: np.ndarray) -> bool:
+    """Equal bits, but NaN equal to NaN."""
+    if x.dtype.kind in "iub":
+        return bool((x == y).all())
+    bits = f"u{x.dtype.itemsize}"
+    return bool(((x.view(bits) == y.view(bits)) | (np.isnan(x) & np.isnan(y))).all())
+
+
+# ------------------------------------------------------------------------------------------------------- harness
+class Buffer:
+    """`size` elements between canaries."""
+
+    def __init__(self, size: int, numpy: np.dtype) -> None:
+        self.raw = np.full(size * numpy.itemsize + 256, CANARY, np.uint8)
+        start = 64 + -(self.raw.ctypes.data) % 64
+        self.data = self.raw[start : start + size * numpy.itemsize].view(numpy)
+        self.start, self.end = start, start + size * numpy.itemsize
+
+    def check(self) -> None:
+        assert (self.raw[: self.start] == CANARY).all() and (self.raw[self.end :] == CANARY).all(), "wrote outside"
+
+
+def view(flat: np.ndarray, shape: Sequence[int], strides: Sequence[int], offset: int = 0) -> np.ndarray:
+    size = flat.itemsize
+    return np.lib.stride_tricks.as_strided(flat[offset:], shape, [s * size for s in strides])
+
+
+def run(
+    kernel: ContractKernel,
+    buffers: Sequence[np.ndarray],
+    sizes: Mapping[str, int],
+    where: Machine,
+    rng: np.random.Generator | None = None,
+    compiled: tuple[KernelCode, Library] | None = None,
+) -> None:
+    code, library = compiled or compile_(kernel, where)
+    threads = 1 if rng is None else 3
+    scratch = Buffer(code.scratch(sizes, threads), np.dtype(np.uint8))
+    status = np.zeros(8, np.int64)
+    pointers = (ctypes.c_void_p * max(1, len(buffers)))(*(b.ctypes.data for b in buffers))
+    dims = (ctypes.c_int64 * max(1, len(kernel.dims)))(*(sizes[name] for name in kernel.dims))
+    long, pointer = ctypes.c_int64, ctypes.c_void_p
+    for phase in code.phases:
+        units = phase.units(sizes)
+        cuts = [0, units]
+        if rng is not None and units > 1:
+            cuts = sorted({0, units, *(int(c) for c in rng.integers(0, units + 1, 3))})
+        call = ctypes.CFUNCTYPE(None, pointer, pointer, long, long, long, pointer, pointer)(
+            library.addresses[phase.symbol]
+        )
+        for number, (begin, end) in enumerate(itertools.pairwise(cuts)):
+            tid = number % threads
+            call(pointers, dims, begin, end, tid, scratch.data.ctypes.data, status.ctypes.data)
+    scratch.check()
+    assert not status.any()
+    assert code.cost(sizes) > 0
+
+
+def compile_(kernel: ContractKernel, where: Machine) -> tuple[KernelCode, Library]:
+    code = compile_contract(kernel, where.target)
+    return code, build(code.text, [p.symbol for p in code.phases], where)
+
+
+def plain(store: Access, result: DType) -> tuple[tuple[Instr, ...], tuple[Store, ...]]:
+    return (Instr("acc", (), result),), (Store(store, 0),)
+
+
+def values(rng: np.random.Generator, size: int, d: DType) -> np.ndarray:
+    if d.is_float:
+        return rng.standard_normal(size).astype(d.numpy)
+    info = np.iinfo(d.numpy)
+    return rng.integers(info.min, info.max, size, d.numpy, endpoint=True)
+
+
+ORDERS = ("row", "column", "strided", "reversed")
+
+
+def layout(rows: int, columns: int, order: str) -> tuple[tuple[int, int], int, int]:
+    """(strides, offset, elements needed) of a rows x columns matrix."""
+    if order == "row":
+        return (columns, 1), 0, rows * columns
+    if order == "column":
+        return (1, rows), 0, rows * columns
+    if order == "strided":
+        return (2 * columns + 3, 2), 1, rows * (2 * columns + 3) + 1
+    return (-columns, -1), max(rows * columns - 1, 0), rows * columns
+
+
+def matmul(
+    where: Machine,
+    m: int,
+    n: int,
+    k: int,
+    *,
+    a_order: str = "row",
+    b_order: str = "row",
+    d: DType = f32,
+    result: DType | None = None,
+    batch: int | None = None,
+    shared: str = "",
+    symbolic: str = "",
+    seed: int = 0,
+    special: bool = False,
+) -> None:
+    """Runs one matmul and compares. `shared`: which operand has batch stride 0; `symbolic`: letters of symbolic sizes."""
+    rng = np.random.default_rng(seed)
+    acc = f32 if d.is_narrow_float else d
+    result = result or d
+    (a_strides, a_offset, a_size), (b_strides, b_offset, b_size) = layout(m, k, a_order), layout(k, n, b_order)
+    count = 1 if batch is None else batch
+    a_buffer = Buffer(a_size * (1 if "a" in shared else count), d.numpy)
+    b_buffer = Buffer(b_size * (1 if "b" in shared else count), d.numpy)
+    c_buffer = Buffer(count * m * n, result.numpy)
+    for buffer in (a_buffer, b_buffer):
+        buffer.data[:] = values(rng, len(buffer.data), d)
+        if special and len(buffer.data):
+            picks = rng.integers(0, len(buffer.data), 1 + len(buffer.data) // 50)
+            buffer.data[picks] = rng.choice(np.array([np.nan, np.inf, -np.inf, -0.0, 0.0, 1e-40, 3e38]), len(picks))
+    sizes = {name: value for name, value in (("m", m), ("n", n), ("k", k)) if name in symbolic}
+
+    def size(name: str, value: int) -> DimLike:
+        return Dim.symbol(name) if name in symbolic else value
+
+    ms, ns, ks = size("m", m), size("n", n), size("k", k)
+    exact_a: Sequence[DimLike] = (ks, 1) if a_order == "row" else (1, ms) if a_order == "column" else a_strides
+    exact_b: Sequence[DimLike] = (ns, 1) if b_order == "row" else (1, ks) if b_order == "column" else b_strides
+    lead = () if batch is None else (0,)
+    a_lead = () if batch is None else (0 if "a" in shared else a_size,)
+    b_lead = () if batch is None else (0 if "b" in shared else b_size,)
+    del lead
+    out = Access(2, Affine(0, (*(() if batch is None else (ms * ns,)), ns, 1)))
+    body, stores = plain(out, result)
+    kernel = ContractKernel(
+        (Arg(d, len(a_buffer.data)), Arg(d, len(b_buffer.data)), Arg(result, len(c_buffer.data), True)),
+        () if batch is None else (batch,), ms, ns, ks,
+        Access(0, Affine(a_offset, (*a_lead, *exact_a))), Access(1, Affine(b_offset, (*b_lead, *exact_b))),
+        acc, result, body, stores, tuple(sizes),
+    )  # fmt: skip
+    run(kernel, [a_buffer.data, b_buffer.data, c_buffer.data], sizes, where, rng)
+    for buffer in (a_buffer, b_buffer, c_buffer):
+        buffer.check()
+    a_lead_n, b_lead_n = tuple(int(x) for x in a_lead), tuple(int(x) for x in b_lead)
+    shape = () if batch is None else (batch,)
+    a = view(a_buffer.data, (*shape, m, k), (*a_lead_n, *a_strides), a_offset)
+    b = view(b_buffer.data, (*shape, k, n), (*b_lead_n, *b_strides), b_offset)
+    got = c_buffer.data.reshape((*shape, m, n))
+    assert same(got, reference(a, b, acc, result)), f"{m}x{n}x{k} {a_order} {b_order} {d} {symbolic}"
+
+
+# ----------------------------------------------------------------------------------------------------------- tests
+EDGES = (1, 2, 7, 8, 13, 14, 15, 16, 17, 31, 32, 33, 47, 48, 49, 63, 65, 100)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("m", EDGES)
+def test_tile_edges(width: str, m: int) -> None:
+    where = machine_or_skip(width)
+    rng = np.random.default_rng(m)
+    for n in rng.choice(EDGES[1:], 5, replace=False):
+        order = ORDERS[int(rng.integers(4))], ORDERS[int(rng.integers(4))]
+        matmul(where, m, int(n), int(rng.integers(1, 40)), a_order=order[0], b_order=order[1], seed=m)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("k", (0, 1, 2, 3, 15, 16, 17, 511, 512, 513, 1025, 5000))
+def test_k_blocks(width: str, k: int) -> None:
+    where = machine_or_skip(width)
+    matmul(where, 5, 35, k, seed=k)
+    matmul(where, 17, 18, k, b_order="column", seed=k, special=True)
+
+
+@pytest.mark.parametrize("k", (16384, 16385, 17000, 20480, 29000))
+def test_long_k(k: int) -> None:
+    where = machine_or_skip("native")
+    matmul(where, 3, 5, k, b_order="column")
+    matmul(where, 3, 5, k, symbolic="k")
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("name", ("f16", "bf16", "f64", "i8", "u8", "i16", "i32", "i64"))
+@pytest.mark.parametrize("b_order", ("row", "column", "strided"))
+def test_dtypes(width: str, name: str, b_order: str) -> None:
+    where, d = machine_or_skip(width), dtype(name)
+    matmul(where, 19, 37, 33, d=d, b_order=b_order)
+    matmul(where, 50, 70, 530, d=d, b_order=b_order, a_order="column")
+    matmul(where, 2, 70, 5, d=d, b_order=b_order)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_narrow_floats_round_once_to_the_result(width: str) -> None:
+    where = machine_or_skip(width)
+    matmul(where, 19, 37, 33, d=f16, result=f32)
+    matmul(where, 19, 37, 33, d=bf16, result=f32, special=True)
+    matmul(where, 20, 100, 70, d=f16, special=True)
+
+
+@pytest.mark.parametrize("a_order", ORDERS)
+@pytest.mark.parametrize("b_order", ORDERS)
+def test_layouts(a_order: str, b_order: str) -> None:
+    where = machine_or_skip("native")
+    matmul(where, 60, 130, 70, a_order=a_order, b_order=b_order)
+    matmul(where, 1, 300, 70, a_order=a_order, b_order=b_order)
+    matmul(where, 30, 100, 600, a_order=a_order, b_order=b_order, special=True)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("shared", ("", "a", "b"))
+def test_batch(width: str, shared: str) -> None:
+    where = machine_or_skip(width)
+    matmul(where, 9, 33, 20, batch=4, shared=shared)
+    matmul(where, 9, 33, 520, batch=2, shared=shared, b_order="column")
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("symbolic", ("m", "n", "k", "mn", "mnk"))
+def test_symbolic_sizes(width: str, symbolic: str) -> None:
+    where = machine_or_skip(width)
+    for m, n, k in ((2, 2, 2), (13, 33, 17), (31, 100, 515), (100, 64, 64)):
+        for orders in (("row", "row"), ("row", "column"), ("column", "row")):
+            matmul(where, m, n, k, a_order=orders[0], b_order=orders[1], symbolic=symbolic)
+
+
+def test_large() -> None:
+    where = machine_or_skip("native")
+    matmul(where, 530, 530, 70)
+    matmul(where, 200, 1100, 600, b_order="column", symbolic="m")
+    matmul(where, 300, 60, 1030, a_order="column", symbolic="mk")
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("transposed", (False, True))
+def test_epilogue(width: str, transposed: bool) -> None:
+    """relu(acc + bias[n]) * scale[m] + residual[b, m, n], in place of the residual, and the sum itself beside it."""
+    where, rng = machine_or_skip(width), np.random.default_rng(1)
+    batch, m, n, k = 3, 21, 53, 40
+    a, b = values(rng, batch * m * k, f32), values(rng, k * n, f32)
+    bias, scale, residual = values(rng, n, f32), values(rng, m, f32), values(rng, batch * m * n, f32)
+    out = Buffer(batch * m * n, f32.numpy)
+    out.data[:] = residual
+    raw = Buffer(batch * m * n, f64.numpy)
+    name = Dim.symbol("m")
+    at = Affine(0, (name * n, n, 1))
+    raw_at = Affine(0, (name * n, 1, name)) if transposed else at
+    body = (
+        Instr("acc", (), f32),
+        Instr("load", (), f32, Access(2, Affine(0, (0, 0, 1)))),
+        Instr("add", (0, 1), f32),
+        Instr("const", (), f32, 0.0),
+        Instr("gt", (2, 3), dtype("bool")),
+        Instr("select", (4, 2, 3), f32),
+        Instr("load", (), f32, Access(3, Affine(0, (0, 1, 0)))),
+        Instr("mul", (5, 6), f32),
+        Instr("load", (), f32, Access(4, at)),
+        Instr("add", (7, 8), f32),
+        Instr("convert", (0,), f64),
+    )
+    total = batch * m * n
+    kernel = ContractKernel(
+        (Arg(f32, batch * m * k), Arg(f32, k * n), Arg(f32, n), Arg(f32, m), Arg(f32, total), Arg(f32, total, True),
+         Arg(f64, total, True)),
+        (batch,), name, n, k, Access(0, Affine(0, (name * k, k, 1))), Access(1, Affine(0, (0, n, 1))), f32, f32, body,
+        (Store(Access(5, at), 9), Store(Access(6, raw_at), 10)), ("m",),
+    )  # fmt: skip
+    run(kernel, [a, b, bias, scale, out.data, out.data, raw.data], {"m": m}, where, rng)
+    acc = reference(a.reshape(batch, m, k), b.reshape(k, n), f32, f32)
+    hidden = acc + bias
+    expected = np.where(hidden > 0, hidden, np.float32(0)) * scale[:, None] + residual.reshape(batch, m, n)
+    assert same(out.data.reshape(batch, m, n), expected)
+    got = raw.data.reshape(batch, n, m).transpose(0, 2, 1) if transposed else raw.data.reshape(batch, m, n)
+    assert same(np.ascontiguousarray(got), acc.astype(np.float64))
+    out.check(), raw.check()
+
+
+def test_empty() -> None:
+    where = machine_or_skip("native")
+    for m, n, k in ((0, 5, 3), (3, 0, 3), (0, 0, 0)):
+        matmul(where, m, n, k)
+    matmul(where, 3, 5, 3, batch=0)
+
+
+def test_operands_with_guards_are_refused() -> None:
+    where = machine_or_skip("native")
+    guarded = Access(0, Affine(0, (4, 1)), (Guard(Affine(0, (1, 0)), 4),))
+    out = Access(2, Affine(0, row_major((4, 4))))
+    body, stores = plain(out, f32)
+    args = (Arg(f32, 16), Arg(f32, 16), Arg(f32, 16, True))
+    kernel = ContractKernel(args, (), 4, 4, 4, guarded, Access(1, Affine(0, (4, 1))), f32, f32, body, stores)
+    with pytest.raises(ArgumentError, match="matmul"):
+        compile_contract(kernel, where.target)

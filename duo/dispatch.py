@@ -6,7 +6,7 @@ runs the body on the spot; an eager tensor records it in the trace; a graph tens
 `tensors` are weak scalars: run-time arguments, never baked into the program.
 
 A kind of tensor is any class with `_priority` (the highest among the operands decides: a Parameter meeting a placeholder becomes
-part of the graph) and the static methods `_apply`, `_view`.
+part of the graph) and the static methods `_apply`, `_view` and `_update(state, new)`, which writes shared state.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ class View(NamedTuple):
     write: Callable[..., Value] | None
 
 
-def _kind(tensors: tuple[Any, ...]) -> Any:
+def kind_of(tensors: tuple[Any, ...]) -> Any:
+    """The class that decides what an op on these tensors does; None when they are SSA values or numbers."""
     best = None
     for t in tensors:
         cls = t.__class__
@@ -42,7 +43,7 @@ def _kind(tensors: tuple[Any, ...]) -> Any:
 
 def apply(body: Callable[..., Any], tensors: tuple[Any, ...], attrs: tuple[Any, ...] = ()) -> Any:
     """The result(s) of `body` on tensors of any one kind, Python numbers among them. `attrs` are static and hashable."""
-    kind = _kind(tensors)
+    kind = kind_of(tensors)
     if kind is None:
         return body(*tensors, *attrs)
     return kind._apply(body, tensors, attrs)
@@ -52,4 +53,4 @@ def apply_view(view: View, tensor: Any, attrs: tuple[Any, ...] = ()) -> Any:
     """A view of `tensor`."""
     if tensor.__class__ is Value:
         return view.read(tensor, *attrs)
-    return _kind((tensor,))._view(view, tensor, attrs)
+    return kind_of((tensor,))._view(view, tensor, attrs)

@@ -19,7 +19,7 @@ import numpy as np
 from duo_backends.cpu.backend import CpuBackend
 from duo_backends.cpu.memory import Buffer
 from duo_ir.core import Function
-from duo_ir.errors import ArgumentError
+from duo_ir.errors import ArgumentError, DeviceError
 from duo_ir.interpret import interpret
 from duo_ir.pipeline import compile as compile_function
 from duo_ir.types import TensorType
@@ -92,9 +92,11 @@ def runnable(function: Function, fused: bool = True, scalars: Collection[int] = 
         except KeyError:
             pass
         return found
-    made = Interpreted(function) if _use_interpreter else compile_function(
-        function, backend, fusion=fused, scalars=scalars
-    ).bind({})
+    made = (
+        Interpreted(function)
+        if _use_interpreter
+        else compile_function(function, backend, fusion=fused, scalars=scalars).bind({})
+    )
     with _lock:
         statistics.compiled += 1
         statistics.fused += fused
@@ -112,3 +114,11 @@ def from_numpy(array: np.ndarray, copy: bool = True) -> Buffer:
 def to_numpy(buffer: Buffer, type: TensorType, copy: bool = False) -> np.ndarray:
     """The buffer as an array of that type; without `copy`, a view that keeps the buffer alive."""
     return backend.to_numpy(buffer, type.dtype, type.static_shape(), copy)
+
+
+def check_device(device: object) -> str:
+    """The device's name if programs can run there. Raises DeviceError."""
+    name = str(device)
+    if name.split(":")[0] != "cpu":
+        raise DeviceError(f"device {name!r} is not there: this build of duo runs on 'cpu'")
+    return "cpu"

@@ -398,10 +398,10 @@ class _Parser:
         if token.kind == "number" and not token.text.isdigit():
             self.next()
             return -float(token.text) if negative else float(token.text)
-        if token.kind in ("number", "word"):
-            self.at = at
-            return self.dim()
-        self.fail(f"expected an attribute's value, found {self._found()}")
+        if token.kind not in ("number", "word"):
+            self.fail(f"expected an attribute's value, found {self._found()}")
+        self.at = at
+        return self.dim()
 
 
 Function.printer = to_text

@@ -75,7 +75,12 @@ class _Verifier:
         f = self.f
         defined: set[Value] = set()
         if len(f.names) != len(f.params):
-            self.fail(None, "names", f"{len(f.names)} names for {len(f.params)} parameters", "give one name per parameter ('' for none)")
+            self.fail(
+                None,
+                "names",
+                f"{len(f.names)} names for {len(f.params)} parameters",
+                "give one name per parameter ('' for none)",
+            )
         for i, p in enumerate(f.params):
             self.parameter(i, p, defined)
             defined.add(p)
@@ -161,7 +166,12 @@ class _Verifier:
 
     def type(self, op: Op | None, what: str, t: object) -> None:
         if not isinstance(t, TensorType) or not isinstance(t.dtype, DType) or DTYPES.get(t.dtype.name) is not t.dtype:
-            self.fail(op, "types are valid", f"{what} has type {t!r}, which is not a TensorType of duo", "use TensorType(dtype, shape)")
+            self.fail(
+                op,
+                "types are valid",
+                f"{what} has type {t!r}, which is not a TensorType of duo",
+                "use TensorType(dtype, shape)",
+            )
         for axis, d in enumerate(t.shape):
             if isinstance(d, bool) or not isinstance(d, (int, Dim)):
                 self.fail(op, "types are valid", f"{what} has size {d!r} along axis {axis}", "sizes are ints or Dims")

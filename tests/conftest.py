@@ -3,6 +3,7 @@ trip through text of every Function that a test of the IR builds."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,7 +15,9 @@ from duo_ir.core import Builder, Function
 from duo_ir.opdef import REGISTRY
 from duo_ir.text import parse, to_text
 
-settings.register_profile("duo", deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
+# DUO_EXAMPLES=1000 searches longer than a usual run does.
+EXAMPLES = int(os.environ.get("DUO_EXAMPLES", "60"))
+settings.register_profile("duo", deadline=None, max_examples=EXAMPLES, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("duo")
 
 MOST_PER_TEST = 30  # functions taken through text, of those a test builds

@@ -94,7 +94,9 @@ class FlushPlan:
         construction = Construction(node)
         self.inputs = construction.inputs
         dtypes = iter(construction.scalar_dtypes)
-        self.scalar_dtypes: dict[int, DType] = {i: next(dtypes) for i, (_, k) in enumerate(self.inputs) if k is not None}
+        self.scalar_dtypes: dict[int, DType] = {
+            i: next(dtypes) for i, (_, k) in enumerate(self.inputs) if k is not None
+        }
         leaves = {e for e, k in self.inputs if k is None}
         self.candidates = [n for n, v in enumerate(construction.values) if v is not None and n not in leaves]
 

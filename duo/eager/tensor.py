@@ -91,6 +91,10 @@ class EagerTensor(Tensor):
         out._storage, out._chain, out._seen = storage, (*tensor._chain, (view, attrs)), storage.version
         return out
 
+    @staticmethod
+    def _update(state: EagerTensor, new: EagerTensor) -> None:
+        state._write(new._value())
+
     def _value(self) -> Val:
         return self._val if self._storage is None else self._current()
 
@@ -200,7 +204,9 @@ class EagerTensor(Tensor):
             self._val = as_leaf(val, self._leaf)
         else:
             if self._leaf is None:
-                raise GradientError("requires_grad can be turned off on leaves only; detach() gives a tensor without history")
+                raise GradientError(
+                    "requires_grad can be turned off on leaves only; detach() gives a tensor without history"
+                )
             self._leaf = None
             (self._val,) = record(_detach_read, (self,))
             if self._storage is not None and not self._chain:
@@ -272,7 +278,9 @@ class EagerTensor(Tensor):
     def numpy(self) -> np.ndarray:
         """The values as a NumPy array that shares this tensor's memory (a view through indexing or transposition gives a copy)."""
         if self.requires_grad:
-            raise GradientError("a tensor that requires grad has no .numpy(), which could not record a gradient; use .detach().numpy()")
+            raise GradientError(
+                "a tensor that requires grad has no .numpy(), which could not record a gradient; use .detach().numpy()"
+            )
         return self._array()
 
     def _array(self, share: bool = True) -> np.ndarray:
@@ -447,7 +455,9 @@ def _check_roots(tensors: Sequence[Any], gradients: Sequence[Any]) -> list[tuple
     roots = []
     for t, g in zip(tensors, gradients):
         if g is None and t._type.size != 1:
-            raise GradientError(f"a gradient can be implied for one element only; this tensor is {t._type}: pass gradient=...")
+            raise GradientError(
+                f"a gradient can be implied for one element only; this tensor is {t._type}: pass gradient=..."
+            )
         if g is not None:
             if g._type.shape != t._type.shape:
                 raise ShapeError(f"the gradient given has shape {list(g._type.shape)}, the tensor is {t._type}")
@@ -494,12 +504,16 @@ def grad(
     """Gradients of sum(output * grad_output) with respect to each of `inputs`, leaves or not; nothing is added to `.grad`."""
     outs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
     ins = [inputs] if isinstance(inputs, Tensor) else list(inputs)
-    grads = [None] * len(outs) if grad_outputs is None else (
-        [grad_outputs] if isinstance(grad_outputs, Tensor) else list(grad_outputs)
+    grads = (
+        [None] * len(outs)
+        if grad_outputs is None
+        else ([grad_outputs] if isinstance(grad_outputs, Tensor) else list(grad_outputs))
     )
     for t in ins:
         if not t.requires_grad:
-            raise GradientError(f"an input {t._type} of grad does not require grad; call requires_grad_() before using it")
+            raise GradientError(
+                f"an input {t._type} of grad does not require grad; call requires_grad_() before using it"
+            )
     retain = create_graph if retain_graph is None else retain_graph
     vals = [t._value() for t in ins]
     engine = Engine(EagerTensor, [v for t, v in zip(ins, vals) if t._leaf is None], retain, create_graph)

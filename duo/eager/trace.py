@@ -18,8 +18,7 @@ from typing import Any
 
 from duo.runtime import Buffer
 from duo_ir.core import Builder, Loc, Value
-from duo_ir.errors import DTypeError
-from duo_ir.types import DType, TensorType, bool_, promote_scalar
+from duo_ir.types import DType, TensorType, bool_, f64, i64, promote_scalar
 
 MAX_ENTRIES = 4096
 MAX_BYTES = 256 << 20
@@ -364,6 +363,9 @@ def attr_classes(attrs: tuple) -> tuple:
     return tuple([a.hex() if a.__class__ is float else a.__class__ for a in attrs])
 
 
+_ALONE = {float: f64, int: i64, bool: bool_}
+
+
 def scalar_types(operands: tuple) -> tuple[DType, ...]:
     """The dtype that each Python number among operands (TensorTypes and number classes) takes beside the tensors."""
     tensors = [t.dtype for t in operands if t.__class__ is TensorType]
@@ -371,8 +373,9 @@ def scalar_types(operands: tuple) -> tuple[DType, ...]:
     for o in operands:
         if o.__class__ is TensorType:
             continue
-        if not tensors:
-            raise DTypeError("an op on numbers alone has no dtype; make one of them a tensor")
+        if not tensors:  # a number alone keeps all its precision; the body casts it
+            out.append(_ALONE[o])
+            continue
         dtype = tensors[0]
         for other in tensors[1:]:
             if other.is_float and not dtype.is_float:

@@ -50,7 +50,9 @@ def _weight_decay(p: Value, g: Value, h: Hyper, options: frozenset) -> Value:
     return ops.add(g, ops.mul(p, _at(h["weight_decay"], p))) if "weight_decay" in options else g
 
 
-def _sgd(p: Value, g: Value, slots: Sequence[Value], step: Value, h: Hyper, options: frozenset) -> tuple[Value, list[Value]]:
+def _sgd(
+    p: Value, g: Value, slots: Sequence[Value], step: Value, h: Hyper, options: frozenset
+) -> tuple[Value, list[Value]]:
     """torch.optim.SGD: b = momentum*b + (1 - dampening)*g (the first time b = g); p -= lr*b, or lr*(g + momentum*b)."""
     g = _weight_decay(p, g, h, options)
     out: list[Value] = []
@@ -59,7 +61,9 @@ def _sgd(p: Value, g: Value, slots: Sequence[Value], step: Value, h: Hyper, opti
         if "first" in options:
             buffer = g
         else:
-            buffer = ops.add(ops.mul(slots[0], momentum), ops.mul(g, _at(ops.sub(_one(h["dampening"]), h["dampening"]), p)))
+            buffer = ops.add(
+                ops.mul(slots[0], momentum), ops.mul(g, _at(ops.sub(_one(h["dampening"]), h["dampening"]), p))
+            )
         out = [buffer]
         g = ops.add(g, ops.mul(buffer, momentum)) if "nesterov" in options else buffer
     return ops.sub(p, ops.mul(g, _at(h["lr"], p))), out
@@ -72,7 +76,9 @@ def _moments(g: Value, m: Value, v: Value, h: Hyper) -> tuple[Value, Value]:
     return m, v
 
 
-def _adam(p: Value, g: Value, slots: Sequence[Value], step: Value, h: Hyper, options: frozenset) -> tuple[Value, list[Value]]:
+def _adam(
+    p: Value, g: Value, slots: Sequence[Value], step: Value, h: Hyper, options: frozenset
+) -> tuple[Value, list[Value]]:
     """torch.optim.Adam and, with 'decoupled', AdamW (Kingma & Ba 2015; Loshchilov & Hutter 2019):
     p -= lr/(1 - beta1^t) * m / (sqrt(v)/sqrt(1 - beta2^t) + eps)."""
     if "decoupled" in options:
@@ -95,7 +101,9 @@ def _adam(p: Value, g: Value, slots: Sequence[Value], step: Value, h: Hyper, opt
     return ops.sub(p, ops.mul(ops.div(m, denominator), _at(step_size, p))), out
 
 
-def _rmsprop(p: Value, g: Value, slots: Sequence[Value], step: Value, h: Hyper, options: frozenset) -> tuple[Value, list[Value]]:
+def _rmsprop(
+    p: Value, g: Value, slots: Sequence[Value], step: Value, h: Hyper, options: frozenset
+) -> tuple[Value, list[Value]]:
     """torch.optim.RMSprop: s = alpha*s + (1 - alpha)*g*g; p -= lr * g / (sqrt(s [- mean^2]) + eps), optionally with momentum."""
     g = _weight_decay(p, g, h, options)
     rest = _at(ops.sub(_one(h["alpha"]), h["alpha"]), p)
@@ -113,7 +121,9 @@ def _rmsprop(p: Value, g: Value, slots: Sequence[Value], step: Value, h: Hyper, 
     return ops.sub(p, ops.mul(scaled, _at(h["lr"], p))), out
 
 
-def _tf_momentum(p: Value, g: Value, slots: Sequence[Value], step: Value, h: Hyper, options: frozenset) -> tuple[Value, list[Value]]:
+def _tf_momentum(
+    p: Value, g: Value, slots: Sequence[Value], step: Value, h: Hyper, options: frozenset
+) -> tuple[Value, list[Value]]:
     """tf.train.MomentumOptimizer: a = momentum*a + g; p -= lr*a, or lr*(g + momentum*a) with use_nesterov."""
     momentum = _at(h["momentum"], p)
     accumulated = ops.add(ops.mul(slots[0], momentum), g)
@@ -121,7 +131,9 @@ def _tf_momentum(p: Value, g: Value, slots: Sequence[Value], step: Value, h: Hyp
     return ops.sub(p, ops.mul(direction, _at(h["lr"], p))), [accumulated]
 
 
-def _tf_adam(p: Value, g: Value, slots: Sequence[Value], step: Value, h: Hyper, options: frozenset) -> tuple[Value, list[Value]]:
+def _tf_adam(
+    p: Value, g: Value, slots: Sequence[Value], step: Value, h: Hyper, options: frozenset
+) -> tuple[Value, list[Value]]:
     """tf.train.AdamOptimizer, the form before section 2.1 of Kingma & Ba 2015 ("epsilon hat"):
     p -= lr*sqrt(1 - beta2^t)/(1 - beta1^t) * m / (sqrt(v) + eps)."""
     m, v = _moments(g, slots[0], slots[1], h)
@@ -131,7 +143,9 @@ def _tf_adam(p: Value, g: Value, slots: Sequence[Value], step: Value, h: Hyper, 
     return ops.sub(p, ops.mul(ops.div(m, ops.add(ops.sqrt(v), _at(h["eps"], v))), _at(rate, p))), [m, v]
 
 
-def _tf_rmsprop(p: Value, g: Value, slots: Sequence[Value], step: Value, h: Hyper, options: frozenset) -> tuple[Value, list[Value]]:
+def _tf_rmsprop(
+    p: Value, g: Value, slots: Sequence[Value], step: Value, h: Hyper, options: frozenset
+) -> tuple[Value, list[Value]]:
     """tf.train.RMSPropOptimizer: s = decay*s + (1 - decay)*g*g; b = momentum*b + lr * g / sqrt(s [- mean^2] + eps); p -= b."""
     rest = _at(ops.sub(_one(h["decay"]), h["decay"]), p)
     decay = _at(h["decay"], p)
@@ -171,7 +185,10 @@ TF_SGD = Rule("tf_sgd", _flagged(), ("lr",), lambda p, g, s, t, h, o: (ops.sub(p
 TF_MOMENTUM = Rule("tf_momentum", _flagged(("", "Momentum")), ("lr", "momentum"), _tf_momentum)
 TF_ADAM = Rule("tf_adam", _flagged(("", "m"), ("", "v")), ("lr", "beta1", "beta2", "eps"), _tf_adam, counts=True)
 TF_RMSPROP = Rule(
-    "tf_rmsprop", _flagged(("", "rms"), ("", "momentum"), ("centered", "mg")), ("lr", "decay", "momentum", "eps"), _tf_rmsprop
+    "tf_rmsprop",
+    _flagged(("", "rms"), ("", "momentum"), ("centered", "mg")),
+    ("lr", "decay", "momentum", "eps"),
+    _tf_rmsprop,
 )
 
 

@@ -170,11 +170,16 @@ class Emitter:
         scope: Scope,
         reduced: Callable[[int, int], Value] | None = None,
         acc: Value | None = None,
+        saved: Callable[[int], Value] | None = None,
     ) -> list[Value]:
-        """Emits every instruction; the values, numbered as in the body. `reduced(stage, n)` and `acc` give those
-        operands of the surrounding kernel."""
+        """Emits every instruction; the values, numbered as in the body. `reduced(stage, n)`, `acc` and `saved(slot)`
+        (see `reuse.py`) give those operands of the surrounding kernel."""
         values: list[Value] = []
         for instr in body:
+            if instr.op == "saved":
+                assert saved is not None
+                values.append(saved(instr.attr))  # type: ignore[arg-type]
+                continue
             values.append(self._instr(instr, [values[k] for k in instr.args], scope, reduced, acc))
         return values
 

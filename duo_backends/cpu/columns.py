@@ -33,23 +33,37 @@ from duo_ir.types import DimLike, evaluate, product
 
 _WIDE, _NARROW = 512, 128  # columns of a strip: the second where there are few, for the sake of threads
 _FEW_STRIPS = 4  # strips of very few columns, for the same reason
+_GROUP = 8  # chunks whose partial is one work unit of a split reduction
 _ALIGN = 64
 
 
 def compile_columns(kernel: LoopKernel, target: Target, name: str, cost: Any) -> KernelCode:
     """`kernel` with the axis to vectorise last among its outer ones."""
     module = Module()
-    plan = _Columns(Phase(module, name, kernel, target), kernel)
+    split = _splits(kernel)
+    plan = _Columns(Phase(module, f"{name}_2" if split else name, kernel, target), kernel, split)
     plan.emit()
-    strip, last = plan.strip, kernel.axes[-1]
-
-    def units(sizes: Mapping[str, int]) -> int:
-        return points(kernel.axes[:-1], sizes) * ceil_div(evaluate(last, sizes), strip)
+    phases = [PhaseCode(plan.phase.name, plan.units)]
+    if split:
+        _Columns(Phase(module, f"{name}_1", kernel, target), kernel, split).emit_groups()
+        phases.insert(0, PhaseCode(f"{name}_1", lambda sizes: plan.units(sizes) * plan.groups(sizes)))
 
     def scratch(sizes: Mapping[str, int], threads: int) -> int:
-        return threads * plan.share(sizes)
+        return plan.partial_bytes(sizes) + threads * plan.share(sizes)
 
-    return KernelCode(module.text(), (PhaseCode(name, units),), scratch, cost)
+    return KernelCode(module.text(), tuple(phases), scratch, cost)
+
+
+def _splits(kernel: LoopKernel) -> bool:
+    """Whether the first reduction is long over few columns: then groups of chunks are reduced in parallel."""
+    first, last = kernel.stages[0], kernel.axes[-1]
+    if not first.reduces or first.stores or len(first.axes) != 1:
+        return False
+    if any(r.kind in ("argmax", "argmin") for r in first.reduces):
+        return False
+    n, outer = first.axes[0], product(kernel.axes)
+    few = isinstance(last, int) and isinstance(outer, int) and outer < 8 * _WIDE
+    return few and (not isinstance(n, int) or n >= 2 * _GROUP * CHUNK)
 
 
 class _Stage:
@@ -71,8 +85,10 @@ class _Stage:
 
 
 class _Columns:
-    def __init__(self, phase: Phase, kernel: LoopKernel) -> None:
-        self.phase, self.kernel, self.f, self.e = phase, kernel, phase.f, phase.e
+    """One phase. With `split`, stage 0's accumulators of each group of chunks pass through shared scratch."""
+
+    def __init__(self, phase: Phase, kernel: LoopKernel, split: bool) -> None:
+        self.phase, self.kernel, self.f, self.e, self.split = phase, kernel, phase.f, phase.e, split
         self.width = lanes_for([s.body for s in kernel.stages], phase.target)
         last = kernel.axes[-1]
         self.strip = _WIDE
@@ -92,9 +108,24 @@ class _Columns:
         self.base = self.begin = self.end = ""
         self.row: Region = self.f.top
 
+    # ------------------------------------------------------------------------- sizes, known when the kernel runs
+    def units(self, sizes: Mapping[str, int]) -> int:
+        axes = self.kernel.axes
+        return points(axes[:-1], sizes) * ceil_div(evaluate(axes[-1], sizes), self.strip)
+
+    def groups(self, sizes: Mapping[str, int]) -> int:
+        return max(1, ceil_div(evaluate(self.stages[0].count, sizes), _GROUP * CHUNK)) if self.split else 0
+
+    def partial_bytes(self, sizes: Mapping[str, int]) -> int:
+        """Bytes at the start of scratch for the accumulators of every (unit, group)."""
+        size = self.units(sizes) * self.groups(sizes) * self.stages[0].layer
+        return ceil_div(size, _ALIGN) * _ALIGN
+
     def share(self, sizes: Mapping[str, int]) -> int:
         """Bytes of scratch of one thread: results, accumulators, stack."""
         stack = max([0, *(s.levels(sizes) * s.layer for s in self.stages)])
+        if self.split:
+            stack = max(stack, tree_levels(max(_GROUP, self.groups(sizes))) * self.stages[0].layer)
         return self.results_bytes + self.accumulator_bytes + ceil_div(stack, _ALIGN) * _ALIGN
 
     def _share_name(self) -> str:
@@ -102,41 +133,96 @@ class _Columns:
         f, e = self.f, self.e
         fixed = self.results_bytes + self.accumulator_bytes
         stack = "0"
-        for s in self.stages:
-            if not s.chunked:
-                continue
-            chunks = f.div(f.add(e.dim(s.count), str(CHUNK - 1), f.top), str(CHUNK), f.top)
-            if is_literal(chunks):
-                levels = str(tree_levels(int(chunks)))
+        counts = [
+            (s, f.div(f.add(e.dim(s.count), str(CHUNK - 1), f.top), str(CHUNK), f.top))
+            for s in self.stages
+            if s.chunked
+        ]
+        if self.split:
+            counts.append((self.stages[0], self._max(self._groups(), str(_GROUP))))
+        for s, count in counts:
+            if is_literal(count):
+                levels = str(tree_levels(int(count)))
             else:
-                chunks = f.call("smax", "i64", [("i64", chunks), ("i64", "1")], region=f.top)
-                zeros = f.call("ctlz", "i64", [("i64", chunks), ("i1", "false")], suffix="i64", region=f.top)
-                levels = f.sub("64", zeros, f.top)
-            size = f.mul(levels, str(s.layer), f.top)
-            if is_literal(size) and is_literal(stack):
-                stack = str(max(int(size), int(stack)))
-            else:
-                stack = f.call("smax", "i64", [("i64", size), ("i64", stack)], region=f.top)
+                bits = [("i64", self._max(count, "1")), ("i1", "false")]
+                levels = f.sub("64", f.call("ctlz", "i64", bits, region=f.top), f.top)
+            stack = self._max(f.mul(levels, str(s.layer), f.top), stack)
         rounded = f.mul(f.div(f.add(stack, str(_ALIGN - 1), f.top), str(_ALIGN), f.top), str(_ALIGN), f.top)
         return f.add(rounded, str(fixed), f.top)
 
+    def _max(self, a: str, b: str) -> str:
+        if is_literal(a) and is_literal(b):
+            return str(max(int(a), int(b)))
+        return self.f.call("smax", "i64", [("i64", a), ("i64", b)], region=self.f.top)
+
+    def _groups(self) -> str:
+        f = self.f
+        n = self.e.dim(self.stages[0].count)
+        return self._max(f.div(f.add(n, str(_GROUP * CHUNK - 1), f.top), str(_GROUP * CHUNK), f.top), "1")
+
     # ------------------------------------------------------------------------------------------------- the nest
-    def emit(self) -> None:
+    def _locate(self) -> str:
+        """Sets `base`, this thread's share; the number of strips."""
         f, axes = self.f, self.kernel.axes
-        self.base = f.gep("i8", "%scratch", f.mul("%tid", self._share_name(), f.top), f.top)
         last = self.e.dim(axes[-1])
         strips = f.div(f.add(last, str(self.strip - 1), f.top), str(self.strip), f.top)
+        shares = "%scratch"
+        if self.split:
+            units = f.mul(strips, self.e.dim(product(axes[:-1])), f.top)
+            size = f.mul(f.mul(units, self._groups(), f.top), str(self.stages[0].layer), f.top)
+            size = f.mul(f.div(f.add(size, str(_ALIGN - 1), f.top), str(_ALIGN), f.top), str(_ALIGN), f.top)
+            shares = f.gep("i8", shares, size, f.top)
+        self.base = f.gep("i8", shares, f.mul("%tid", self._share_name(), f.top), f.top)
+        return strips
+
+    def _enter(self, unit: str, strips: str) -> None:
+        """Sets the indices and columns of a unit."""
+        f, axes = self.f, self.kernel.axes
+        last = self.e.dim(axes[-1])
+        self.outer = self.phase.unravel(f.div(unit, strips), axes[:-1]) if len(axes) > 1 else []
+        strip = f.rem(unit, strips) if len(axes) > 1 else unit
+        self.begin = f.mul(strip, str(self.strip))
+        self.end = f.min(f.add(self.begin, str(self.strip)), last)
+        if is_literal(last) and int(last) % self.strip == 0:
+            self.end = ""  # every strip is full
+        self.row = f.section()
+
+    def emit(self) -> None:
+        f = self.f
+        strips = self._locate()
         with f.loop("%begin", "%end") as units:
-            self.outer = self.phase.unravel(f.div(units.index, strips), axes[:-1]) if len(axes) > 1 else []
-            unit = f.rem(units.index, strips) if len(axes) > 1 else units.index
-            self.begin = f.mul(unit, str(self.strip))
-            self.end = f.min(f.add(self.begin, str(self.strip)), last)
-            if is_literal(last) and int(last) % self.strip == 0:
-                self.end = ""  # every strip is full
-            self.row = f.section()
+            self._enter(units.index, strips)
             for number, stage in enumerate(self.kernel.stages):
-                self._stage(number, stage)
+                if number == 0 and self.split:
+                    self._combine(units.index)
+                else:
+                    self._stage(number, stage)
         f.finish()
+
+    def emit_groups(self) -> None:
+        """Phase 1 of a split reduction: unit = (unit of phase 2, group of chunks); leaves its accumulators in scratch."""
+        f, plan = self.f, self.stages[0]
+        strips, groups = self._locate(), self._groups()
+        with f.loop("%begin", "%end") as units:
+            self._enter(f.div(units.index, groups), strips)
+            first = f.mul(f.rem(units.index, groups), str(_GROUP * CHUNK))
+            last = f.min(f.add(first, str(_GROUP * CHUNK)), self.e.dim(plan.count))
+            accumulators = self._reduce(self.kernel.stages[0], plan, (first, last))
+            slot = f.gep("i8", "%scratch", f.mul(units.index, str(plan.layer)))
+            with f.loop("0", str(plan.layer), plan.each) as loop:
+                state = load_state(f, plan.reducers, self.width, f.gep("i8", accumulators, loop.index))
+                store_state(f, plan.reducers, self.width, f.gep("i8", slot, loop.index), state)
+        f.finish()
+
+    def _combine(self, unit: str) -> None:
+        f, plan, groups = self.f, self.stages[0], self._groups()
+        accumulators, stack = self._memory()
+        first = f.gep("i8", "%scratch", f.mul(f.mul(unit, groups), str(plan.layer)))
+        with f.loop("0", groups, runs=True) as loop:
+            slot = f.gep("i8", first, f.mul(loop.index, str(plan.layer)))
+            self._push(plan, slot, stack, loop.index)
+        self._drain(plan, accumulators, stack, groups)
+        self._finish(0, plan, accumulators)
 
     def _over_strip(self, emit: Any) -> None:
         """emit(column, offset in the strip, mask) for each vector of columns."""
@@ -187,22 +273,30 @@ class _Columns:
             self._nest(stage, [], [])
             return
         plan = self.stages[number]
+        self._finish(number, plan, self._reduce(stage, plan, None))
+
+    def _memory(self) -> tuple[str, str]:
+        """This thread's accumulators and stack."""
         f = self.f
         accumulators = f.gep("i8", self.base, str(self.results_bytes), f.top)
-        stack = f.gep("i8", accumulators, str(self.accumulator_bytes), f.top)
+        return accumulators, f.gep("i8", accumulators, str(self.accumulator_bytes), f.top)
+
+    def _reduce(self, stage: Stage, plan: _Stage, span: tuple[str, str] | None) -> str:
+        """Accumulators of the stage's elements, or of those in `span` (one axis; begins with a chunk)."""
+        f = self.f
+        accumulators, stack = self._memory()
         self._clear(plan, accumulators)
         if not plan.chunked:
-            self._walk(stage, plan, [], [], accumulators, "0", None)
-            self._finish(number, plan, accumulators)
-            return
-        total = self.e.dim(plan.count)
-        chunks = f.div(f.add(total, str(CHUNK - 1)), str(CHUNK))
+            self._walk(stage, plan, [], [], accumulators, "0", None, span)
+            return accumulators
+        begin, end = span or ("0", self.e.dim(plan.count))
+        chunks = f.div(f.add(f.sub(end, begin), str(CHUNK - 1)), str(CHUNK))
         if not is_literal(chunks):
             chunks = f.call("smax", "i64", [("i64", chunks), ("i64", "1")])
-        self._walk(stage, plan, [], [], accumulators, "0", stack)
+        self._walk(stage, plan, [], [], accumulators, "0", stack, span)
         self._push(plan, accumulators, stack, f.sub(chunks, "1"))
         self._drain(plan, accumulators, stack, chunks)
-        self._finish(number, plan, accumulators)
+        return accumulators
 
     def _nest(self, stage: Stage, inner: list[str], sections: list[Region]) -> None:
         f = self.f
@@ -235,22 +329,24 @@ class _Columns:
         accumulators: str,
         flat: str,
         stack: str | None,
+        span: tuple[str, str] | None,
     ) -> None:
-        """All elements of a stage in row-major order; `flat` is the number of the first."""
+        """All elements of a stage (or those in `span`) in row-major order; `flat` is the number of the first."""
         f, sizes = self.f, stage.axes
         if len(inner) < len(sizes):
             rest = self.e.dim(product(sizes[len(inner) + 1 :]))
-            with f.loop("0", self.e.dim(sizes[len(inner)])) as loop:
+            with f.loop(*(span or ("0", self.e.dim(sizes[len(inner)])))) as loop:
                 here = f.add(flat, f.mul(loop.index, rest))
                 nested = [*sections, f.section()]
-                self._walk(stage, plan, [*inner, loop.index], nested, accumulators, here, stack)
+                self._walk(stage, plan, [*inner, loop.index], nested, accumulators, here, stack, span)
             return
         if stack is not None:
+            origin = span[0] if span else "0"
             inside = f.pure(f"and i64 {flat}, {CHUNK - 1}")
             first = f.pure(f"icmp eq i64 {inside}, 0")
-            later = f.pure(f"icmp ne i64 {flat}, 0")
+            later = f.pure(f"icmp ne i64 {flat}, {origin}")
             with f.when(f.pure(f"and i1 {first}, {later}")):
-                self._push(plan, accumulators, stack, f.sub(f.div(flat, str(CHUNK)), "1"))
+                self._push(plan, accumulators, stack, f.sub(f.div(f.sub(flat, origin), str(CHUNK)), "1"))
                 self._clear(plan, accumulators)
         lane = f.pure(f"and i64 {flat}, {LANES - 1}") if plan.lanes > 1 else "0"
 

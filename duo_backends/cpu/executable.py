@@ -32,6 +32,7 @@ from duo_ir.types import DType, evaluate
 
 KEPT_FRAME = 1 << 20  # bytes up to which a bound program keeps its frames
 RELEASE_NANOSECONDS = 30_000  # estimated work from which on other Python threads may run meanwhile
+DONATION_LIMIT = 8  # choices of inputs given away that a bound program has a function for
 BOUND_LIMIT = 256  # sets of sizes that an executable remembers
 _LINE = 64
 _KINDS = {
@@ -105,20 +106,34 @@ class CpuBound:
     # number of inputs and outputs written out costs half of one with loops.
     run: Callable[..., list[Buffer]]
 
-    def _make_run(self) -> Callable[..., list[Buffer]]:
+    def _make_run(self, donated: frozenset[int] | None = None) -> Callable[..., list[Buffer]]:
+        """With `donated`, the function for exactly those inputs given away."""
         names = {
             "Buffer": Buffer, "allocate": allocate, "entry": self.entry, "fail": self._fail, "frames": self._frames,
-            "new_frame": self.new_frame, "general": self.run_general, "results": self._results, "bits": self._bits,
+            "new_frame": self.new_frame, "general": self.run_general, "donating": self.run_donating,
+            "results": self._results, "bits": self._bits, "check": self.check_inputs,
         }  # fmt: skip
         inputs = [f"a{k}" for k in range(len(self._in_bytes))]
-        lines = ["def run(inputs, donated=()):", "  if donated: return general(inputs, donated)"]
+        donors = {} if donated is None else self._assign_donors(donated)
+        lines = ["def run(inputs, donated=()):"]
+        if donated is None:
+            lines.append("  if donated: return donating(inputs, donated)")
         if os.environ.get("DUO_VERIFY") == "1":
-            names["check"] = self.check_inputs
             lines.append("  check(inputs)")
         if inputs:
             lines.append(f"  {', '.join(inputs)}, = inputs")
+        if donors:
+            buffers = [name for k, name in enumerate(inputs) if k not in self._scalars]
+            alone = " and ".join(f"a{given}.donatable" for given in donors.values())
+            lines.append(f"  if len({{{', '.join(buffers)}}}) != {len(buffers)} or not ({alone}):")
+            lines.append("    return general(inputs, donated)")
+            names["donated"] = donated
+            lines[0] = "def run(inputs):"
         addresses = [self._address(k, name) for k, name in enumerate(inputs)]
         for k, nbytes in enumerate(self._out_bytes):
+            if k in donors:
+                addresses.append(f"a{donors[k]}.ptr")
+                continue
             home = allocator.class_of(nbytes)
             names[f"home{k}"], names[f"pop{k}"] = home, home.pop
             lines.append(f"  try: o{k} = Buffer(pop{k}(), {nbytes}, home{k})")
@@ -132,10 +147,31 @@ class CpuBound:
         lines.append("  if failed: fail(failed, frame)")
         if self._keeps_frames:
             lines.append("  frames.append(frame)")
+        lines += [f"  o{k} = a{given}.give_away({self._out_bytes[k]})" for k, given in donors.items()]
         outputs = f"[{', '.join(f'o{k}' for k in range(len(self._out_bytes)))}]"
         lines.append(f"  return {outputs}" if self._plain else f"  return results(inputs, {outputs})")
         exec(_compiled("\n".join(lines)), names)  # type: ignore[arg-type]
         return names["run"]  # type: ignore[return-value]
+
+    def run_donating(self, inputs: Sequence[Buffer | Scalar], donated: Collection[int]) -> list[Buffer]:
+        """`run` with inputs given away, by the function made for that choice of inputs."""
+        try:
+            run = self._donating[donated]
+        except TypeError:  # a set or a list
+            return self.run_donating(inputs, frozenset(donated))
+        except KeyError:
+            if len(self._donating) >= DONATION_LIMIT:
+                return self.run_general(inputs, donated)
+            run = self._donating[donated] = self._make_run(frozenset(donated))
+        return run(inputs)
+
+    def _assign_donors(self, donated: Collection[int]) -> dict[int, int]:
+        """Output number -> the given-away input whose memory it may take."""
+        donors: dict[int, int] = {}
+        for output, given in self._donations:
+            if output not in donors and given in donated and given not in donors.values():
+                donors[output] = given
+        return donors
 
     def _address(self, k: int, name: str) -> str:
         """The expression for what the entry takes for input k."""
@@ -148,7 +184,7 @@ class CpuBound:
         return int(_rounded(value, self.program.inputs[k].dtype).view(np.uint16))
 
     def run_general(self, inputs: Sequence[Buffer | Scalar], donated: Collection[int] = ()) -> list[Buffer]:
-        """`run` with loops, and with donation: an output takes the memory of an input that was given away."""
+        """`run` for any choice of inputs given away, also when others see their memory (then they keep it)."""
         donors = self._donors(inputs, donated)
         outputs = [donors.get(k) or allocate(n) for k, n in enumerate(self._out_bytes)]
         given: list[object] = []
@@ -265,6 +301,7 @@ class CpuBound:
         self._geometry = (threads, status_at, scratch_at, scratch_at + self.table.scratch(threads))
         self._keeps_frames = self._geometry[3] <= KEPT_FRAME
         self._frames: list[Buffer] = []
+        self._donating: dict[Collection[int], Callable[..., list[Buffer]]] = {}
         self.run = self._make_run()
 
     def threads_changed(self) -> None:

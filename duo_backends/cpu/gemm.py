@@ -27,6 +27,7 @@ from duo_backends.cpu.gemm_tile import (
     emit_micro_kernel,
     lanes_of,
     registers_of,
+    transposed_lanes,
 )
 from duo_backends.cpu.llvm import Function, Module, memory_type, register_type, vector
 from duo_ir.errors import ArgumentError
@@ -36,6 +37,7 @@ from duo_ir.types import DimLike, DType, evaluate, product
 CHUNK_BLOCKS = 8  # blocks per chunk of a long K
 SEQUENTIAL_K = 16384  # up to here blocks are added in order, beyond it chunks combine by the adjacent tree
 CACHED_ROWS = 168  # rows of A packed at a time: with K blocks of 512 they stay in the second-level cache
+TRANSPOSED_ROWS = 4  # up to here B with contiguous k is transposed on the fly instead of packed
 UNIT_SIDE = 512  # largest rows and columns of a unit
 UNIT_WORK = 1 << 21  # multiply-adds of a unit below which it is not cut further
 _ALIGN = 64
@@ -189,6 +191,16 @@ def _plan(kernel: ContractKernel, target: Target) -> _Plan:
     m, n, k = _known(kernel.m), _known(kernel.n), _known(kernel.k)
     column_vectors = None if n is None else -(-n // lanes)
     rows, vectors = best_tile(m or None, column_vectors or None, registers)
+    b_step, b_column = kernel.b.at.strides[-2:]
+    transposing = (
+        b_step == 1
+        and isinstance(b_column, int)
+        and b_column != 1
+        and m is not None
+        and 0 < m <= TRANSPOSED_ROWS
+    )
+    if transposing and m is not None:
+        rows, vectors = m, min(column_vectors or 1, max(1, 64 // target.vector_bytes))
     segments = _segments(m, rows)
     tail_vectors = vectors
     if column_vectors and column_vectors % vectors:
@@ -196,10 +208,9 @@ def _plan(kernel: ContractKernel, target: Target) -> _Plan:
 
     a_type, b_type = kernel.args[kernel.a.buffer].dtype, kernel.args[kernel.b.buffer].dtype
     a_row, a_step = kernel.a.at.strides[-2:]
-    b_column = kernel.b.at.strides[-1]
     panels = math.inf if column_vectors is None else -(-column_vectors // vectors)
     tiles = math.inf if m is None else -(-m // rows)
-    pack_b = b_column != 1 or (
+    pack_b = (b_column != 1 and not transposing) or (
         tiles > 2 and (b_type is not compute or k is None or n is None or k * n * compute.itemsize > 1 << 15)
     )
     pack_a = (not isinstance(a_row, int) and m != 1) or (
@@ -293,7 +304,9 @@ class _Driver:
             a, row_bytes = self.a_type, a_row * self.a_type.itemsize if isinstance(a_row, int) else 0
         b = plan.compute if packed_b else self.b_type
         b_vector = plan.strip_bytes if packed_b else plan.lanes * b.itemsize
-        tile = Tile(rows, vectors, a, row_bytes, b, b_vector, plan.compute)
+        b_column = self.kernel.b.at.strides[-1]
+        spread = b_column * b.itemsize if not packed_b and isinstance(b_column, int) and b_column != 1 else 0
+        tile = Tile(rows, vectors, a, row_bytes, b, b_vector, plan.compute, spread)
         return self._function(tile, "tile", lambda name: emit_micro_kernel(self.module, self.target, name, tile))
 
     def packer(
@@ -536,7 +549,7 @@ class _Driver:
                 )
             else:
                 packed = panel.tail if plan.pack_tail else "false"
-                b_at = f.gep("i8", b, f.mul(panel.column, str(self.b_type.itemsize)))
+                b_at = f.gep("i8", b, f.mul(panel.column, self._bytes(kernel.b.at.strides[-1], self.b_type)))
                 b_at = self._choose(packed, self.b_packed, b_at, "ptr")
                 b_step = self._choose(packed, b_step, self._bytes(kernel.b.at.strides[-2], self.b_type))
             names = [
@@ -583,8 +596,7 @@ class _Driver:
         if not (plan.pack_b or plan.pack_tail):
             return
         step, lane = self.kernel.b.at.strides[-2:]
-        # a 32-byte vector of columns is enough to fill the shuffle units, and reads few rows that may share cache sets
-        lanes = plan.lanes if lane == 1 else min(plan.lanes, 32 // plan.compute.itemsize)
+        lanes = plan.lanes if lane == 1 else transposed_lanes(self.target, plan.compute)
         name, at_once = self.packer(self.b_type, lane, step, lanes, plan.vectors, plan.strip_bytes)
         lane_bytes, step_bytes = self._bytes(lane, self.b_type), self._bytes(step, self.b_type)
         size = plan.compute.itemsize

@@ -92,7 +92,7 @@ def emit_transpose(
     some of the block before it; a k shorter than a block goes to `gather`."""
     f = _function(module, name)
     steps = 16 // compute.itemsize
-    piece, packed = vector(steps, memory_type(dtype)), vector(lanes, register_type(compute))
+    packed = vector(lanes, register_type(compute))
     last = f.op("sub i64 %valid, 1")  # lanes beyond the valid ones repeat it
     rows = [f.gep("i8", "%source", f.mul("%lane", f.min(str(lane), last))) for lane in range(lanes)]
     long = f.op(f"icmp sge i64 %k, {steps}")
@@ -101,18 +101,38 @@ def emit_transpose(
         with f.loop("0", "%k", steps, runs=True) as loop:
             k = f.min(loop.index, final)
             offset = f.mul(k, str(dtype.itemsize))
-            loads = [f.op(f"load {piece}, ptr {f.gep('i8', row, offset)}, align {dtype.itemsize}") for row in rows]
-            strided = []  # strided[i]: of every group of `steps` lanes the i-th, `steps` values of k each
-            for i in range(steps):
-                whole = concatenate(f, loads[i::steps], steps, memory_type(dtype))
-                strided.append(convert(f, target, whole, dtype, compute, lanes, None))
+            _prefetch(f, f.op(f"and i64 {f.div(loop.index, str(steps))}, 3"), lanes, offset)
+            columns = [f.gep("i8", row, offset) for row in rows]
             to = f.gep("i8", "%target", f.mul(k, "%row"))
-            for value in interleave(f, strided, lanes, packed):
+            for value in load_transposed(f, target, columns, dtype, compute):
                 f.emit(f"store {packed} {value}, ptr {to}, align {compute.itemsize}")
                 to = f.op(f"getelementptr i8, ptr {to}, i64 %row")
     with f.when(f.op(f"xor i1 {long}, true")):
         f.emit(f"call void @{gather}(ptr %source, i64 %lane, i64 %step, i64 %valid, i64 %k, ptr %target, i64 %row)")
     f.finish()
+
+
+def _prefetch(f: Function, turn: str, lanes: int, offset: str) -> None:
+    """Fetches the next strip into the second-level cache, a quarter of its lanes each turn: a cache line lasts four turns or more,
+    and rows are too short and too many for the hardware to foresee."""
+    share = max(1, lanes // 4)
+    first = f.add(f.mul(turn, str(share)), str(lanes))
+    at = f.gep("i8", "%source", f.add(f.mul(first, "%lane"), offset))
+    for _ in range(share):
+        f.emit(f.intrinsic("prefetch", "void", [("ptr", at), ("i32", "0"), ("i32", "2"), ("i32", "1")], "p0"))
+        at = f.gep("i8", at, "%lane")
+
+
+def load_transposed(f: Function, target: Target, lanes: list[str], dtype: DType, compute: DType) -> list[str]:
+    """One vector for each of the k steps that a 128-bit piece holds (4 or 2), given the address of each lane's piece."""
+    steps = 16 // compute.itemsize
+    type_ = vector(steps, memory_type(dtype))
+    pieces = [f.op(f"load {type_}, ptr {at}, align {dtype.itemsize}") for at in lanes]
+    strided = []  # strided[i]: of every group of `steps` lanes the i-th
+    for i in range(steps):
+        whole = concatenate(f, pieces[i::steps], steps, memory_type(dtype))
+        strided.append(convert(f, target, whole, dtype, compute, len(lanes), None))
+    return interleave(f, strided, len(lanes), vector(len(lanes), register_type(compute)))
 
 
 def concatenate(f: Function, pieces: list[str], width: int, element: str) -> str:

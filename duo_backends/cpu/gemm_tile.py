@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from duo_backends.cpu.code import Target
 from duo_backends.cpu.convert import convert
+from duo_backends.cpu.gemm_pack import load_transposed
 from duo_backends.cpu.llvm import Function, Module, memory_type, register_type, vector
 from duo_ir.types import DType, f32, f64, i32, i64
 
@@ -24,6 +25,12 @@ def compute_dtype(acc: DType) -> DType:
 
 def lanes_of(target: Target, compute: DType) -> int:
     return target.vector_bytes // compute.itemsize
+
+
+def transposed_lanes(target: Target, compute: DType) -> int:
+    """Lanes of the vectors that transposes work in: 32 bytes are enough to fill the shuffle units, and take few rows that may
+    share a cache set."""
+    return min(target.vector_bytes, 32) // compute.itemsize
 
 
 def registers_of(target: Target) -> int:
@@ -77,7 +84,8 @@ def best_tile(m: int | None, column_vectors: int | None, registers: int) -> tupl
 @dataclass(frozen=True)
 class Tile:
     """A micro-kernel's shape and how it reads A and B: the dtypes in memory (converted to `compute` as they are read), the
-    bytes between rows of A and between vectors of one k step of B."""
+    bytes between rows of A and between vectors of one k step of B. With `b_column`, the bytes between columns, B is contiguous along
+    k instead and transposed on the fly: for few rows that is faster than packing."""
 
     rows: int
     vectors: int
@@ -86,6 +94,7 @@ class Tile:
     b: DType
     b_vector: int
     compute: DType
+    b_column: int = 0
 
 
 def emit_micro_kernel(module: Module, target: Target, name: str, tile: Tile) -> None:
@@ -97,39 +106,67 @@ def emit_micro_kernel(module: Module, target: Target, name: str, tile: Tile) -> 
         f"define internal void @{name}(i64 %k, ptr noalias readonly %a, i64 %as, ptr noalias readonly %b, i64 %bs, "
         "ptr noalias %tile, i1 %add) noinline #0",
     )
-    rows, vectors, a, b, compute = tile.rows, tile.vectors, tile.a, tile.b, tile.compute
+    rows, a, b, compute = tile.rows, tile.a, tile.b, tile.compute
     lanes = lanes_of(target, compute)
+    vectors = tile.vectors
+    if tile.b_column:
+        lanes, vectors = transposed_lanes(target, compute), vectors * lanes // transposed_lanes(target, compute)
     element = register_type(compute)
     type_ = vector(lanes, element)
-    sums = [(type_, "zeroinitializer")] * (rows * vectors)
 
-    def step(a_at: str, b_at: str, acc: list[str]) -> list[str]:
-        columns = []
-        for v in range(vectors):
+    def columns(v: int, b_at: str, steps: int) -> list[str]:
+        """Vector v of the columns of B, for each of some k steps."""
+        if not tile.b_column:
             at = f.gep("i8", b_at, str(v * tile.b_vector))
             loaded = f.op(f"load {vector(lanes, memory_type(b))}, ptr {at}, align {b.itemsize}")
-            columns.append(convert(f, target, loaded, b, compute, lanes, None))
-        out = []
-        for r in range(rows):
-            at = f.gep("i8", a_at, str(r * tile.a_row))
-            scalar = f.op(f"load {memory_type(a)}, ptr {at}, align {a.itemsize}")
-            splat = broadcast(f, convert(f, target, scalar, a, compute, 1, None), lanes, element)
-            for v in range(vectors):
-                out.append(multiply_add(f, type_, splat, columns[v], acc[r * vectors + v], compute))
+            return [convert(f, target, loaded, b, compute, lanes, None)]
+        starts = [f.gep("i8", b_at, str((v * lanes + lane) * tile.b_column)) for lane in range(lanes)]
+        if steps == 1:
+            loose, value = vector(lanes, memory_type(b)), "poison"
+            for lane, at in enumerate(starts):
+                loaded = f.op(f"load {memory_type(b)}, ptr {at}, align {b.itemsize}")
+                value = f.op(f"insertelement {loose} {value}, {memory_type(b)} {loaded}, i64 {lane}")
+            return [convert(f, target, value, b, compute, lanes, None)]
+        out: list[str] = []
+        while len(out) < steps:
+            pieces = [f.gep("i8", start, str(len(out) * b.itemsize)) for start in starts]
+            out += load_transposed(f, target, pieces, b, compute)
         return out
 
-    unroll = 4 if rows * vectors <= 8 else 1
-    a_at, b_at, acc = "%a", "%b", [initial for _, initial in sums]
+    def step(a_at: list[str], b_at: str, acc: list[str]) -> list[str]:
+        """One k step for each address of A's column; all steps of a vector of columns of B before the next vector."""
+        out = list(acc)
+        loaded = [columns(v, b_at, len(a_at)) for v in range(1 if tile.b_column else vectors)]
+        for v0 in range(vectors if tile.b_column else 1):
+            if v0:
+                loaded = [columns(v0, b_at, len(a_at))]
+            for number, a_k in enumerate(a_at):
+                for r in range(rows):
+                    at = f.gep("i8", a_k, str(r * tile.a_row))
+                    scalar = f.op(f"load {memory_type(a)}, ptr {at}, align {a.itemsize}")
+                    splat = broadcast(f, convert(f, target, scalar, a, compute, 1, None), lanes, element)
+                    for v, values in enumerate(loaded, v0):
+                        place = r * vectors + v
+                        out[place] = multiply_add(f, type_, splat, values[number], out[place], compute)
+        return out
+
+    a_at, b_at, acc = "%a", "%b", ["zeroinitializer"] * (rows * vectors)
+    unroll = 64 // compute.itemsize if tile.b_column else 4 if rows * vectors <= 8 else 1
+    together = unroll if tile.b_column else 1  # k steps that share their loads of B
     k_done = "0"
     for count in dict.fromkeys((unroll, 1)):
         end = "%k" if count == 1 else f.op(f"and i64 %k, {-count}")
         carried = [("ptr", a_at), ("ptr", b_at), *((type_, x) for x in acc)]
         with f.loop(k_done, end, count, carried) as loop:
             a_at, b_at, *acc = loop.values
-            for _ in range(count):
-                acc = step(a_at, b_at, acc)
-                a_at = f.op(f"getelementptr i8, ptr {a_at}, i64 %as")
-                b_at = f.op(f"getelementptr i8, ptr {b_at}, i64 %bs")
+            for _ in range(0, count, together):
+                addresses = [a_at]
+                for _ in range(min(count, together)):
+                    addresses.append(f.op(f"getelementptr i8, ptr {addresses[-1]}, i64 %as"))
+                acc = step(addresses[:-1], b_at, acc)
+                a_at = addresses[-1]
+                advance = "%bs" if together == 1 else str(min(count, together) * b.itemsize)
+                b_at = f.op(f"getelementptr i8, ptr {b_at}, i64 {advance}")
             loop.next = [a_at, b_at, *acc]
         a_at, b_at, *acc = loop.results
         k_done = end

@@ -8,12 +8,13 @@ subtrees of the contract's tree, go to scratch in parallel; the second phase com
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from duo_backends.cpu.body import Scope, Value
 from duo_backends.cpu.code import KernelCode, Target, no_scratch
 from duo_backends.cpu.code import Phase as PhaseCode
-from duo_backends.cpu.llvm import Module, Region, is_literal
+from duo_backends.cpu.llvm import Module, Region, is_literal, memory_type, vector
 from duo_backends.cpu.nest import Phase, ceil_div, lanes_for, points
 from duo_backends.cpu.reductions import (
     CHUNK,
@@ -31,12 +32,14 @@ from duo_backends.cpu.reductions import (
     tree_levels,
     typed,
 )
+from duo_backends.cpu.reuse import Reuse, find_reuse
 from duo_ir.kernels.kernel import LoopKernel, Stage
 from duo_ir.types import DimLike, evaluate, product
 
 _GROUP = 16  # chunks whose partial is one work unit of a split reduction
 _SPLIT_FROM = 4 * _GROUP * CHUNK  # elements from which splitting pays for its barrier
 _SMALL_BODY = 8  # instructions up to which loops are unrolled
+_PAD = 64  # elements: rows of saved values end with room for a vector
 _MANY_LEVELS = 54  # enough for 2^63 elements
 
 
@@ -44,9 +47,20 @@ def compile_rows(kernel: LoopKernel, target: Target, name: str, cost: Any) -> Ke
     module = Module()
     if _splits(kernel):
         return _compile_split(kernel, target, module, name, cost)
-    _Rows(Phase(module, name, kernel, target), kernel).emit(None)
+    reuse = find_reuse(kernel.stages)
+    if reuse is not None:
+        kernel = replace(kernel, stages=reuse.stages)
+    _Rows(Phase(module, name, kernel, target), kernel, reuse).emit(None)
     phase = PhaseCode(name, lambda sizes: points(kernel.axes, sizes))
-    return KernelCode(module.text(), (phase,), no_scratch, cost)
+    scratch = no_scratch
+    if reuse is not None:
+        each = sum(d.itemsize for d in reuse.slots)
+        length = reuse.length
+
+        def scratch(sizes: Mapping[str, int], threads: int) -> int:
+            return threads * each * ((evaluate(length, sizes) + 2 * _PAD - 1) // _PAD * _PAD)
+
+    return KernelCode(module.text(), (phase,), scratch, cost)
 
 
 def _splits(kernel: LoopKernel) -> bool:
@@ -83,11 +97,40 @@ def _reducers(stage: Stage) -> list[Reducer]:
 
 
 class _Rows:
-    def __init__(self, phase: Phase, kernel: LoopKernel) -> None:
-        self.phase, self.kernel, self.f, self.e = phase, kernel, phase.f, phase.e
+    def __init__(self, phase: Phase, kernel: LoopKernel, reuse: Reuse | None = None) -> None:
+        self.phase, self.kernel, self.f, self.e, self.reuse = phase, kernel, phase.f, phase.e, reuse
+        self.number = 0  # of the stage being emitted
+        self.slots: list[str] = self._slots(reuse) if reuse is not None else []
         self.results: dict[tuple[int, int], Value] = {}
         self.outer: list[str] = []
         self.row: Region = self.f.top
+
+    def _slots(self, reuse: Reuse) -> list[str]:
+        """Addresses of this thread's rows of saved values."""
+        f, top = self.f, self.f.top
+        length = f.add(self.e.dim(reuse.length), str(2 * _PAD - 1), top)
+        length = f.mul(f.div(length, str(_PAD), top), str(_PAD), top)
+        share = f.mul(length, str(sum(d.itemsize for d in reuse.slots)), top)
+        addresses = [f.gep("i8", "%scratch", f.mul("%tid", share, top), top)]
+        for d in reuse.slots[:-1]:
+            addresses.append(f.gep("i8", addresses[-1], f.mul(length, str(d.itemsize), top), top))
+        return addresses
+
+    def _saved(self, slot: int, scope: Scope) -> Value:
+        assert self.reuse is not None
+        d = self.reuse.slots[slot]
+        address = self.f.gep(memory_type(d), self.slots[slot], scope.indices[-1])
+        name = self.f.op(f"load {vector(scope.width, memory_type(d))}, ptr {address}, align {d.itemsize}")
+        return Value(name, d, scope.width > 1, len(scope.regions) - 1)
+
+    def _save(self, values: Sequence[Value], scope: Scope) -> None:
+        if self.reuse is None:
+            return
+        for k, slot in self.reuse.saves.get(self.number, []):
+            d = values[k].dtype
+            address = self.f.gep(memory_type(d), self.slots[slot], scope.indices[-1])
+            name = self.e.splat(scope, values[k])
+            self.f.emit(f"store {vector(scope.width, memory_type(d))} {name}, ptr {address}, align {d.itemsize}")
 
     # ------------------------------------------------------------------------------------------------- phases
     def emit(self, partial_bytes: int | None) -> None:
@@ -97,6 +140,7 @@ class _Rows:
             self.outer = self.phase.unravel(units.index, self.kernel.axes)
             self.row = f.section()
             for number, stage in enumerate(self.kernel.stages):
+                self.number = number
                 if number == 0 and partial_bytes is not None:
                     self._combine(stage, units.index, partial_bytes)
                 else:
@@ -188,7 +232,8 @@ class _Rows:
         return Scope((*self.outer, *inner), levels, regions, where, width, mask)
 
     def _point(self, stage: Stage, scope: Scope) -> list[Value]:
-        values = self.e.emit(stage.body, scope, self._reduced)
+        values = self.e.emit(stage.body, scope, self._reduced, saved=lambda slot: self._saved(slot, scope))
+        self._save(values, scope)
         for store in stage.stores:
             self.e.store(store, values, scope)
         return values

@@ -7,6 +7,7 @@ symbolic; a size is known to be positive only through `nonnegative`, which uses 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import TypeAlias
 
 from duo_ir.errors import DuoError
@@ -16,6 +17,19 @@ from duo_ir.types import Dim, DimLike, Shape, exact_div, product, row_major, sub
 Position: TypeAlias = tuple[DimLike, tuple[DimLike, ...]]
 Index: TypeAlias = tuple[Position, ...]
 Bounds: TypeAlias = tuple[Position, DimLike, int]  # 0 <= position < bound, divisible by step
+
+
+_symbolic_div = lru_cache(4096)(exact_div)
+
+
+def divide(a: DimLike, b: DimLike) -> DimLike | None:
+    """`exact_div`, quick for ints and remembered for symbolic sizes."""
+    if isinstance(a, int) and isinstance(b, int):
+        return a // b if b != 0 and a % b == 0 else None
+    return _symbolic_div(a, b)
+
+
+strides_of = lru_cache(4096)(row_major)
 
 
 class NeedSplit(DuoError):
@@ -28,7 +42,11 @@ class NeedSplit(DuoError):
 
 def identity(axes: Sequence[DimLike]) -> Index:
     """The index that walks a tensor of shape `axes` with one loop per axis."""
-    n = len(axes)
+    return _identity(len(axes))
+
+
+@lru_cache(64)
+def _identity(n: int) -> Index:
     return tuple([(0, tuple([1 if j == k else 0 for j in range(n)])) for k in range(n)])
 
 
@@ -48,7 +66,7 @@ def combine(offset: DimLike, terms: Sequence[tuple[DimLike, Position]], n: int) 
 
 def linear(index: Index, shape: Shape, n: int) -> Position:
     """Row-major position, in elements, of `index` in a tensor of that shape."""
-    return combine(0, [(s, p) for s, p in zip(row_major(shape), index)], n)
+    return combine(0, [(s, p) for s, p in zip(strides_of(shape), index)], n)
 
 
 def through(view: View, index: Index, n: int) -> tuple[Index, tuple[Bounds, ...]]:
@@ -64,8 +82,11 @@ def through(view: View, index: Index, n: int) -> tuple[Index, tuple[Bounds, ...]
 
 def nonnegative(d: DimLike) -> bool:
     """True when d >= 0 for all sizes, named ones being at least 2 (sufficient, not necessary)."""
-    if isinstance(d, int):
-        return d >= 0
+    return d >= 0 if isinstance(d, int) else _nonnegative(d)
+
+
+@lru_cache(4096)
+def _nonnegative(d: Dim) -> bool:
     shifted = substitute(d, {name: Dim.symbol(name) + 2 for name in d.names})
     return shifted >= 0 if isinstance(shifted, int) else all(c >= 0 for _, c in shifted.terms)
 
@@ -78,7 +99,7 @@ def unravel(position: Position, shape: Shape, extents: Sequence[DimLike]) -> Ind
     n = len(strides)
     zero: Position = (0, (0,) * n)
     dims = [j for j, d in enumerate(shape) if d != 1]
-    steps = row_major(tuple([shape[j] for j in dims]))
+    steps = strides_of(tuple([shape[j] for j in dims]))
     # Each loop goes to the outermost dimension whose stride divides its own.
     quotients: list[list[tuple[int, DimLike]]] = [[] for _ in dims]
     low = offset
@@ -88,7 +109,7 @@ def unravel(position: Position, shape: Shape, extents: Sequence[DimLike]) -> Ind
         if not nonnegative(stride):
             low = low + stride * (extents[k] - 1)
         for j, step in enumerate(steps):
-            q = exact_div(stride, step) if step != 0 else None
+            q = divide(stride, step)
             if q is not None:
                 quotients[j].append((k, q))
                 break
@@ -110,10 +131,10 @@ def unravel(position: Position, shape: Shape, extents: Sequence[DimLike]) -> Ind
             coefficients[k] = q
         if not nonnegative(size - 1 - top):
             for k, q in terms:
-                inner = exact_div(size, q)
+                inner = divide(size, q)
                 if inner is None or inner == 1 or inner == extents[k]:
                     continue
-                if exact_div(extents[k], inner) is not None and not (isinstance(inner, int) and inner < 0):
+                if divide(extents[k], inner) is not None and not (isinstance(inner, int) and inner < 0):
                     raise NeedSplit(k, inner)
             return None
         out[dims[j]] = (begin, tuple(coefficients))
@@ -132,7 +153,7 @@ def _digits(value: DimLike, steps: Sequence[DimLike]) -> list[DimLike] | None:
                 return None
             q = value // step
         else:
-            q = exact_div(value, step)
+            q = divide(value, step)
             if q is None:
                 if not nonnegative(step - 1 - value):
                     return None
@@ -149,18 +170,19 @@ def split_at(axes: Sequence[DimLike], size: DimLike) -> tuple[tuple[DimLike, ...
     for k, n in enumerate(axes):
         if rest == 1:
             return tuple(axes), k
-        quotient = exact_div(rest, n) if n != 0 else None
+        quotient = divide(rest, n)
         if quotient is not None:
             rest = quotient
             continue
-        inner = exact_div(n, rest) if rest != 0 else None
+        inner = divide(n, rest)
         if inner is None:
             return None
         return (*axes[:k], rest, inner, *axes[k + 1 :]), k + 1
     return (tuple(axes), len(axes)) if rest == 1 else None
 
 
-def refine(a: Sequence[DimLike], b: Sequence[DimLike]) -> tuple[DimLike, ...] | None:
+@lru_cache(4096)
+def refine(a: tuple[DimLike, ...], b: tuple[DimLike, ...]) -> tuple[DimLike, ...] | None:
     """The coarsest loop nest of which both are mergers of neighbours, or None. Products must be equal."""
     left, right = [d for d in a if d != 1], [d for d in b if d != 1]
     out: list[DimLike] = []
@@ -178,9 +200,9 @@ def refine(a: Sequence[DimLike], b: Sequence[DimLike]) -> tuple[DimLike, ...] | 
             return None
         if x == 1 or y == 1:
             return None
-        small, q, side = y, exact_div(x, y), 0
+        small, q, side = y, divide(x, y), 0
         if q is None:
-            small, q, side = x, exact_div(y, x), 1
+            small, q, side = x, divide(y, x), 1
         if q is None:
             return None
         out.append(small)
@@ -195,7 +217,7 @@ def expand(axes: Sequence[DimLike], fine: Sequence[DimLike]) -> list[list[int]]:
         members: list[int] = []
         rest = d
         while rest != 1:
-            q = exact_div(rest, fine[k])
+            q = divide(rest, fine[k])
             if q is None:
                 raise DuoError(f"loops {list(fine)} do not refine {list(axes)}")
             members.append(k)

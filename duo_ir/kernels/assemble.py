@@ -15,7 +15,7 @@ from duo_ir.kernels.access import Position, expand, refine, respread
 from duo_ir.kernels.body import BodyBuilder, Row, finish
 from duo_ir.kernels.draft import Axes, Draft, DraftStage, Put, Ref, base, collapse, prune
 from duo_ir.kernels.kernel import (
-    Access, Affine, Arg, Body, ContractKernel, Guard, Kernel, LoopKernel, Reduce, ScanKernel, ScatterKernel, Stage, Store,
+    Access, Affine, Arg, Body, ContractKernel, Guard, Instr, Kernel, LoopKernel, Reduce, ScanKernel, ScatterKernel, Stage, Store,
 )  # fmt: skip
 from duo_ir.opdef import compute_dtype
 from duo_ir.types import Dim, DimLike, product, row_major
@@ -232,7 +232,19 @@ def build(members: Sequence[Member], target: Axes | None, keep: Callable[[Value]
         dims = _dims(args, target, (contraction.k,), a, b, body, stores)
         return names.built(
             ContractKernel(
-                args, tuple(batch), m, n, contraction.k, a, b, contraction.acc, contraction.result, body, stores, dims, names.sites()
+                args,
+                tuple(batch),
+                m,
+                n,
+                contraction.k,
+                a,
+                b,
+                contraction.acc,
+                contraction.result,
+                body,
+                stores,
+                dims,
+                names.sites(),
             ),
             where,
         )
@@ -313,13 +325,13 @@ class _Names:
 
 def _scan(draft: Draft, where: str) -> Built:
     names = _Names()
-    assert draft.source is not None
-    put = draft.stages[0].stores[0]
-    source = names.access(draft.source)
-    names.written.add(put.value)
-    target = Access(names.buffer(put.value), Affine(*put.position))
+    assert draft.scan is not None
+    (out,) = draft.values
+    source = names.access(draft.scan[0])
+    names.written.add(out)
+    target = Access(names.buffer(out), Affine(*draft.scan[1]))
     *axes, length = draft.outer
-    acc = compute_dtype(put.value.type.dtype)
+    acc = compute_dtype(out.type.dtype)
     dims = _dims(names.args, draft.outer, source, target)
     return names.built(ScanKernel(names.args, tuple(axes), length, source, target, acc, dims), where)
 
@@ -339,37 +351,33 @@ def _scatter(draft: Draft, where: str) -> Built:
     dims = _dims(names.args, draft.outer, (x.size,), body, (store,))
     sequential = draft.op.operands[2].type.rank
     return names.built(
-        ScatterKernel(names.args, x.size, draft.outer, sequential, body, store, draft.op.attrs["mode"], dims, names.sites()), where
+        ScatterKernel(
+            names.args, x.size, draft.outer, sequential, body, store, draft.op.attrs["mode"], dims, names.sites()
+        ),
+        where,
     )
 
 
 def _dims(args: Iterable[Arg], *parts: object) -> tuple[str, ...]:
     """Names of all symbolic sizes in use, sorted."""
     found: set[str] = set()
-
-    def walk(x: object) -> None:
+    todo: list[object] = [*parts, *[a.size for a in args]]
+    while todo:
+        x = todo.pop()
         if isinstance(x, Dim):
             found.update(x.names)
-        elif isinstance(x, (tuple, list)):
-            for y in x:
-                walk(y)
+        elif isinstance(x, tuple):
+            todo += x
         elif isinstance(x, Affine):
-            walk(x.offset)
-            walk(x.strides)
+            todo += (x.offset, *x.strides)
         elif isinstance(x, Access):
-            walk(x.at)
-            walk(x.index_strides)
+            todo += (x.at, *x.index_strides)
             for g in x.guards:
-                walk(g.position)
-                walk(g.bound)
+                todo += (g.position, g.bound)
         elif isinstance(x, Store):
-            walk(x.access)
-        elif hasattr(x, "attr"):
-            walk(x.attr)
-
-    for arg in args:
-        walk(arg.size)
-    walk(parts)
+            todo.append(x.access)
+        elif isinstance(x, Instr) and x.attr is not None and x.op != "const":
+            todo.append(x.attr)
     return tuple(sorted(found))
 
 

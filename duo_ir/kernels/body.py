@@ -17,7 +17,7 @@ from duo_ir.errors import DuoError
 from duo_ir.kernels.kernel import Body, Instr
 from duo_ir.scalar.numpy_eval import NumpyScalar
 from duo_ir.scalar.protocol import BINARY, COMPARE, UNARY
-from duo_ir.types import DimLike, DType, bool_, f16, f32, f64, i64
+from duo_ir.types import DimLike, DType, bool_, i64
 
 Row: TypeAlias = tuple[str, tuple[int, ...], DType, Any]  # an instruction before it is an Instr
 
@@ -26,6 +26,8 @@ _FOLDABLE = frozenset(
     "neg fabs sqrt floor ceil trunc rint not_ add sub mul div copysign idiv irem and_ or_ xor shl lshr ashr "
     "eq ne lt le gt ge select fma bitcast convert".split()
 )
+_literals: dict[tuple[float | int | bool, DType], float | int | bool] = {}  # a cache: what `_literal` gave
+MOST_LITERALS = 10000
 
 
 class BodyBuilder:
@@ -36,7 +38,7 @@ class BodyBuilder:
     def __init__(self) -> None:
         self.rows: list[Row] = []
         self._seen: dict[Row, int] = {}
-        self._constants: dict[int, Any] = {}  # handle -> NumPy scalar
+        self._constants: dict[int, float | int | bool] = {}  # handle -> value
 
     def put(self, op: str, args: tuple[int, ...], dtype: DType, attr: Any = None) -> int:
         """The handle of this instruction; an equal one recorded before is used again."""
@@ -50,7 +52,7 @@ class BodyBuilder:
                 if a not in constants:
                     break
             else:
-                value = _fold(op, [constants[a] for a in args], dtype)
+                value = _fold(op, [_NUMPY.const(constants[a], self.rows[a][2]) for a in args], dtype)
                 if value is not None:
                     handle = self.const(value.item(), dtype)
                     self._seen[row] = handle
@@ -87,23 +89,19 @@ class BodyBuilder:
     def const(self, value: float | int | bool, dtype: DType) -> int:
         """A literal. NaN is one object and -0.0 is written neg(0.0), so that equal instructions are equal values and
         different ones are not (0.0 == -0.0 in Python)."""
-        if dtype.kind == "f":
-            scalar = float(value)
-            if dtype is not f64:
-                scalar = _round(scalar, dtype)
-            if scalar != scalar:
-                scalar = math.nan
-            elif scalar == 0.0 and math.copysign(1.0, scalar) < 0:
-                zero = self.const(0.0, dtype)
-                handle = self._record("neg", (zero,), dtype, None)
-                self._constants[handle] = _NUMPY.const(-0.0, dtype)
-                return handle
-            value = scalar
-        else:
-            value = bool(value) if dtype is bool_ else int(value)
-        handle = self._record("const", (), dtype, value)
-        if handle not in self._constants:
-            self._constants[handle] = _NUMPY.const(value, dtype)
+        known = _literals.get((value, dtype)) if value else None
+        if known is None:
+            known = _literal(value, dtype)
+            if value:
+                if len(_literals) > MOST_LITERALS:
+                    _literals.clear()
+                _literals[value, dtype] = known
+        if known == 0 and dtype.kind == "f" and math.copysign(1.0, known) < 0:
+            handle = self._record("neg", (self.const(0.0, dtype),), dtype, None)
+            self._constants[handle] = -0.0
+            return handle
+        handle = self._record("const", (), dtype, known)
+        self._constants[handle] = known
         return handle
 
     def _record(self, op: str, args: tuple[int, ...], dtype: DType, attr: Any) -> int:
@@ -183,13 +181,12 @@ def _install_instructions() -> None:
         setattr(BodyBuilder, name, compare(name))
 
 
-def _round(value: float, dtype: DType) -> float:
-    with np.errstate(all="ignore"):
-        if dtype is f32:
-            return float(np.float32(value))
-        if dtype is f16:
-            return float(np.float16(value))
-    return float(_NUMPY.const(value, dtype))
+def _literal(value: float | int | bool, dtype: DType) -> float | int | bool:
+    """`value` as a constant of `dtype` is written: rounded, NaN always the same object."""
+    if dtype.kind != "f":
+        return bool(value) if dtype is bool_ else int(value)
+    rounded = float(_NUMPY.const(float(value), dtype))
+    return math.nan if rounded != rounded else rounded
 
 
 def _fold(op: str, args: list[Any], dtype: DType) -> Any:

@@ -80,7 +80,7 @@ class Draft:
     inlined: set[Value] = field(default_factory=set)
     refs: list[Ref] = field(default_factory=list)  # every load
     rows: int = 0
-    source: Ref | None = None  # scan
+    scan: tuple[Ref, Position] | None = None  # what a scan reads, and where it writes
 
     @property
     def axes(self) -> Axes:
@@ -97,12 +97,13 @@ class Draft:
         if self.contraction is not None:
             yield self.contraction.a.value
             yield self.contraction.b.value
-        if self.source is not None:
-            yield self.source.value
+        if self.scan is not None:
+            yield self.scan[0].value
 
     @property
     def empty(self) -> bool:
-        return product(self.outer) == 0
+        """Whether there is nothing to write."""
+        return self.kind != "control" and all(v.type.size == 0 for v in self.values)
 
 
 def base(value: Value) -> Value:

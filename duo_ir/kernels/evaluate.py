@@ -95,7 +95,9 @@ def execute(kernel: Kernel, buffers: Sequence[np.ndarray], sizes: Sizes) -> None
     """Runs one kernel on flat buffers, one per argument. Raises IndexOutOfRange where a check fails."""
     for n, (arg, buffer) in enumerate(zip(kernel.args, buffers, strict=True)):
         if buffer.dtype != arg.dtype.numpy or buffer.size != size_of(arg.size, sizes):
-            raise DuoError(f"argument {n} of the kernel is {buffer.dtype}[{buffer.size}], not {arg.dtype.name}[{arg.size}]")
+            raise DuoError(
+                f"argument {n} of the kernel is {buffer.dtype}[{buffer.size}], not {arg.dtype.name}[{arg.size}]"
+            )
     machine = _Machine(buffers, sizes, kernel.sites)
     if isinstance(kernel, LoopKernel):
         machine.loop(kernel)
@@ -157,7 +159,9 @@ class _Machine:
         access = store.access
         at = np.broadcast_to(self.address(access, shape, [values[i] for i in store.indices]), shape)
         if at.size and (at.min() < 0 or at.max() >= self.buffers[access.buffer].size):
-            raise DuoError(f"a kernel writes element {at.min()}..{at.max()} of a buffer of {self.buffers[access.buffer].size}")
+            raise DuoError(
+                f"a kernel writes element {at.min()}..{at.max()} of a buffer of {self.buffers[access.buffer].size}"
+            )
         self.buffers[access.buffer][at] = np.broadcast_to(values[store.value], shape)
 
     def body(self, body: Body, shape: tuple[int, ...], outer: int) -> list[np.ndarray]:
@@ -257,12 +261,12 @@ class _Machine:
         if 0 in shape:
             return
         store = kernel.store
-        at = np.broadcast_to(self.address(store.access, shape, [values[i] for i in store.indices]), shape).reshape(updates, -1)
+        at = np.broadcast_to(self.address(store.access, shape, [values[i] for i in store.indices]), shape).reshape(
+            updates, -1
+        )
         new = np.broadcast_to(values[store.value], shape).reshape(updates, -1)
         for place, value in zip(at, new):
             if kernel.mode == "add":
                 with np.errstate(all="ignore"):
                     value = reference.narrow(reference.widen(out[place]) + reference.widen(value), out.dtype)
             out[place] = value
-
-

@@ -109,7 +109,11 @@ class _Choice:
             # an index is read wherever an element of its window is
         elif isinstance(kind, Concat):
             users = self.users.get(op.result, ())
-            if op.result in self.anchors or len(users) != 1 or not isinstance(users[0].definition.kind, (Elementwise, Concat)):
+            if (
+                op.result in self.anchors
+                or len(users) != 1
+                or not isinstance(users[0].definition.kind, (Elementwise, Concat))
+            ):
                 self.need(op.result)
             else:
                 partly.update(op.operands)
@@ -237,7 +241,11 @@ def _own_cost(op: Op) -> int:
 
 
 def _stretches(op: Op) -> bool:
-    return op.operands[0].type.shape != op.result.type.shape and len(op.operands) == 1 and op.operands[0].type.size != op.result.type.size
+    return (
+        op.operands[0].type.shape != op.result.type.shape
+        and len(op.operands) == 1
+        and op.operands[0].type.size != op.result.type.size
+    )
 
 
 def _covers(op: Op, guards: tuple[object, ...]) -> bool:
@@ -264,7 +272,9 @@ class _Drafts:
     def add(self, anchors: Iterable[Value]) -> None:
         order = self.lowering.order
         # Later ops first: what an emission asks for in addition is always earlier.
-        heap = [(-order[v.op], v.index, v) for v in anchors if v.op is not None and v.op in order and v not in self.made]
+        heap = [
+            (-order[v.op], v.index, v) for v in anchors if v.op is not None and v.op in order and v not in self.made
+        ]
         heapq.heapify(heap)
         while heap:
             _, _, v = heap[0]
@@ -310,5 +320,3 @@ def _assemble(function: Function, groups: list[Group]) -> list[Built | Op]:
         elif not head.empty:
             items.append(build(g.members, g.target, lambda v, n=n: v in outside or bool(read_by.get(v, set()) - {n})))
     return items
-
-

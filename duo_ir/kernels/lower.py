@@ -12,13 +12,26 @@ from typing import Any
 
 from duo_ir.core import Function, Op, Value
 from duo_ir.errors import DuoError
-from duo_ir.kernels.access import Bounds, Index, NeedSplit, Position, combine, identity, linear, nonnegative, through, unravel
+from duo_ir.kernels.access import (
+    Bounds,
+    Index,
+    NeedSplit,
+    Position,
+    combine,
+    divide,
+    identity,
+    linear,
+    nonnegative,
+    strides_of,
+    through,
+    unravel,
+)
 from duo_ir.kernels.body import BodyBuilder
 from duo_ir.kernels.draft import Axes, Draft, DraftStage, Product, Put, Ref, base, collapse, collect_refs, prune
 from duo_ir.opdef import (
     Concat, Contraction, Control, Cumulative, Elementwise, Gather, Generate, Movement, Reduction, Reshape, Scatter, View, compute_dtype,
 )  # fmt: skip
-from duo_ir.types import DimLike, DType, bool_, exact_div, i64, product, row_major
+from duo_ir.types import DimLike, DType, bool_, i64
 
 ARG_REDUCTIONS = ("argmax", "argmin")
 
@@ -101,7 +114,7 @@ class Lowering:
                 return emitter, axes, count
             except NeedSplit as split:
                 k, inner = split.axis, split.inner
-                outer = exact_div(axes[k], inner)
+                outer = divide(axes[k], inner)
                 assert outer is not None
                 axes = (*axes[:k], outer, inner, *axes[k + 1 :])
                 index = tuple([(o, (*s[:k], s[k] * inner, *s[k:])) for o, s in index])
@@ -124,7 +137,7 @@ class Lowering:
         drafts = []
         offset: DimLike = 0
         for x in op.operands:
-            start = offset * row_major(out.type.shape)[axis]
+            start = offset * strides_of(out.type.shape)[axis]
             offset = offset + x.type.shape[axis]
             if x.type.size == 0:
                 continue
@@ -154,7 +167,13 @@ class Lowering:
         return self._reduce(op, name, tuple([shape[a] for a in order]), len(kept), dtype, values)
 
     def _reduce(
-        self, op: Op, name: str, axes: Axes, count: int, dtype: DType, values: Callable[[Emitter, Index], tuple[int, ...]]
+        self,
+        op: Op,
+        name: str,
+        axes: Axes,
+        count: int,
+        dtype: DType,
+        values: Callable[[Emitter, Index], tuple[int, ...]],
     ) -> Draft:
         args: list[int] = []
 
@@ -168,7 +187,7 @@ class Lowering:
         handle = last.reduced(0, 0, dtype)
         if dtype is not out.type.dtype:
             handle = last.convert(handle, out.type.dtype)
-        put = Put(out, (0, row_major(outer)), handle)
+        put = Put(out, (0, strides_of(outer)), handle)
         stages = [first, DraftStage((), last, [put])]
         return Draft("reduce", op, self.order[op], (out,), outer, inner, stages, inlined=e.inlined)
 
@@ -213,7 +232,7 @@ class Lowering:
         b = self.address(y, identity(right), right)
         axes, a, b = _fold_batch((*batch, m), n, k, a, b)
         body = BodyBuilder()
-        put = Put(out, (0, row_major(axes)), body.acc(out.type.dtype))
+        put = Put(out, (0, strides_of(axes)), body.acc(out.type.dtype))
         product_ = Product(k, a, b, acc, out.type.dtype)
         return Draft("contract", op, self.order[op], (out,), axes, (), [DraftStage((), body, [put])], product_)
 
@@ -235,10 +254,8 @@ class Lowering:
         axes = tuple([shape[a] for a in order])
         walk = identity(axes)
         index = tuple([walk[order.index(a)] for a in range(len(shape))])
-        put = Put(op.result, linear(index, shape, len(axes)), 0)
-        stage = DraftStage((), BodyBuilder(), [put])
-        source = self.address(x, index, axes)
-        return Draft("scan", op, self.order[op], (op.result,), axes, (), [stage], source=source)
+        ends = self.address(x, index, axes), linear(index, shape, len(axes))
+        return Draft("scan", op, self.order[op], (op.result,), axes, scan=ends)
 
     def _scatter(self, op: Op) -> Draft:
         x, updates, *indices = op.operands
@@ -257,7 +274,7 @@ class Lowering:
                 if self.storage(v) is None:
                     raise NeedMemory(v) from None
             raise
-        steps = row_major(x.type.shape)
+        steps = strides_of(x.type.shape)
         rest = [a for a in range(x.type.rank) if a not in target]
         at = combine(0, [(steps[a], p) for a, p in zip(rest, index[count:])], e.n)
         stage = DraftStage((), e.builder, [Put(op.result, at, value), *[Put(op.result, at, p) for p in places]])
@@ -403,7 +420,7 @@ class Emitter:
                 high = high + stride * (size - 1)
             else:
                 low = low + stride * (size - 1)
-        if step != 1 and any(exact_div(c, step) is None for c in (offset, *strides)):
+        if step != 1 and any(divide(c, step) is None for c in (offset, *strides)):
             return False
         return step == 1 and nonnegative(low) and nonnegative(bound - 1 - high)
 
@@ -412,7 +429,7 @@ class Emitter:
     ) -> int:
         # Interior padding reads element p / step, which is no affine position: it goes through an index operand.
         steps = {p: step for p, _, step in bounds if step != 1}
-        b, strides = self.builder, row_major(x.type.shape)
+        b, strides = self.builder, strides_of(x.type.shape)
         terms, indices, index_strides = [], [], []
         for stride, p in zip(strides, index):
             if p in steps:
@@ -439,10 +456,20 @@ class Emitter:
     def _generate(self, op: Op, kind: Generate, index: Index, guards: tuple[Bounds, ...]) -> int:
         scalars = [self.value(x, (), guards) for x in op.operands]
         indices = [self.position(p) for p in index]
-        return int(kind.recipe(self.builder, indices, self.position(linear(index, op.result.type.shape, self.n)), *scalars, **op.attrs))
+        return int(
+            kind.recipe(
+                self.builder, indices, self.position(linear(index, op.result.type.shape, self.n)), *scalars, **op.attrs
+            )
+        )
 
     def places(
-        self, op: Op, indices: list[Value], index: Index, axes: tuple[int, ...], shape: tuple[DimLike, ...], guards: tuple[Bounds, ...]
+        self,
+        op: Op,
+        indices: list[Value],
+        index: Index,
+        axes: tuple[int, ...],
+        shape: tuple[DimLike, ...],
+        guards: tuple[Bounds, ...],
     ) -> list[int]:
         """Checked i64 positions along `axes` of a tensor of that shape, one per index operand."""
         b, out = self.builder, []
@@ -462,7 +489,7 @@ class Emitter:
         if guards:  # a check must not run where the element is not wanted
             raise NeedMemory(v)
         places = self.places(op, indices, index[:count], axes, x.type.shape, guards)
-        steps = row_major(x.type.shape)
+        steps = strides_of(x.type.shape)
         rest = [a for a in range(x.type.rank) if a not in axes]
         at = combine(0, [(steps[a], p) for a, p in zip(rest, index[count:])], self.n)
         return self.load(storage, at, (), tuple(places), tuple([steps[a] for a in axes]))

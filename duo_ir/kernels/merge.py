@@ -220,7 +220,10 @@ def _reads_alike(g: Group, draft: Draft, ref: Ref) -> bool:
         if m.draft.axes == draft.axes and ref in m.draft.refs:
             return True
         if product(m.draft.axes) == product(draft.axes) and is_row_major(ref.position, draft.axes, len(draft.axes)):
-            if any(r.value is ref.value and r.plain and is_row_major(r.position, m.draft.axes, len(m.draft.axes)) for r in m.draft.refs):
+            if any(
+                r.value is ref.value and r.plain and is_row_major(r.position, m.draft.axes, len(m.draft.axes))
+                for r in m.draft.refs
+            ):
                 return True
     return False
 

@@ -1,9 +1,9 @@
 """Kernels and Programs as text for people: `duo look`, `DUO_DUMP`, and the tests' golden files.
 
-    kernel(a0: f32[32], a1: f32[32] out) for i0 < 4
-      stage for j0 < 8
-        %0 = load a0[8*i0 + j0]
-        max %0 -> r0.0
+kernel(a0: f32[32], a1: f32[32] out) for i0 < 4
+  stage for j0 < 8
+    %0 = load a0[8*i0 + j0]
+    max %0 -> r0.0
 """
 
 from __future__ import annotations
@@ -82,7 +82,9 @@ def print_kernel(kernel: Kernel, head: str = "") -> str:
     elif isinstance(kernel, ScanKernel):
         names = [*_names("i", len(kernel.axes)), "l"]
         lines = [f"{head}scan({args}){_loops(names, (*kernel.axes, kernel.length))}"]
-        lines.append(f"  {_access(kernel.target, names)} = running sum of {_access(kernel.source, names)} in {kernel.acc.name}")
+        lines.append(
+            f"  {_access(kernel.target, names)} = running sum of {_access(kernel.source, names)} in {kernel.acc.name}"
+        )
     else:
         lines = _scatter(kernel, f"{head}scatter {kernel.mode}({args})")
     return "\n".join(lines) + "\n"
@@ -122,10 +124,15 @@ def _affine(affine: Affine, names: Sequence[str]) -> str:
 
 
 def _access(access: Access, names: Sequence[str], indices: Sequence[int] = ()) -> str:
-    terms = [_affine(access.at, names)] if access.at.offset != 0 or any(s != 0 for s in access.at.strides) or not indices else []
-    terms += [f"{_factor(s)}*%{i}" for i, s in zip(indices, access.index_strides)]
+    terms = (
+        [_affine(access.at, names)]
+        if access.at.offset != 0 or any(s != 0 for s in access.at.strides) or not indices
+        else []
+    )
+    terms += [f"%{i}" if s == 1 else f"{_factor(s)}*%{i}" for i, s in zip(indices, access.index_strides)]
     where = [
-        f"0 <= {_affine(g.position, names)} < {g.bound}" + (f" step {g.step}" if g.step != 1 else "") for g in access.guards
+        f"0 <= {_affine(g.position, names)} < {g.bound}" + (f" step {g.step}" if g.step != 1 else "")
+        for g in access.guards
     ]
     return f"a{access.buffer}[{' + '.join(terms)}]" + (f" if {' and '.join(where)}" if where else "")
 

@@ -11,7 +11,7 @@ from typing import TypeAlias
 
 from duo_ir.core import Value
 from duo_ir.errors import ArgumentError, DTypeError, ShapeError
-from duo_ir.opdef import OpDef
+from duo_ir.opdef import OpDef, compute_dtype
 from duo_ir.ops import elementwise as ew
 from duo_ir.ops import generate, linalg, reduce
 from duo_ir.ops import shape as movement
@@ -308,12 +308,11 @@ def all(x: Value, axes: Axes = None, keepdims: bool = False) -> Value:
 
 
 def mean(x: Value, axes: Axes = None, keepdims: bool = False) -> Value:
-    """sum / n, in x's dtype (floats only)."""
+    """sum / n, floats only. f16 and bf16 are summed and divided in f32 (f16 could not even hold a large n) and rounded once."""
     over = axes_of(x, axes)
-    total = sum(x, over, keepdims)
+    total = sum(cast_to(x, compute_dtype(x.type.dtype)), over, keepdims)
     n = size_of(product([x.type.shape[a] for a in over]), total.type.dtype)
-    out: Value = ew.div(total, broadcast_to(n, total.type.shape))
-    return out
+    return cast_to(ew.div(total, broadcast_to(n, total.type.shape)), x.type.dtype)
 
 
 # ------------------------------------------------------------------------------------------------------------ matmul

@@ -5,6 +5,7 @@ The order of every sum and product is fixed by the numerics contract and written
 
 from __future__ import annotations
 
+import builtins
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
@@ -65,8 +66,16 @@ def _logical_type(x: TensorType, *, axes: Ints) -> TensorType:
     return x.with_shape(_dropped(x.shape, axes))
 
 
+def _of_one(op: Op) -> Sequence[Value] | None:
+    """A reduction of one element is that element. Not for sums of floats, which make +0.0 of -0.0."""
+    x = op.operands[0]
+    if builtins.any(x.type.shape[a] != 1 for a in op.attrs["axes"]) or (op.definition is sum and x.type.dtype.is_float):
+        return None
+    return (nd.reshape(x, op.result.type.shape),)
+
+
 def _reduction(name: str, infer: Callable[..., TensorType], ref: Callable[..., Any], **rules: Any) -> OpDef:
-    return OpDef(name, infer, Reduction(name), reference=ref, **rules)
+    return OpDef(name, infer, Reduction(name), reference=ref, canonicalize=_of_one, **rules)
 
 
 def _spread(op: Op, v: Value) -> Value:
@@ -135,17 +144,21 @@ prod = _reduction(
 
 # ------------------------------------------------------------------------------------------------------- extrema
 def _winners(op: Op) -> tuple[Value, Value]:
-    """Where the operand equals the extremum, and how many such there are (in the operand's dtype)."""
+    """Where the operand equals the extremum, and how many such there are, in the dtype that gradients are shared out in: f16 cannot
+    count far."""
     x = op.operands[0]
     mask = ew.eq(x, _spread(op, op.result))
-    # Counted in f32 at least: f16 and bf16 cannot count far, but they can hold the rounded quotient.
-    wide = compute_dtype(x.type.dtype)
-    return mask, nd.cast_to(sum(nd.cast_to(mask, wide), axes=op.attrs["axes"]), x.type.dtype)
+    return mask, sum(nd.cast_to(mask, compute_dtype(x.type.dtype)), axes=op.attrs["axes"])
+
+
+def _shared(v: Value, count: Value) -> Value:
+    """v / count in v's dtype."""
+    return nd.cast_to(nd.cast_to(v, count.type.dtype) / count, v.type.dtype)
 
 
 def _extremum_vjp(op: Op, g: Value) -> tuple[Value]:
     mask, count = _winners(op)
-    share = _spread(op, g / count)
+    share = _spread(op, _shared(g, count))
     return (ew.where(mask, share, nd.zeros_like(share)),)
 
 
@@ -153,7 +166,7 @@ def _extremum_jvp(op: Op, tangents: Sequence[Value | None]) -> Value:
     mask, count = _winners(op)
     t = tangents[0]
     assert t is not None
-    return sum(ew.where(mask, t, nd.zeros_like(t)), axes=op.attrs["axes"]) / count
+    return _shared(sum(ew.where(mask, t, nd.zeros_like(t)), axes=op.attrs["axes"]), count)
 
 
 max = _reduction(
@@ -166,11 +179,19 @@ min = _reduction(
 )  # fmt: skip
 any = _reduction("any", _logical_type, reference.any_, doc="Whether any is true; of nothing: false.")
 all = _reduction("all", _logical_type, reference.all_, doc="Whether all are true; of nothing: true.")
-argmax = _reduction(
-    "argmax", _position_type, reference.argmax, doc="The first NaN, else the lowest index of the greatest."
+argmax = OpDef(
+    "argmax",
+    _position_type,
+    Reduction("argmax"),
+    reference=reference.argmax,
+    doc="The first NaN, else the lowest index of the greatest.",
 )
-argmin = _reduction(
-    "argmin", _position_type, reference.argmin, doc="The first NaN, else the lowest index of the least."
+argmin = OpDef(
+    "argmin",
+    _position_type,
+    Reduction("argmin"),
+    reference=reference.argmin,
+    doc="The first NaN, else the lowest index of the least.",
 )
 
 

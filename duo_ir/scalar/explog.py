@@ -40,6 +40,7 @@ class _Constants:
     tanh_one: float  # above: tanh is 1
     hyperbolic_range: float  # above: sinh and cosh are infinite
     exp: tuple[float, ...]
+    expm1: tuple[float, ...]
     exp2: tuple[float, ...]
     exp2_range: tuple[float, float]
 
@@ -53,10 +54,11 @@ _OF = {
         minus_one=-20.0,
         tanh_one=10.0,
         hyperbolic_range=89.5,
-        # (expm1(x) - x) / x^2 on |x| <= ln(2)/2, relative to expm1: 2^-26.0
-        exp=(
-            0.4999999701976776, 0.16666539013385773, 0.0416673943400383, 0.008367087692022324,
-            0.0013881981140002608,
+        # (expm1(x) - x) / x^2 on |x| <= ln(2)/2: relative to exp 2^-28.1, and relative to expm1 2^-28.2
+        exp=(0.4999999403953552, 0.16666516661643982, 0.041668251156806946, 0.008369087241590023, 0.0013822203036397696),
+        expm1=(
+            0.5, 0.16666635870933533, 0.041666511446237564, 0.008341604843735695, 0.0013930548448115587,
+            0.00014932914928067476,
         ),
         # (2^x - 1) / x on |x| <= 1/2, relative to 2^x: 2^-26.3
         exp2=(
@@ -73,11 +75,16 @@ _OF = {
         minus_one=-40.0,
         tanh_one=20.0,
         hyperbolic_range=711.0,
-        # as above: 2^-54.7
+        # as above, both relative to expm1: 2^-54.7 and 2^-60.0
         exp=(
             0.5000000000000006, 0.16666666666666588, 0.04166666666657648, 0.008333333333389694,
             0.0013888888931666888, 0.00019841269718950388, 2.4801505141227806e-05, 2.7557407371498037e-06,
             2.762609379596316e-07, 2.505389853776108e-08,
+        ),
+        expm1=(
+            0.5, 0.16666666666666677, 0.04166666666666651, 0.008333333333321655, 0.0013888888888962318,
+            0.00019841269886070403, 2.4801587172760207e-05, 2.755724425679661e-06, 2.75574023441269e-07,
+            2.5109023733296256e-08, 2.087545723994738e-09,
         ),
         # as above: 2^-55.6
         exp2=(
@@ -117,7 +124,7 @@ def _scale(s: Builder, p: H, twice: H) -> H:
 
 def _expm1_reduced(s: Builder, r: H) -> H:
     """expm1 on |r| <= ln(2)/2."""
-    q = horner(s, r, _OF[s.dtype_of(r)].exp)
+    q = horner(s, r, _OF[s.dtype_of(r)].expm1)
     return s.fma(s.mul(r, r), q, r)
 
 

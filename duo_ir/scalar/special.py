@@ -91,8 +91,9 @@ _PPND16 = (
         ),
     ),
 )  # fmt: skip
-# f32, with w = -log(1 - x^2) and v = sqrt(w): erfinv(x)/x - 1 in w up to 6 (2^-27.1), then erfinv(x) in v - 3.5 up to v = 5
-# (2^-24.1) and in v - 7 up to v = 10.3 (2^-25.1). The choice of w is M. Giles's (GPU Computing Gems 2, 2011, ch. 10).
+# f32, with w = -log(1 - x^2) and v = sqrt(w): f(x)/x - 1 in w up to 6, then f(x) in v - 3.5 up to v = 5 and in v - 7 up to
+# v = 10.3, where f is erfinv (2^-27.1, 2^-24.1; x ends at v = 4.1) or sqrt(2)*erfinv (2^-26.8, 2^-23.9, 2^-24.0). The choice
+# of w is M. Giles's (GPU Computing Gems 2, 2011, chapter 10).
 _ERFINV_F32 = (
     (
         -0.11377307027578354, 0.23201343417167664, 0.01155126839876175, -0.0023412066511809826,
@@ -103,22 +104,43 @@ _ERFINV_F32 = (
         3.335477828979492, 1.007421851158142, 0.003104014787822962, -0.0017184758326038718, 0.0006158100441098213,
         -0.0001754975237417966, 2.5697356250020675e-05, 4.416016054165084e-06, -1.605125930836948e-06,
     ),
+)  # fmt: skip
+_QUANTILE_F32 = (
     (
-        6.869019508361816, 1.0085952281951904, -0.0005120704881846905, 6.837900855316548e-06, 5.62656805414008e-06,
-        -1.7859737226899597e-06, 4.2540202116470027e-07, -4.740022063742799e-08,
+        0.25331413745880127, 0.32811665534973145, 0.016335424035787582, -0.0033098626881837845,
+        -0.00016834927373565733, 5.3674684750149027e-05, 1.00527595350286e-05, -4.078344773006393e-06,
+        5.363236823541229e-07, -3.39209726973877e-08, 8.735643319823794e-10,
     ),
+    (
+        4.717077732086182, 1.4247097969055176, 0.004391035996377468, -0.002428174950182438, 0.0008658823790028691,
+        -0.0002541587164159864, 4.283036105334759e-05, 9.686560588306747e-06, -5.111510745337e-06,
+    ),
+)  # fmt: skip
+_QUANTILE_FAR_F32 = (
+    9.714261054992676, 1.4263691902160645, -0.0007247910834848881, 9.593622053216677e-06, 8.333381629199721e-06,
+    -2.5582778562238673e-06, 5.420537831923866e-07, -5.43331353242138e-08,
 )  # fmt: skip
 
 
-def _erfinv_f32(s: Builder, x: H, one_minus_square: H) -> H:
-    """erfinv(x) from x and 1 - x^2, which the caller has without cancellation."""
+def _by_log_f32(
+    s: Builder, x: H, one_minus_square: H, tables: tuple[tuple[float, ...], tuple[float, ...]]
+) -> tuple[H, H]:
+    """(value, v) of one of the two functions from x and 1 - x^2, which the caller has without cancellation; v <= 5."""
     k = literals(s, f32)
-    middle, tail, far = _ERFINV_F32
     w = s.neg(log(s, one_minus_square))
     v = s.sqrt(w)
-    near = s.fma(x, horner(s, w, middle), x)
-    beyond = s.select(s.gt(v, k(5.0)), horner(s, s.sub(v, k(7.0)), far), horner(s, s.sub(v, k(3.5)), tail))
-    return s.select(s.gt(w, k(6.0)), s.copysign(beyond, x), near)
+    near = s.fma(x, horner(s, w, tables[0]), x)
+    tail = s.copysign(horner(s, s.sub(v, k(3.5)), tables[1]), x)
+    return s.select(s.gt(w, k(6.0)), tail, near), v
+
+
+def _quantile_f32(s: Builder, p: H, q: H, rest: H) -> H:
+    """The normal quantile at p = q + 1/2 = 1 - rest, that is sqrt(2)*erfinv(2q) with 1 - (2q)^2 = 4p(1 - p)."""
+    k = literals(s, f32)
+    square = s.mul(s.mul(s.mul(p, k(2.0)), rest), k(2.0))
+    value, v = _by_log_f32(s, s.add(q, q), square, _QUANTILE_F32)
+    far = s.copysign(horner(s, s.sub(v, k(7.0)), _QUANTILE_FAR_F32), q)
+    return s.select(s.gt(v, k(5.0)), far, value)
 
 
 def _quantile_f64(s: Builder, q: H, tail: H) -> H:
@@ -144,8 +166,7 @@ def normal_quantile(s: Builder, p: H) -> H:
     half, one = k(0.5), k(1.0)
     q, rest = s.sub(p, half), s.sub(one, p)
     if dtype is f32:
-        square = s.mul(s.mul(s.mul(p, k(2.0)), rest), k(2.0))
-        value = s.mul(_erfinv_f32(s, s.add(q, q), square), k(1.4142135623730951))
+        value = _quantile_f32(s, p, q, rest)
     else:
         value = _quantile_f64(s, q, s.select(s.gt(p, half), rest, p))
     edge = s.select(s.eq(p, k(0.0)), k(-INF), s.select(s.eq(p, one), k(INF), k(NAN)))
@@ -159,7 +180,7 @@ def erfinv(s: Builder, x: H) -> H:
     one, ax = k(1.0), s.fabs(x)
     rest = s.sub(one, ax)
     if dtype is f32:
-        value = _erfinv_f32(s, x, s.mul(rest, s.add(one, ax)))
+        value, _ = _by_log_f32(s, x, s.mul(rest, s.add(one, ax)), _ERFINV_F32)
     else:
         # normal_quantile((x + 1)/2) / sqrt(2), both forms of the argument exact
         value = s.mul(_quantile_f64(s, s.mul(x, k(0.5)), s.mul(rest, k(0.5))), k(0.7071067811865476))

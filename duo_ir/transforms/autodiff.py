@@ -151,9 +151,7 @@ def _branch_vjp(branch: Function, seeded: Sequence[int], wrt: Sequence[int]) -> 
     return _extended(branch, f"{branch.name}_vjp", body)
 
 
-def reverse_seeded(
-    ops: Iterable[Op], seeds: Iterable[tuple[Value, Value]], wrt: Sequence[Value]
-) -> list[Value | None]:
+def reverse_seeded(ops: Iterable[Op], seeds: Iterable[tuple[Value, Value]], wrt: Sequence[Value]) -> list[Value | None]:
     """`reverse`, for seeds that may name one value several times (a function that returns a value twice): those add up in order."""
     total: dict[Value, Value] = {}
     ops = tuple(ops)
@@ -195,10 +193,10 @@ def forward(ops: Iterable[Op], tangents: Mapping[Value, Value], of: Sequence[Val
             continue
         builder.loc = op.loc or loc
         out = _push(op, [tangent.get(v) for v in op.operands])
-        for r, t in zip(op.results, out):
-            if t is not None and r.type.dtype.is_float and r not in tangent:
-                _check_type(t, r, "its tangent", op)
-                tangent[r] = t
+        for r, moved in zip(op.results, out):
+            if moved is not None and r.type.dtype.is_float and r not in tangent:
+                _check_type(moved, r, "its tangent", op)
+                tangent[r] = moved
     builder.loc = loc
     return [tangent.get(v) for v in of]
 

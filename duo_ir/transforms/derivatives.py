@@ -35,7 +35,9 @@ def grad_function(function: Function, wrt: Sequence[int] | None = None, value: b
     """
     if not function.results or function.results[0].type.shape or not function.results[0].type.dtype.is_float:
         got = ", ".join(map(str, function.result_types))
-        raise GradientError(f"a gradient needs a 0-d float as first result, but @{function.name} gives {got}; reduce it to a scalar")
+        raise GradientError(
+            f"a gradient needs a 0-d float as first result, but @{function.name} gives {got}; reduce it to a scalar"
+        )
     wrt = _float_numbers(function.params) if wrt is None else wrt
     builder, params = _copy(function, f"{function.name}_grad")
     with builder:

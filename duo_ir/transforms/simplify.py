@@ -37,7 +37,7 @@ def _simpler(op: Op) -> Sequence[Value] | None:
 def _folded(op: Op) -> Sequence[Value] | None:
     """A 0-d elementwise op on constants, computed now by its own recipe. Nothing larger is folded: the IR stays small, and a
     constant that fills a tensor is a broadcast, which costs nothing."""
-    if not op.operands or op.result.type.shape or not isinstance(op.definition.kind, Elementwise):
+    if not op.operands or not isinstance(op.definition.kind, Elementwise) or op.result.type.shape:
         return None
     for v in op.operands:
         if v.op is None or v.op.definition is not constant:

@@ -27,6 +27,7 @@ from duo_ir.kernels.kernel import (
     Stage,
     Store,
 )
+from duo_ir.scalar import math as recipes
 from duo_ir.scalar.numpy_eval import NumpyScalar
 from duo_ir.types import DTYPES, Dim, bf16, bool_, evaluate, f16, f32, f64, i8, i32, i64, row_major, u8
 
@@ -255,6 +256,11 @@ def check(kernel, buffers, sizes=None, machines=MACHINES, expect_status=None, sp
 SPECIAL = [0.0, -0.0, np.inf, -np.inf, np.nan, 1e-40, -1e-45, 3e38, -3e38, 1.5, -2.5, 65504.0, 65520.0, 6e-8, 2.0**-133]
 
 
+def narrowed(values, dtype):
+    with np.errstate(all="ignore"):
+        return np.asarray(values, np.float64).astype(dtype.numpy)
+
+
 def data(dtype, n, seed=0, special=0.0):
     rng = np.random.default_rng(seed)
     if dtype.kind == "b":
@@ -393,9 +399,7 @@ def test_gather(rows, width, bad):
 
 def test_conversions():
     values = {
-        d: np.concatenate([data(d, 400, special=0.3), np.asarray(SPECIAL, np.float64).astype(d.numpy)])
-        if d.kind == "f"
-        else data(d, 415)
+        d: np.concatenate([data(d, 400, special=0.3), narrowed(SPECIAL, d)]) if d.kind == "f" else data(d, 415)
         for d in DTYPES.values()
     }
     values[i64][:60] >>= np.arange(60)
@@ -537,6 +541,45 @@ def test_split_full_reduction(n, kind):
     check_reduce((2,), (n,), kind, f32, (n, 1), machines=MACHINES[:1])
 
 
+@pytest.mark.parametrize("n", [16384, 20001, 8192 * 7 + 1])
+def test_split_column_reduction(n):
+    for kind in ("sum", "max", "dot"):
+        check_reduce((5,), (n,), kind, f32, (1, 5), splits=((1, None), (2, 5)), machines=MACHINES[:2])
+    check_reduce((2, 17), (n,), "sum", f64, (17 * n, 1, 17), splits=((2, 5),), machines=MACHINES[:1])
+
+
+def test_reducing_stage_that_stores_and_reduction_of_nothing():
+    """exp-like numerators stored while they are summed; a reduction over no axes is its one element."""
+    for rows, columns, along in ((3, 37, 1), (37, 3, 0), (1100, 20, 0), (4, 1100, 1)):
+        outer, inner = (rows, columns) if along else (columns, rows)
+        strides = (columns, 1) if along else (1, columns)
+        b = body(("load", (), f32, Access(0, Affine(0, strides))), ("mul", (0, 0), f32))
+        stages = (
+            Stage((inner,), b, (Store(Access(1, Affine(0, strides)), 1),), (Reduce("sum", (1,), f32),)),
+            Stage((), body(("reduced", (), f32, (0, 0)), ("neg", (0,), f32)), (), (Reduce("max", (1,), f32),)),
+            Stage((), body(("reduced", (), f32, (1, 0))), (Store(Access(2, Affine(0, (1,))), 0),)),
+        )
+        n = rows * columns
+        kernel = LoopKernel((Arg(f32, n), Arg(f32, n, True), Arg(f32, outer, True)), (outer,), stages)
+        check(kernel, [data(f32, n, 0, 0.1), np.zeros(n, np.float32), np.zeros(outer, np.float32)])
+
+
+def test_arg_of_equal_elements():
+    """All elements equal to the worst value: the first is meant."""
+    for d, kind, worst in (
+        (f32, "argmax", -np.inf),
+        (f32, "argmin", np.inf),
+        (i8, "argmax", -128),
+        (u8, "argmin", 255),
+    ):
+        for outer, n, strides in ((3, 40, (40, 1)), (40, 5, (1, 40))):
+            kernel, _ = reduce_kernel((outer,), (n,), kind, d, Affine(0, strides), outer * n)
+            x = np.full(outer * n, worst, d.numpy)
+            check(kernel, [x, np.ones(outer, np.int64)])
+            x[7::9] = 3
+            check(kernel, [x, np.ones(outer, np.int64)])
+
+
 @pytest.mark.parametrize("n", [0, 1, 1000, 5000, 70000])
 def test_symbolic_reductions(n):
     t = Dim.symbol("t")
@@ -581,6 +624,34 @@ def test_stages(rows, columns, along):
     r, c = Dim.symbol("r"), Dim.symbol("c")
     kernel = softmax_like(r, c, along, ("r", "c"))
     check(kernel, [data(f32, rows * columns), *blank], {"r": rows, "c": columns}, machines=MACHINES[:2])
+
+
+@pytest.mark.parametrize("rows,columns", [(3, 1), (2, 16), (5, 37), (3, 1029), (2, 3000)])
+def test_softmax_keeps_the_exponentials(rows, columns):
+    """exp(x - max) of the sum and of the quotient is one expression: computed once, same bits."""
+
+    def kernel_of(r, c, dims):
+        at = Access(0, Affine(0, (c, 1)))
+        builders = []
+        for last in (False, True):
+            b = BodyBuilder()
+            top = recipes.exp(b, b.sub(b.load(at, f32), b.reduced(0, 0, f32)))
+            builders.append((b, b.div(top, b.reduced(1, 0, f32)) if last else top))
+        (b1, top), (b2, quotient) = builders
+        stages = (
+            Stage((c,), body(("load", (), f32, at)), (), (Reduce("max", (0,), f32),)),
+            Stage((c,), tuple(Instr(*row) for row in b1.rows), (), (Reduce("sum", (top,), f32),)),
+            Stage((c,), tuple(Instr(*row) for row in b2.rows), (Store(Access(1, Affine(0, (c, 1))), quotient),)),
+        )
+        return LoopKernel((Arg(f32, r * c), Arg(f32, r * c, True)), (r,), stages, dims)
+
+    buffers = [data(f32, rows * columns, 0, 0.001), np.zeros(rows * columns, np.float32)]
+    kernel = kernel_of(rows, columns, ())
+    check(kernel, buffers)
+    if columns > 1:
+        assert compile_kernel(kernel, machine().target).scratch({}, 1) > 0
+    r, c = Dim.symbol("r"), Dim.symbol("c")
+    check(kernel_of(r, c, ("r", "c")), buffers, {"r": rows, "c": columns}, machines=MACHINES[:2])
 
 
 def test_in_place_map():

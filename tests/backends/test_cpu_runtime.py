@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -257,6 +258,23 @@ def test_donation_takes_the_memory(backend):
     with pytest.raises(DeviceError, match=r"input 1 .* given away"):
         bound.run([x, y])
     assert np.array_equal(values(bound.run([x, out])[0]), np.ones(8, np.float32))
+
+
+@pytest.mark.parametrize("kind", [tuple, list, set, frozenset])
+def test_every_choice_of_donations(backend, kind):
+    """x - y and y - x, each of which may take either input's memory."""
+    k = backend.kernel(MIX, ["f32", "f32", "f32"], units=N)
+    items = (Step(k, (0, 1, 4)), Step(k, (2, 3, 5)))
+    program = Program((vec(),) * 4, (vec(),) * 2, (), items, (4, 5), ((0, 0), (0, 1), (1, 2), (1, 3), (1, 2)), ("n",))
+    bound = backend.compile(program).bind({"n": 5})
+    for choice in [c for n in range(5) for c in itertools.combinations(range(4), n)]:
+        given = [buffer(np.full(5, v)) for v in (1, 20, 300, 4000)]
+        addresses = {b.ptr for b in given}
+        results = bound.run(given, kind(choice))
+        assert [values(r).tolist() for r in results] == [[-19.0] * 5, [-3700.0] * 5]
+        reused = (0 in choice or 1 in choice) + (2 in choice or 3 in choice)
+        assert sum(r.ptr in addresses for r in results) == reused == sum(b.ptr == 0 for b in given)
+        del results, given
 
 
 def test_donation_never_takes_memory_that_others_see(backend):

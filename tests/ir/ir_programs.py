@@ -11,8 +11,33 @@ from duo_ir.ops import broadcasting as nd
 from duo_ir.types import DType, TensorType, bool_
 
 SMOOTH = ["add", "sub", "mul", "neg", "tanh", "sin", "sigmoid", "exp_of_tanh", "div_by_positive"]
-ROUGH = ["div", "maximum", "minimum", "abs", "sqrt", "where", "times_one", "double_neg", "constant", "same_again", "floor"]
-MOVE = ["transpose", "reshape", "sum", "sum_all", "broadcast", "slice", "pad", "flip", "concat", "matmul", "gather", "cumsum"]
+ROUGH = [
+    "div",
+    "maximum",
+    "minimum",
+    "abs",
+    "sqrt",
+    "where",
+    "times_one",
+    "double_neg",
+    "constant",
+    "same_again",
+    "floor",
+]
+MOVE = [
+    "transpose",
+    "reshape",
+    "sum",
+    "sum_all",
+    "broadcast",
+    "slice",
+    "pad",
+    "flip",
+    "concat",
+    "matmul",
+    "gather",
+    "cumsum",
+]
 SPECIAL = [0.0, -0.0, 1.0, -1.0, float("inf"), float("-inf"), float("nan"), 1e-45, 3e38, 0.5]
 
 
@@ -59,7 +84,7 @@ def _rough(name: str, x: Value, y: Value, draw: st.DrawFn) -> Value:
     if name == "times_one":
         return x * 1.0
     if name == "double_neg":
-        return -(-x)
+        return ops.neg(ops.neg(x))
     if name == "constant":
         return x + nd.constant_of(draw(st.sampled_from(SPECIAL)), x.type.dtype) * draw(st.sampled_from(SPECIAL))
     return (x * y) + (y * x)

@@ -45,7 +45,9 @@ def random_like(rng: np.random.Generator, values: list) -> list[np.ndarray]:
     return [np.asarray(rng.normal(size=v.shape)) for v in values]
 
 
-def check_derivatives(function: Function, arrays: list[np.ndarray], wrt: list[int], order: int, tolerance: float = 2e-6) -> None:
+def check_derivatives(
+    function: Function, arrays: list[np.ndarray], wrt: list[int], order: int, tolerance: float = 2e-6
+) -> None:
     """<ct, J v> three ways: by central differences, forward mode and reverse mode; then the same of the reverse-mode program."""
     rng = np.random.default_rng(order)
     moved = random_like(rng, [arrays[i] for i in wrt])
@@ -80,16 +82,18 @@ def smooth_cases() -> list[Case]:
     rows = [row for row in TABLE if row.smooth]
     out = []
     for row in rows:
-        every = [c for c in cases([row], (f64,)) if c.attrs.get("dtype", f64) is f64]
+        every = [c for c in cases([row], (f64,)) if c.attrs.get("dtype", f64) is f64 and (1030,) not in c.shapes]
         # An op looks the same at many shapes: the elementwise ones are tried on three.
-        out += every if row.variants[0][1] or len(every) > 12 else [c for c in every if c.shapes[0] in ((), (0,), (3, 5))] or every
+        out += (
+            every
+            if row.variants[0][1] or len(every) > 12
+            else [c for c in every if c.shapes[0] in ((), (0,), (3, 5))] or every
+        )
     return out
 
 
 @pytest.mark.parametrize("case", smooth_cases(), ids=str)
 def test_every_op_to_order_two(case):
-    if case.shapes and case.shapes[0] == (1030,):
-        pytest.skip("long sums are the interpreter's business")
     wrt = [i for i in case.row.smooth if i < len(case.shapes)]
     if case.row.name == "concat":
         wrt = list(range(len(case.shapes)))
@@ -148,7 +152,9 @@ def test_simplified_gradients_have_the_same_bits(case):
     pull = vjp_function(function)
     rng = np.random.default_rng(0)
     cotangents = [np.asarray(rng.normal(size=r.type.shape)).astype(np.float32) for r in function.results]
-    for a, b in zip(interpret(pull, *arrays, *cotangents), interpret(simplify(pull), *arrays, *cotangents), strict=True):
+    for a, b in zip(
+        interpret(pull, *arrays, *cotangents), interpret(simplify(pull), *arrays, *cotangents), strict=True
+    ):
         assert np.array_equal(a, b, equal_nan=True) and (np.signbit(a) == np.signbit(b))[~np.isnan(a)].all()
 
 
@@ -178,7 +184,9 @@ def test_golden_gradient_of_a_network(golden):
     def loss(x, w, b):
         return nd.sum(nd.maximum(nd.matmul(x, w) + b, 0.0))
 
-    f = function_of(loss, TensorType(f32, (B, 4)), TensorType(f32, (4, 2)), TensorType(f32, (2,)), names=("x", "w", "b"))
+    f = function_of(
+        loss, TensorType(f32, (B, 4)), TensorType(f32, (4, 2)), TensorType(f32, (2,)), names=("x", "w", "b")
+    )
     golden("network_gradient.txt", to_text(simplify(grad_function(f, [1, 2], value=True))))
 
 
@@ -200,11 +208,22 @@ def test_a_first_contribution_is_taken_as_it_is_and_later_ones_are_added():
     assert lines == ["%4: V = add %ct, %ct", "return %4"]
     lines = emitted(lambda x, y: x * y - x, (0, 1))
     # Reverse program order: the subtraction's share of x first, then the product's.
-    assert lines == ["%5: V = neg %ct", "%6: V = mul %ct, %y", "%7: V = mul %ct, %x", "%8: V = add %5, %6", "return %8, %7"]
+    assert lines == [
+        "%5: V = neg %ct",
+        "%6: V = mul %ct, %y",
+        "%7: V = mul %ct, %x",
+        "%8: V = add %5, %6",
+        "return %8, %7",
+    ]
 
 
 def test_operands_contribute_in_operand_order():
-    assert emitted(lambda x, y: x * x) == ["%4: V = mul %ct, %x", "%5: V = mul %ct, %x", "%6: V = add %4, %5", "return %6"]
+    assert emitted(lambda x, y: x * x) == [
+        "%4: V = mul %ct, %x",
+        "%5: V = mul %ct, %x",
+        "%6: V = add %4, %5",
+        "return %6",
+    ]
     lines = emitted(lambda x, y: x / x)
     first, second = lines[0].split(":")[0], lines[-3].split(":")[0]
     assert lines[-2].endswith(f"add {first}, {second}")
@@ -282,7 +301,9 @@ def test_cond_to_order_two(flag):
 def test_cond_with_one_operand_twice_and_integers():
     then = function_of(lambda x, y, n: (x * y, n + 1), V, V, TensorType(i64), name="then")
     orelse = function_of(lambda x, y, n: (x, n), V, V, TensorType(i64), name="orelse")
-    f = function_of(lambda p, x, n: ops.cond(p, x, x, n, then=then, orelse=orelse)[0], TensorType(bool_), V, TensorType(i64))
+    f = function_of(
+        lambda p, x, n: ops.cond(p, x, x, n, then=then, orelse=orelse)[0], TensorType(bool_), V, TensorType(i64)
+    )
     for flag in (True, False):
         check_derivatives(f, [np.asarray(flag), np.array([1.0, 2.0, 3.0]), np.asarray(2)], [1], 2)
 

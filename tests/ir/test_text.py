@@ -70,7 +70,9 @@ def test_names_that_are_not_unique_or_not_names_become_numbers():
     t = TensorType(f32)
     f = function_of(lambda *v: v, *[t] * 6, names=["a", "a", "3x", "b c", "layer.0.weight", ""], name="<lambda>")
     text = to_text(f)
-    assert text.startswith('func @"<lambda>"(%0: f32[], %1: f32[], %2: f32[], %3: f32[], %layer.0.weight: f32[], %5: f32[])')
+    assert text.startswith(
+        'func @"<lambda>"(%0: f32[], %1: f32[], %2: f32[], %3: f32[], %layer.0.weight: f32[], %5: f32[])'
+    )
     assert parse(text).key() == f.key() and parse(text).name == "<lambda>"
 
 
@@ -106,7 +108,7 @@ def test_floats_keep_every_bit(anything, x):
         anything(value=x)
     (op,) = parse(to_text(builder.build([]))).ops
     y = op.attrs["value"]
-    assert math.isnan(x) and math.isnan(y) or struct.pack("<d", x) == struct.pack("<d", y)
+    assert (math.isnan(x) and math.isnan(y)) or struct.pack("<d", x) == struct.pack("<d", y)
 
 
 def test_nested_functions_nest(anything):
@@ -168,7 +170,7 @@ def test_errors_name_line_and_expectation(text, line, message):
     with pytest.raises(TextError) as caught:
         parse(text)
     assert f"line {line}: " in str(caught.value) and message in str(caught.value)
-    assert (text.split("\n") + [""])[line - 1].strip() in str(caught.value)
+    assert [*text.split("\n"), ""][line - 1].strip() in str(caught.value)
 
 
 @given(st.text(alphabet='func @main(%x: f32[b]) -> {return}= neg"#,\n-1.5e', max_size=60))

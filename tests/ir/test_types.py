@@ -100,9 +100,7 @@ def test_dim_names_are_identifiers(name):
 
 def polynomials():
     leaves = st.one_of(st.integers(-4, 4), st.sampled_from([A, B, T]))
-    return st.recursive(
-        leaves, lambda s: st.tuples(s, s, st.sampled_from(["+", "-", "*"])).map(_combine), max_leaves=6
-    )
+    return st.recursive(leaves, lambda s: st.tuples(s, s, st.sampled_from(["+", "-", "*"])).map(_combine), max_leaves=6)
 
 
 def _combine(parts):

@@ -1,0 +1,245 @@
+"""Making eager tensors: from data, filled, ranges, random."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from duo import runtime
+from duo.eager.tensor import EagerTensor, from_numpy, material
+from duo.eager.trace import record
+from duo.functional import creation as bodies
+from duo.functional import random as samples
+from duo.random import STATE, Generator, draw
+from duo_ir.errors import ArgumentError, DTypeError, ShapeError
+from duo_ir.types import DType, TensorType, bool_, f32, f64, i64
+from duo_ir.types import dtype as as_dtype
+
+_default = [f32]
+
+
+def set_default_dtype(dtype: Any) -> None:
+    """The dtype of float tensors made without one."""
+    wanted = as_dtype(dtype)
+    if not wanted.is_float:
+        raise DTypeError(f"the default dtype must be a float, not {wanted.name}")
+    _default[0] = wanted
+
+
+def get_default_dtype() -> DType:
+    return _default[0]
+
+
+def _float(dtype: Any) -> DType:
+    return _default[0] if dtype is None else as_dtype(dtype)
+
+
+def _shape(size: tuple) -> tuple[int, ...]:
+    if len(size) == 1 and not isinstance(size[0], (int, np.integer)):
+        size = tuple(size[0])
+    try:
+        shape = tuple(int(d.__index__()) for d in size)
+    except AttributeError:
+        raise ShapeError(f"a shape is made of ints, not {size}") from None
+    if any(d < 0 for d in shape):
+        raise ShapeError(f"a shape has no negative sizes: {list(shape)}")
+    return shape
+
+
+def _finish(tensor: EagerTensor, requires_grad: bool, device: Any = None) -> EagerTensor:
+    if device is not None:
+        runtime.check_device(device)
+    return tensor.requires_grad_() if requires_grad else tensor
+
+
+def _made(body: Any, operands: tuple, attrs: tuple) -> EagerTensor:
+    return EagerTensor(record(body, operands, attrs)[0])
+
+
+# ------------------------------------------------------------------------------------------------------ from data
+def tensor(data: Any, *, dtype: Any = None, device: Any = None, requires_grad: bool = False) -> EagerTensor:
+    """A tensor with a copy of `data`: numbers, nested lists, NumPy arrays, tensors. Python floats give the default dtype, ints int64."""
+    if isinstance(data, EagerTensor):
+        out = data.detach().clone()
+        out = out if dtype is None else out.to(as_dtype(dtype))
+        return _finish(out, requires_grad, device)
+    wanted = None if dtype is None else as_dtype(dtype)
+    array = _array_of(data, wanted)
+    if not array.flags.c_contiguous:
+        array = np.ascontiguousarray(array)
+    return _finish(EagerTensor(material(runtime.from_numpy(array), TensorType(as_dtype(array.dtype), array.shape))), requires_grad, device)
+
+
+def _array_of(data: Any, wanted: DType | None) -> np.ndarray:
+    if isinstance(data, (list, tuple)) and _holds_tensors(data):
+        data = _as_lists(data)
+    try:
+        array = np.asarray(data)
+    except ValueError as error:
+        raise ShapeError(f"the nested lists are ragged: {error}") from None
+    if wanted is not None:
+        return array.astype(wanted.numpy)
+    if array.dtype == object:
+        raise DTypeError(f"cannot make a tensor of {type(data).__name__} objects")
+    if isinstance(data, (np.ndarray, np.generic)):
+        return array.astype(as_dtype(array.dtype).numpy)
+    if array.dtype.kind == "f":
+        return array.astype(_default[0].numpy)
+    if array.size == 0 and array.dtype == np.float64:
+        return array.astype(_default[0].numpy)
+    return array.astype({"i": i64, "u": i64, "b": bool_}[array.dtype.kind].numpy)
+
+
+def _holds_tensors(data: Any) -> bool:
+    return any(isinstance(x, EagerTensor) or (isinstance(x, (list, tuple)) and _holds_tensors(x)) for x in data)
+
+
+def _as_lists(data: Any) -> Any:
+    if isinstance(data, EagerTensor):
+        return data.tolist()
+    return [_as_lists(x) for x in data] if isinstance(data, (list, tuple)) else data
+
+
+def as_tensor(data: Any, dtype: Any = None, device: Any = None) -> EagerTensor:
+    """`data` as a tensor, sharing memory where it can (tensors and NumPy arrays of that dtype)."""
+    wanted = None if dtype is None else as_dtype(dtype)
+    if isinstance(data, EagerTensor):
+        return data if wanted is None or wanted is data.dtype else data.to(wanted)
+    if isinstance(data, np.ndarray) and (wanted is None or wanted.numpy == data.dtype):
+        return from_numpy(data)
+    return tensor(data, dtype=dtype, device=device)
+
+
+# ------------------------------------------------------------------------------------------------------ filled
+def full(
+    size: Any, fill_value: Any, *, dtype: Any = None, device: Any = None, requires_grad: bool = False
+) -> EagerTensor:
+    """Every element `fill_value`; its kind decides the dtype unless one is given."""
+    if isinstance(fill_value, EagerTensor):
+        wanted = fill_value.dtype if dtype is None else as_dtype(dtype)
+    else:
+        implied = {bool: bool_, int: i64}.get(type(fill_value), _default[0])
+        wanted = implied if dtype is None else as_dtype(dtype)
+        fill_value = fill_value.item() if isinstance(fill_value, np.generic) else fill_value
+    shape = _shape((size,))
+    return _finish(_made(bodies._fill, (fill_value,), (shape, wanted)), requires_grad, device)
+
+
+def zeros(*size: Any, dtype: Any = None, device: Any = None, requires_grad: bool = False) -> EagerTensor:
+    """Zeros: zeros(2, 3) or zeros((2, 3))."""
+    return _finish(_made(bodies._zeros, (), (_shape(size), _float(dtype))), requires_grad, device)
+
+
+def ones(*size: Any, dtype: Any = None, device: Any = None, requires_grad: bool = False) -> EagerTensor:
+    """Ones: ones(2, 3) or ones((2, 3))."""
+    return _finish(_made(bodies._ones, (), (_shape(size), _float(dtype))), requires_grad, device)
+
+
+def empty(*size: Any, dtype: Any = None, device: Any = None, requires_grad: bool = False) -> EagerTensor:
+    """A tensor whose values do not matter yet: zeros, so that no program depends on chance."""
+    return zeros(*size, dtype=dtype, device=device, requires_grad=requires_grad)
+
+
+def eye(n: int, m: int | None = None, *, dtype: Any = None, device: Any = None, requires_grad: bool = False) -> EagerTensor:
+    """The identity matrix [n, m]."""
+    return _finish(_made(bodies._eye, (), (n, n if m is None else m, _float(dtype))), requires_grad, device)
+
+
+def arange(
+    start: Any, end: Any = None, step: Any = 1, *, dtype: Any = None, device: Any = None, requires_grad: bool = False
+) -> EagerTensor:
+    """start, start + step, ... below end; int64 for ints, else the default dtype."""
+    if end is None:
+        start, end = 0, start
+    whole = all(isinstance(x, (int, np.integer)) and not isinstance(x, bool) for x in (start, end, step))
+    wanted = as_dtype(dtype) if dtype is not None else (i64 if whole else _default[0])
+    start, end, step = (int(x) if whole else float(x) for x in (start, end, step))
+    return _finish(_made(bodies._arange, (), (start, end, step, wanted)), requires_grad, device)
+
+
+def linspace(
+    start: float, end: float, steps: int, *, dtype: Any = None, device: Any = None, requires_grad: bool = False
+) -> EagerTensor:
+    """`steps` values from start to end, both included."""
+    return _finish(_made(bodies._linspace, (), (float(start), float(end), int(steps), _float(dtype))), requires_grad, device)
+
+
+# ------------------------------------------------------------------------------------------------------ random
+def _sampled(body: Any, tensors: tuple, size: Any, dtype: DType, generator: Generator | None) -> EagerTensor:
+    return draw(body, (STATE, *tensors), (_shape(size), dtype), generator)
+
+
+def rand(
+    *size: Any, generator: Generator | None = None, dtype: Any = None, device: Any = None, requires_grad: bool = False
+) -> EagerTensor:
+    """Uniform in [0, 1)."""
+    return _finish(_sampled(samples._uniform, (), size, _float(dtype), generator), requires_grad, device)
+
+
+def randn(
+    *size: Any, generator: Generator | None = None, dtype: Any = None, device: Any = None, requires_grad: bool = False
+) -> EagerTensor:
+    """Standard normal."""
+    return _finish(_sampled(samples._normal, (), size, _float(dtype), generator), requires_grad, device)
+
+
+def randint(
+    low: int, high: Any = None, size: Any = None, *, generator: Generator | None = None, dtype: Any = None, device: Any = None
+) -> EagerTensor:
+    """Integers in [low, high): randint(high, size) or randint(low, high, size)."""
+    if size is None:
+        low, high, size = 0, low, high
+    if high is None or not low < high:
+        raise ArgumentError(f"randint needs low < high, got {low} and {high}")
+    wanted = i64 if dtype is None else as_dtype(dtype)
+    return _finish(_sampled(samples._randint, (int(low), int(high)), (size,), wanted, generator), False, device)
+
+
+def normal(
+    mean: Any = 0.0, std: Any = 1.0, size: Any = None, *, generator: Generator | None = None, dtype: Any = None
+) -> EagerTensor:
+    """Normal samples with that mean and deviation (numbers or tensors)."""
+    if size is None:
+        shapes = [tuple(t.shape) for t in (mean, std) if isinstance(t, EagerTensor)]
+        size = np.broadcast_shapes(*shapes)
+    operands = tuple(t if isinstance(t, EagerTensor) else float(t) for t in (mean, std))
+    return _sampled(samples._normal_of, operands, (tuple(size),), _float(dtype), generator)
+
+
+def bernoulli(input: EagerTensor, *, generator: Generator | None = None) -> EagerTensor:
+    """1 with the probability that `input` gives, else 0, in input's dtype."""
+    return draw(samples._bernoulli, (STATE, input), (tuple(input.shape), input.dtype), generator)
+
+
+def multinomial(
+    input: EagerTensor, num_samples: int, replacement: bool = False, *, generator: Generator | None = None
+) -> EagerTensor:
+    """Indices drawn in proportion to the weights of the last axis."""
+    if not replacement and num_samples > 1:
+        raise ArgumentError("multinomial draws with replacement; pass replacement=True (one sample needs none)")
+    return draw(samples._multinomial, (STATE, input), (num_samples,), generator)
+
+
+def randperm(n: int, *, generator: Generator | None = None, dtype: Any = None) -> EagerTensor:
+    """A random order of 0..n-1: the order of n random keys (ties by position)."""
+    keys = _sampled(samples._uniform, (), (n,), f64, generator).numpy()
+    order = np.argsort(keys, kind="stable").astype((i64 if dtype is None else as_dtype(dtype)).numpy)
+    return tensor(order)
+
+
+def rand_like(input: EagerTensor, *, dtype: Any = None) -> EagerTensor:
+    """Uniform in [0, 1), in input's shape and dtype."""
+    return rand(*input.shape, dtype=dtype or input.dtype) if input.ndim else rand((), dtype=dtype or input.dtype)
+
+
+def randn_like(input: EagerTensor, *, dtype: Any = None) -> EagerTensor:
+    """Standard normal, in input's shape and dtype."""
+    return randn(*input.shape, dtype=dtype or input.dtype) if input.ndim else randn((), dtype=dtype or input.dtype)
+
+
+__all__: Sequence[str] = [
+    "arange", "as_tensor", "bernoulli", "empty", "eye", "from_numpy", "full", "get_default_dtype", "linspace", "multinomial",
+    "normal", "ones", "rand", "rand_like", "randint", "randn", "randn_like", "randperm", "set_default_dtype", "tensor", "zeros",
+]  # fmt: skip

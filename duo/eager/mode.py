@@ -1,0 +1,77 @@
+"""Grad mode: `no_grad`, `enable_grad`, `inference_mode`, `set_grad_enabled`, as context managers and decorators."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from duo.eager.trace import END, GRAD_MODE, commit, state
+
+
+def _switch(enabled: bool) -> None:
+    """The mode is part of the path: results recorded without gradients end every history."""
+    if state.grad == enabled:
+        return
+    state.grad = enabled
+    trace = state.trace
+    if trace.entries[-1] is not END:
+        if len(trace.entries) == 1:
+            state.trace = type(trace)(enabled)
+        else:
+            commit(trace, (GRAD_MODE, enabled))
+
+
+class _GradMode:
+    """Sets the grad mode inside a `with` block or a decorated function."""
+
+    def __init__(self, enabled: bool) -> None:
+        self.enabled = enabled
+        self.before: list[bool] = []
+
+    def __enter__(self) -> None:
+        self.before.append(state.grad)
+        _switch(self.enabled)
+
+    def __exit__(self, *exc: object) -> None:
+        _switch(self.before.pop())
+
+    def __call__(self, fn: Callable) -> Callable:
+        @functools.wraps(fn)
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            with _GradMode(self.enabled):
+                return fn(*args, **kwargs)
+
+        return wrapped
+
+
+def no_grad(fn: Callable | None = None) -> Any:
+    """Records no gradients: `with no_grad():` or `@no_grad()`."""
+    return _GradMode(False)(fn) if fn is not None else _GradMode(False)
+
+
+def enable_grad(fn: Callable | None = None) -> Any:
+    """Records gradients again inside no_grad."""
+    return _GradMode(True)(fn) if fn is not None else _GradMode(True)
+
+
+def inference_mode(mode: Any = True) -> Any:
+    """no_grad under the name that PyTorch users know."""
+    return _GradMode(False)(mode) if callable(mode) else _GradMode(not mode)
+
+
+class set_grad_enabled(_GradMode):
+    """Sets the grad mode at once; as a context manager, puts the earlier one back."""
+
+    def __init__(self, mode: bool) -> None:
+        super().__init__(mode)
+        self.earlier = state.grad
+        _switch(mode)
+
+    def __enter__(self) -> None:
+        self.before.append(self.earlier)
+
+
+def is_grad_enabled() -> bool:
+    """Whether gradients are being recorded."""
+    return state.grad

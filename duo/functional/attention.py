@@ -1,0 +1,99 @@
+"""Scaled dot-product attention as a plain composition: two matmuls around a softmax over the keys."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from duo.dispatch import apply
+from duo.functional._args import type_of
+from duo.functional._ssa import float_dtype, max_kept, sum_kept, wide
+from duo.functional.movement import lower_triangle
+from duo.functional.shape import _repeat_interleave
+from duo_ir.core import Value
+from duo_ir.errors import ArgumentError, DTypeError, ShapeError
+from duo_ir.ops import broadcasting as nd
+from duo_ir.ops import elementwise as ew
+from duo_ir.types import bool_
+
+
+def _masked_softmax(x: Value) -> Value:
+    """softmax along the last axis in which a row of -inf gives zeros (and a zero gradient), not NaN."""
+    last = (x.type.rank - 1,)
+    top = ew.stop_gradient(max_kept(x, last))
+    top = nd.where(nd.eq(top, -math.inf), 0.0, top)
+    e = ew.exp(x - top)
+    total = sum_kept(e, last)
+    return e / nd.where(nd.eq(total, 0.0), 1.0, total)
+
+
+def _attention_weights(q: Value, k: Value, *arguments: Any) -> Value:
+    """softmax(q k' * scale + mask) over the keys: [..., L, S]."""
+    *tensors, masked, is_causal, scaled = arguments
+    scale: Any = tensors.pop() if scaled else 1.0 / math.sqrt(q.type.shape[-1])
+    scores = wide(nd.matmul(q, nd.swap_last(k)))
+    scores = scores * (nd.cast_to(scale, scores.type.dtype) if scale.__class__ is Value else scale)
+    if is_causal:
+        scores = nd.where(lower_triangle(scores.type.shape[-2:], 0), scores, -math.inf)
+    if masked:
+        mask = tensors[0]
+        if mask.type.dtype is bool_:
+            scores = nd.where(mask, scores, -math.inf)
+        else:
+            scores = scores + nd.cast_to(mask, scores.type.dtype)
+    return nd.cast_to(_masked_softmax(scores), float_dtype(q))
+
+
+def _attention(q: Value, k: Value, v: Value, *arguments: Any) -> Value:
+    return nd.matmul(_attention_weights(q, k, *arguments), v)
+
+
+def _grouped(x: Value, times: int) -> Value:
+    return _repeat_interleave(x, times, x.type.rank - 3)
+
+
+def attention_arguments(
+    query: Any, key: Any, value: Any, attn_mask: Any, is_causal: bool, scale: Any, enable_gqa: bool
+) -> tuple[Any, Any, Any, tuple, tuple]:
+    """q, k, v with equal numbers of heads, the other operands, and the static attributes."""
+    q, k, v = (type_of(x) for x in (query, key, value))
+    if min(q.rank, k.rank, v.rank) < 2 or q.shape[-1] != k.shape[-1] or k.shape[-2] != v.shape[-2]:
+        raise ShapeError(
+            f"attention: query [..., L, E], key [..., S, E] and value [..., S, V] are needed, got {q}, {k}, {v}"
+        )
+    if not q.dtype.is_float:
+        raise DTypeError(f"attention: it takes float tensors, not {q.dtype.name}")
+    if is_causal and attn_mask is not None:
+        raise ArgumentError("attention: give attn_mask or is_causal, not both")
+    if scale is None and not isinstance(q.shape[-1], int):
+        raise ArgumentError(f"attention: give scale; the width {q.shape[-1]} is not known")
+    if enable_gqa and q.shape[-3] != k.shape[-3]:
+        heads, shared = q.shape[-3], k.shape[-3]
+        if not isinstance(heads, int) or not isinstance(shared, int) or heads % shared:
+            raise ShapeError(f"attention: {heads} query heads do not share {shared} key heads evenly")
+        key, value = apply(_grouped, (key,), (heads // shared,)), apply(_grouped, (value,), (heads // shared,))
+    more = ((attn_mask,) if attn_mask is not None else ()) + ((scale,) if scale is not None else ())
+    return query, key, value, more, (attn_mask is not None, bool(is_causal), scale is not None)
+
+
+def attention_weights(query: Any, key: Any, attn_mask: Any = None, is_causal: bool = False, scale: Any = None) -> Any:
+    """What scaled_dot_product_attention multiplies the values with: [..., L, S]; each row sums to 1."""
+    query, key, _, more, attrs = attention_arguments(query, key, key, attn_mask, is_causal, scale, False)
+    return apply(_attention_weights, (query, key, *more), attrs)
+
+
+def scaled_dot_product_attention(
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: Any = None,
+    is_causal: bool = False,
+    scale: Any = None,
+    enable_gqa: bool = False,
+) -> Any:
+    """softmax(query @ key' * scale + mask) @ value: [..., L, E], [..., S, E] and [..., S, V] to [..., L, V].
+
+    attn_mask: bool (True takes part) or a float to add, broadcast to [..., L, S]; is_causal lets position i see keys 0..i;
+    scale is 1/sqrt(E) unless given; enable_gqa repeats key and value heads to those of the query. A query that may see no key gives 0."""
+    query, key, value, more, attrs = attention_arguments(query, key, value, attn_mask, is_causal, scale, enable_gqa)
+    return apply(_attention, (query, key, value, *more), attrs)

@@ -1,0 +1,88 @@
+"""Random numbers: generators whose state is a tensor, so that programs carry the stream with them.
+
+A Generator's state is i64[2]: (seed, counter). Every random op reads it, draws n words of the Philox stream at the counter, and
+leaves a state with the counter moved on; both modes and compiled programs therefore draw the same numbers in program order.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from duo.dispatch import apply, kind_of
+from duo.eager.tensor import EagerTensor, tensor_of
+
+
+class Generator:
+    """A stream of random numbers. `manual_seed(seed)` starts it again; `get_state`/`set_state` save and restore it."""
+
+    def __init__(self, device: object = "cpu") -> None:
+        self.state: EagerTensor = _state(0, 0)
+
+    def manual_seed(self, seed: int) -> Generator:
+        """Starts the stream of `seed` (taken modulo 2^64)."""
+        self.state._write(_state(seed, 0)._value())
+        return self
+
+    def seed(self) -> int:
+        """Starts a stream from the system's entropy; gives the seed."""
+        seed = int.from_bytes(os.urandom(8), "little") >> 1
+        self.manual_seed(seed)
+        return seed
+
+    def initial_seed(self) -> int:
+        """The seed of the current stream."""
+        return int(self.state.detach()._array(share=False)[0])
+
+    def get_state(self) -> EagerTensor:
+        """i64[2]: (seed, counter)."""
+        return self.state.clone()
+
+    def set_state(self, state: EagerTensor) -> None:
+        self.state._write(state.clone()._value())
+
+
+def _state(seed: int, counter: int) -> EagerTensor:
+    word = seed % (1 << 64)
+    signed = word - (1 << 64) if word >= 1 << 63 else word
+    return tensor_of(np.array([signed, counter], np.int64))
+
+
+default_generator = Generator()
+
+
+def manual_seed(seed: int) -> Generator:
+    """Seeds the default generator, which both modes draw from; gives it back."""
+    return default_generator.manual_seed(seed)
+
+
+def seed() -> int:
+    """Seeds the default generator from the system's entropy; gives the seed."""
+    return default_generator.seed()
+
+
+def initial_seed() -> int:
+    return default_generator.initial_seed()
+
+
+def get_rng_state() -> EagerTensor:
+    return default_generator.get_state()
+
+
+def set_rng_state(state: EagerTensor) -> None:
+    default_generator.set_state(state)
+
+
+STATE = object()  # stands for the generator's state among the operands of `draw`
+
+
+def draw(body: Callable[..., Any], tensors: tuple, attrs: tuple = (), generator: Generator | None = None) -> Any:
+    """The sample of `body(*tensors, *attrs) -> (sample, new state)`, where STATE among tensors is the generator's; it moves on."""
+    source = (generator or default_generator).state
+    operands = tuple([source if t is STATE else t for t in tensors])
+    sample, after = apply(body, operands, attrs)
+    kind_of(operands)._update(source, after)
+    return sample

@@ -1,1 +1,54 @@
-"""duo: a deep-learning framework with two frontends and one result."""
+"""duo: a deep-learning framework with two frontends and one result.
+
+`import duo` is eager mode and reads like PyTorch; `import duo.graph as tf` is graph mode and reads like TensorFlow 1. Both build the same
+IR, which one compiler runs: the same program gives the same bits in either mode.
+"""
+
+from duo import autograd, debug, functional, nn, optim
+from duo.eager.creation import (
+    arange,
+    as_tensor,
+    bernoulli,
+    empty,
+    eye,
+    from_numpy,
+    full,
+    get_default_dtype,
+    linspace,
+    multinomial,
+    normal,
+    ones,
+    rand,
+    rand_like,
+    randint,
+    randn,
+    randn_like,
+    randperm,
+    set_default_dtype,
+    tensor,
+    zeros,
+)
+from duo.eager.flush import synchronize
+from duo.eager.mode import enable_grad, inference_mode, is_grad_enabled, no_grad, set_grad_enabled
+from duo.eager.printing import set_printoptions
+from duo.functional import *  # noqa: F403
+from duo.io.checkpoint import load, save
+from duo.random import Generator, default_generator, get_rng_state, initial_seed, manual_seed, seed, set_rng_state
+from duo.tensor import Tensor
+from duo_backends.cpu.threads import get_num_threads, set_num_threads
+from duo_ir.errors import DuoError
+from duo_ir.types import bf16 as bfloat16
+from duo_ir.types import bool_ as bool  # noqa: A004
+from duo_ir.types import dtype as _dtype
+from duo_ir.types import f16 as float16
+from duo_ir.types import f32 as float32
+from duo_ir.types import f64 as float64
+from duo_ir.types import i8 as int8
+from duo_ir.types import i16 as int16
+from duo_ir.types import i32 as int32
+from duo_ir.types import i64 as int64
+from duo_ir.types import u8 as uint8
+
+__version__ = "0.1.0"
+half, double, long, short = float16, float64, int64, int16
+float, int = float32, int32  # noqa: A001

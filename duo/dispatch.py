@@ -14,6 +14,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from duo_ir.core import Value
 from duo_ir.errors import DTypeError
 
@@ -43,10 +45,23 @@ def kind_of(tensors: tuple[Any, ...]) -> Any:
 
 def apply(body: Callable[..., Any], tensors: tuple[Any, ...], attrs: tuple[Any, ...] = ()) -> Any:
     """The result(s) of `body` on tensors of any one kind, Python numbers among them. `attrs` are static and hashable."""
-    kind = kind_of(tensors)
+    try:
+        kind = kind_of(tensors)
+    except DTypeError:
+        tensors = tuple([_plain(t) for t in tensors])
+        kind = kind_of(tensors)
     if kind is None:
         return body(*tensors, *attrs)
     return kind._apply(body, tensors, attrs)
+
+
+def _plain(x: Any) -> Any:
+    """NumPy's scalars and subclasses of int and float as Python numbers; anything else as it is."""
+    if isinstance(x, np.generic):
+        return x.item()
+    if isinstance(x, (int, float)) and x.__class__ is not bool:
+        return float(x) if isinstance(x, float) else int(x)
+    return x
 
 
 def apply_view(view: View, tensor: Any, attrs: tuple[Any, ...] = ()) -> Any:

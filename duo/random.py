@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from duo.dispatch import apply, kind_of
+from duo.dispatch import apply
 from duo.eager.tensor import EagerTensor, tensor_of
 
 
@@ -20,11 +20,20 @@ class Generator:
     """A stream of random numbers. `manual_seed(seed)` starts it again; `get_state`/`set_state` save and restore it."""
 
     def __init__(self, device: object = "cpu") -> None:
-        self.state: EagerTensor = _state(0, 0)
+        self._state = _state(0, 0)
+
+    @property
+    def state(self) -> Any:
+        """i64[2]. What is stored here may come from either mode: a graph's new state is written when the graph runs."""
+        return self._state
+
+    @state.setter
+    def state(self, new: Any) -> None:
+        new._update(self._state, new)
 
     def manual_seed(self, seed: int) -> Generator:
         """Starts the stream of `seed` (taken modulo 2^64)."""
-        self.state._write(_state(seed, 0)._value())
+        self._state._write(_state(seed, 0)._value())
         return self
 
     def seed(self) -> int:
@@ -35,14 +44,14 @@ class Generator:
 
     def initial_seed(self) -> int:
         """The seed of the current stream."""
-        return int(self.state.detach()._array(share=False)[0])
+        return int(self._state.detach()._array(share=False)[0])
 
     def get_state(self) -> EagerTensor:
         """i64[2]: (seed, counter)."""
-        return self.state.clone()
+        return self._state.clone()
 
     def set_state(self, state: EagerTensor) -> None:
-        self.state._write(state.clone()._value())
+        self._state._write(state.clone()._value())
 
 
 def _state(seed: int, counter: int) -> EagerTensor:
@@ -52,6 +61,7 @@ def _state(seed: int, counter: int) -> EagerTensor:
 
 
 default_generator = Generator()
+EagerTensor._generator = staticmethod(lambda: default_generator)  # what x.normal_() and the like draw from
 
 
 def manual_seed(seed: int) -> Generator:
@@ -76,13 +86,8 @@ def set_rng_state(state: EagerTensor) -> None:
     default_generator.set_state(state)
 
 
-STATE = object()  # stands for the generator's state among the operands of `draw`
-
-
 def draw(body: Callable[..., Any], tensors: tuple, attrs: tuple = (), generator: Generator | None = None) -> Any:
-    """The sample of `body(*tensors, *attrs) -> (sample, new state)`, where STATE among tensors is the generator's; it moves on."""
-    source = (generator or default_generator).state
-    operands = tuple([source if t is STATE else t for t in tensors])
-    sample, after = apply(body, operands, attrs)
-    kind_of(operands)._update(source, after)
+    """The sample of `body(state, *tensors, *attrs) -> (sample, new state)`; the generator moves on."""
+    source = default_generator if generator is None else generator
+    sample, source.state = apply(body, (source.state, *tensors), attrs)
     return sample

@@ -24,6 +24,7 @@ from duo_ir.types import DTYPES, Dim, DimLike, DType, TensorType
 
 _NAME = re.compile(r"[A-Za-z_][\w.]*", re.ASCII)
 _WORDS = {"None": None, "True": True, "False": False, "inf": float("inf"), "nan": float("nan")}
+_LONGEST, _DEEPEST = 1000, 50  # digits of an integer, and nesting, that a text may have
 _RESERVED = {*_WORDS, *DTYPES, "dim"}
 
 
@@ -150,6 +151,7 @@ class _Parser:
         self.lines = text.split("\n")
         self.tokens = list(self._tokenize(text))
         self.at = 0
+        self.depth = 0
 
     @property
     def token(self) -> _Token:
@@ -207,9 +209,10 @@ class _Parser:
             self.at += 1
 
     def function(self) -> Function:
+        self.deeper()
         if self.token.kind == "at":
             self.next()
-            name = str(json.loads(self.take("string", "a function's name in quotes").text))
+            name = self.string("a function's name in quotes")
         else:
             name = self.take("func", "a function's name such as @main").text[1:]
         env: dict[str, Value] = {}
@@ -241,6 +244,7 @@ class _Parser:
             self.fail(f"returns ({listed}), but the function's head says ({', '.join(map(str, result_types))})", line)
         self.skip()
         self.expect("}")
+        self.depth -= 1
         return Function(params, ops, results, name, names)
 
     def result_types(self) -> list[TensorType]:
@@ -297,7 +301,7 @@ class _Parser:
                     token = self.take("number", "a size: an integer or a name")
                     if not token.text.isdigit():
                         self.fail(f"a size is an integer or a name, not {token.text}", token)
-                    term = term * int(token.text)
+                    term = term * self.integer(token)
                 if not self.accept("*"):
                     break
             total = total + term
@@ -307,6 +311,24 @@ class _Parser:
                 sign = -1
             else:
                 return total
+
+    def integer(self, token: _Token) -> int:
+        if len(token.text) > _LONGEST:
+            self.fail(f"a number of {len(token.text)} digits; duo's have at most {_LONGEST}", token)
+        return int(token.text)
+
+    def string(self, what: str) -> str:
+        token = self.take("string", what)
+        try:
+            return str(json.loads(token.text))
+        except ValueError as error:
+            self.fail(f"not a string: {error}", token)
+
+    def deeper(self) -> None:
+        """One nesting down; the caller takes it back."""
+        self.depth += 1
+        if self.depth > _DEEPEST:
+            self.fail(f"nested more than {_DEEPEST} deep")
 
     def op(self, env: dict[str, Value]) -> Op:
         start = self.token
@@ -328,8 +350,8 @@ class _Parser:
         recorded = tuple(t for _, t in targets)
         try:
             inferred = definition.infer_types(operands, attrs)
-        except (DuoError, TypeError) as error:
-            self.fail(str(error), start)
+        except Exception as error:  # the text is anyone's, and a type rule may assume anything of its attributes
+            self.fail(str(error) if isinstance(error, DuoError) else f"{name.text}: {error}", start)
         if inferred != recorded:
             says, gives = (", ".join(map(str, types)) for types in (recorded, inferred))
             self.fail(f"the line says {says}, but {name.text} gives {gives}", start)
@@ -342,7 +364,7 @@ class _Parser:
         """The comment that ends the line, where it is one of the form file:line."""
         if self.token.kind == "newline":
             return None
-        match = re.fullmatch(r"#\s*(.+):(\d+)\s*", self.take("comment", "the end of the line").text)
+        match = re.fullmatch(r"#\s*(.+):(\d{1,9})\s*", self.take("comment", "the end of the line").text)
         return Loc.of(match[1], int(match[2])) if match else None
 
     def attributes(self) -> dict[str, Any]:
@@ -364,7 +386,7 @@ class _Parser:
         if token.kind in ("func", "at"):
             return self.function()
         if token.kind == "string":
-            return json.loads(self.next().text)
+            return self.string("a string")
         if self.accept("("):
             return self.tuple()
         if token.kind == "word" and token.text in DTYPES:
@@ -379,6 +401,7 @@ class _Parser:
         return self.number_or_dim()
 
     def tuple(self) -> tuple[Any, ...]:
+        self.deeper()
         out: list[Any] = []
         while not self.accept(")"):
             if out:
@@ -386,6 +409,7 @@ class _Parser:
                 if self.accept(")"):
                     break
             out.append(self.attribute())
+        self.depth -= 1
         return tuple(out)
 
     def number_or_dim(self) -> Any:

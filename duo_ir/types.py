@@ -281,6 +281,8 @@ class TensorType:
         found = cls._interned.get(key)
         if found is None:
             # Only ints and Dims get in: 2.0 and True equal an int, so they would stand for it ever after.
+            if not isinstance(dtype, DType):
+                raise DTypeError(f"a TensorType has a DType, not {dtype!r}")
             shape = tuple([d if type(d) is int or isinstance(d, Dim) else _size(d) for d in shape])
             key = (dtype, shape)
             found = object.__new__(cls)

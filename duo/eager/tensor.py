@@ -95,6 +95,10 @@ class EagerTensor(Tensor):
     def _update(state: EagerTensor, new: EagerTensor) -> None:
         state._write(new._value())
 
+    @staticmethod
+    def _lift(array: Any) -> EagerTensor:
+        return tensor_of(array)
+
     def _value(self) -> Val:
         return self._val if self._storage is None else self._current()
 

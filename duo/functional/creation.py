@@ -90,6 +90,10 @@ def _ones_like(x: Value, dtype: DType | None) -> Value:
     return nd.full(x.type.shape, 1, dtype or x.type.dtype)
 
 
+def _new_full(x: Value, shape: Shape, value: Number, dtype: DType) -> Value:
+    return nd.full(shape, value, dtype)
+
+
 def zeros_like(input: Any, *, dtype: Any = None) -> Any:
     """Zeros in input's shape and dtype."""
     return apply(_zeros_like, (input,), (maybe_dtype(dtype),))

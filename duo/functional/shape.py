@@ -383,7 +383,7 @@ DETACH = View(_read, _write)
 
 def detach(input: Any) -> Any:
     """The same storage, cut off from differentiation. A view."""
-    return apply_view(DETACH, input)
+    return _read(input) if input.__class__ is Value else input.detach()
 
 
 # ------------------------------------------------------------------------------------------------ joins and repeats

@@ -3,44 +3,26 @@
 The result is cut into *row tiles* and *column panels*; a work unit is a rectangle of them in one batch entry. For each K block of 512
 a unit packs what cannot be read in place (`gemm_pack.py`), calls micro-kernels (`gemm_tile.py`) that leave or add block sums in small tiles,
 and after the last block runs the kernel's body on the tiles. Scratch is bounded per thread whatever the sizes. Which tiles, whether
-to pack and how to cut are chosen here from what is known of sizes and strides; none of it changes a bit (numerics contract, rule 2).
+to pack and how to cut are chosen in `gemm_plan.py`; none of it changes a bit (numerics contract, rule 2).
 """
 
 from __future__ import annotations
 
 import hashlib
-import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from duo_backends.cpu.body import Emitter, Scope, Value
 from duo_backends.cpu.code import SIGNATURE, KernelCode, Phase, Target
 from duo_backends.cpu.convert import convert
 from duo_backends.cpu.gemm_pack import emit_copy, emit_gather, emit_transpose
-from duo_backends.cpu.gemm_tile import (
-    BLOCK,
-    Tile,
-    best_tile,
-    compute_dtype,
-    emit_micro_kernel,
-    lanes_of,
-    registers_of,
-    transposed_lanes,
-)
+from duo_backends.cpu.gemm_plan import CHUNK_BLOCKS, SEQUENTIAL_K, Plan, make_plan
+from duo_backends.cpu.gemm_tile import BLOCK, Tile, emit_micro_kernel, transposed_lanes
 from duo_backends.cpu.llvm import Function, Module, memory_type, register_type, vector
 from duo_ir.errors import ArgumentError
 from duo_ir.kernels.kernel import Access, ContractKernel
 from duo_ir.types import DimLike, DType, evaluate, product
-
-CHUNK_BLOCKS = 8  # blocks per chunk of a long K
-SEQUENTIAL_K = 16384  # up to here blocks are added in order, beyond it chunks combine by the adjacent tree
-CACHED_ROWS = 168  # rows of A packed at a time: with K blocks of 512 they stay in the second-level cache
-TRANSPOSED_ROWS = 4  # up to here B with contiguous k is transposed on the fly instead of packed
-UNIT_SIDE = 512  # largest rows and columns of a unit
-UNIT_WORK = 1 << 21  # multiply-adds of a unit below which it is not cut further
-_ALIGN = 64
 
 
 def compile_contract(kernel: ContractKernel, target: Target) -> KernelCode:
@@ -50,7 +32,7 @@ def compile_contract(kernel: ContractKernel, target: Target) -> KernelCode:
             raise ArgumentError(
                 "matmul: a contraction reads its operands at plain affine positions; materialise them first"
             )
-    plan = _plan(kernel, target)
+    plan = make_plan(kernel, target)
     name = "contract_" + hashlib.sha256(repr((kernel, target)).encode()).hexdigest()[:16]
     module = Module()
     _Driver(module, kernel, target, plan, name).emit()
@@ -63,203 +45,6 @@ def compile_contract(kernel: ContractKernel, target: Target) -> KernelCode:
     return KernelCode(
         module.text(), (Phase(name, plan.units),), lambda sizes, threads: threads * plan.scratch(sizes), cost
     )
-
-
-# ------------------------------------------------------------------------------------------------------------ plan
-@dataclass(frozen=True)
-class Segment:
-    """`count` row tiles of `rows` rows, one after the other; None where the count depends on a symbolic m."""
-
-    rows: int
-    count: int | None
-
-
-@dataclass(frozen=True)
-class _Plan:
-    kernel: ContractKernel
-    compute: DType
-    lanes: int
-    vectors: int  # of a column panel
-    tail_vectors: int  # of the last panel; equal to `vectors` where all panels are alike
-    segments: tuple[Segment, ...]
-    pack_a: bool
-    pack_b: bool
-    pack_tail: bool  # the last panel is packed although the others are read in place
-    unit_tiles: int
-    unit_panels: int
-
-    @property
-    def panel(self) -> int:
-        """Columns of a panel."""
-        return self.vectors * self.lanes
-
-    @property
-    def has_tail(self) -> bool:
-        """Whether the last panel needs code of its own."""
-        return self.tail_vectors != self.vectors or self.pack_tail
-
-    @property
-    def k_block(self) -> int:
-        """K steps of a block, at most."""
-        return min(BLOCK, self.kernel.k) if isinstance(self.kernel.k, int) else BLOCK
-
-    @property
-    def one_block(self) -> bool:
-        return isinstance(self.kernel.k, int) and self.kernel.k <= BLOCK
-
-    @property
-    def may_be_long(self) -> bool:
-        return not isinstance(self.kernel.k, int) or self.kernel.k > SEQUENTIAL_K
-
-    @property
-    def cached_tiles(self) -> int:
-        """Row tiles of A packed at a time."""
-        return min(self.unit_tiles, max(1, CACHED_ROWS // self.segments[0].rows))
-
-    @property
-    def a_vector(self) -> int:
-        """Lanes at once in packing A: no more than its tiles need."""
-        rows, lanes = self.segments[0].rows, 16 // self.compute.itemsize
-        while lanes < min(rows, self.lanes):
-            lanes *= 2
-        return lanes
-
-    @property
-    def a_stride(self) -> int:
-        """Elements between k steps of a packed tile of A."""
-        return -(-self.segments[0].rows // self.a_vector) * self.a_vector
-
-    @property
-    def tile_elements(self) -> int:
-        return self.segments[0].rows * self.panel
-
-    @property
-    def strip_bytes(self) -> int:
-        """Packed B is laid out in strips, one vector of columns over the k of a block; an odd number of vectors, so that strips
-        read side by side do not share cache sets."""
-        return (self.k_block | 1) * self.lanes * self.compute.itemsize
-
-    @property
-    def b_bytes(self) -> int:
-        panels = self.unit_panels if self.pack_b else 1 if self.pack_tail else 0
-        return _round(panels * self.vectors * self.strip_bytes)
-
-    @property
-    def a_bytes(self) -> int:
-        rows = self.cached_tiles * self.a_stride if self.pack_a else 0
-        return _round(rows * self.k_block * self.compute.itemsize)
-
-    @property
-    def sums_bytes(self) -> int:
-        """The block sums of a unit, or of one tile where there is one block."""
-        tiles = 1 if self.one_block else self.unit_tiles * self.unit_panels
-        return _round(tiles * self.tile_elements * self.compute.itemsize)
-
-    def tiles(self, sizes: Mapping[str, int]) -> int:
-        if isinstance(self.kernel.m, int):
-            return sum(s.count or 0 for s in self.segments)
-        full, rest = divmod(evaluate(self.kernel.m, sizes), self.segments[0].rows)
-        return full + rest.bit_count()
-
-    def panels(self, sizes: Mapping[str, int]) -> int:
-        return -(-evaluate(self.kernel.n, sizes) // self.panel)
-
-    def units(self, sizes: Mapping[str, int]) -> int:
-        rows, columns = -(-self.tiles(sizes) // self.unit_tiles), -(-self.panels(sizes) // self.unit_panels)
-        return evaluate(product(self.kernel.batch), sizes) * rows * columns
-
-    def scratch(self, sizes: Mapping[str, int]) -> int:
-        """Bytes per thread."""
-        levels = 1
-        k = evaluate(self.kernel.k, sizes)
-        if k > SEQUENTIAL_K:
-            levels = (-(-k // (BLOCK * CHUNK_BLOCKS)) - 1).bit_length() + 1
-        return self.b_bytes + self.a_bytes + levels * self.sums_bytes
-
-
-def _round(size: int) -> int:
-    return -(-size // _ALIGN) * _ALIGN
-
-
-def _known(d: DimLike) -> int | None:
-    return d if isinstance(d, int) else None
-
-
-def _plan(kernel: ContractKernel, target: Target) -> _Plan:
-    compute = compute_dtype(kernel.acc)
-    lanes, registers = lanes_of(target, compute), registers_of(target)
-    m, n, k = _known(kernel.m), _known(kernel.n), _known(kernel.k)
-    column_vectors = None if n is None else -(-n // lanes)
-    rows, vectors = best_tile(m or None, column_vectors or None, registers)
-    b_step, b_column = kernel.b.at.strides[-2:]
-    transposing = (
-        b_step == 1
-        and isinstance(b_column, int)
-        and b_column != 1
-        and m is not None
-        and 0 < m <= TRANSPOSED_ROWS
-    )
-    if transposing and m is not None:
-        rows, vectors = m, min(column_vectors or 1, max(1, 64 // target.vector_bytes))
-    segments = _segments(m, rows)
-    tail_vectors = vectors
-    if column_vectors and column_vectors % vectors:
-        tail_vectors = column_vectors % vectors
-
-    a_type, b_type = kernel.args[kernel.a.buffer].dtype, kernel.args[kernel.b.buffer].dtype
-    a_row, a_step = kernel.a.at.strides[-2:]
-    panels = math.inf if column_vectors is None else -(-column_vectors // vectors)
-    tiles = math.inf if m is None else -(-m // rows)
-    pack_b = (b_column != 1 and not transposing) or (
-        tiles > 2 and (b_type is not compute or k is None or n is None or k * n * compute.itemsize > 1 << 15)
-    )
-    pack_a = (not isinstance(a_row, int) and m != 1) or (
-        panels > 2 and (a_type is not compute or (_conflicts(a_row, a_step, compute.itemsize, k) and tiles > 1))
-    )
-    pack_tail = not pack_b and (n is None or n % lanes != 0)
-    unit_tiles, unit_panels = _unit(kernel, rows, vectors * lanes, tiles, panels)
-    return _Plan(
-        kernel, compute, lanes, vectors, tail_vectors, segments, pack_a, pack_b, pack_tail, unit_tiles, unit_panels
-    )
-
-
-def _segments(m: int | None, rows: int) -> tuple[Segment, ...]:
-    """A known m is cut evenly, into tiles of at most two heights; a symbolic one into full tiles and powers of two."""
-    if m is None:
-        powers = [1 << i for i in reversed(range((rows - 1).bit_length()))]
-        return (Segment(rows, None), *(Segment(p, None) for p in powers))
-    tiles = -(-m // rows)
-    if tiles == 0:
-        return (Segment(1, 0),)
-    high = -(-m // tiles)
-    big = m - tiles * (high - 1)
-    return (Segment(high, big), Segment(high - 1, tiles - big)) if tiles > big else (Segment(high, big),)
-
-
-def _conflicts(a_row: DimLike, a_step: DimLike, itemsize: int, k: int | None) -> bool:
-    """Whether A read in place would miss the first-level cache: its rows fall on few cache sets, or it is large."""
-    stride = a_row if a_step == 1 else a_step
-    return k is None or not isinstance(stride, int) or stride * itemsize >= 2048
-
-
-def _unit(kernel: ContractKernel, rows: int, columns: int, tiles: float, panels: float) -> tuple[int, int]:
-    """Row tiles and panels of a unit: up to 512 x 512, cut while there are few units with much work."""
-    k = kernel.k if isinstance(kernel.k, int) else 2 * BLOCK
-    batch = math.prod(d for d in kernel.batch if isinstance(d, int))
-    side = UNIT_SIDE if isinstance(kernel.k, int) else UNIT_SIDE // 2
-    all_tiles = min(tiles, -(-side // rows)) if tiles == math.inf else tiles
-    all_panels = min(panels, -(-4 * side // columns)) if panels == math.inf else panels
-    unit_tiles, unit_panels = max(1, min(all_tiles, side // rows)), max(1, min(all_panels, max(1, side // columns)))
-    while batch * -(-all_tiles // unit_tiles) * -(-all_panels // unit_panels) < 8:
-        if unit_tiles * rows * unit_panels * columns * k < 2 * UNIT_WORK:
-            break
-        if unit_panels > 1 and (unit_panels * columns >= unit_tiles * rows or unit_tiles == 1):
-            unit_panels = -(-unit_panels // 2)
-        elif unit_tiles > 1:
-            unit_tiles = -(-unit_tiles // 2)
-        else:
-            break
-    return int(unit_tiles), int(unit_panels)
 
 
 # ---------------------------------------------------------------------------------------------------------- driver
@@ -283,7 +68,7 @@ class _Panel(NamedTuple):
 class _Driver:
     """Emits the functions of one contraction."""
 
-    def __init__(self, module: Module, kernel: ContractKernel, target: Target, plan: _Plan, name: str) -> None:
+    def __init__(self, module: Module, kernel: ContractKernel, target: Target, plan: Plan, name: str) -> None:
         self.module, self.kernel, self.target, self.plan, self.name = module, kernel, target, plan, name
         self.a_type = kernel.args[kernel.a.buffer].dtype
         self.b_type = kernel.args[kernel.b.buffer].dtype
@@ -306,7 +91,7 @@ class _Driver:
         b_vector = plan.strip_bytes if packed_b else plan.lanes * b.itemsize
         b_column = self.kernel.b.at.strides[-1]
         spread = b_column * b.itemsize if not packed_b and isinstance(b_column, int) and b_column != 1 else 0
-        tile = Tile(rows, vectors, a, row_bytes, b, b_vector, plan.compute, spread)
+        tile = Tile(rows, vectors, a, row_bytes, b, b_vector, plan.compute, spread, not plan.one_block)
         return self._function(tile, "tile", lambda name: emit_micro_kernel(self.module, self.target, name, tile))
 
     def packer(
@@ -322,10 +107,13 @@ class _Driver:
                 lambda name: emit_copy(module, target, name, dtype, compute, lanes, vectors, apart),
             )
             return copy, lanes * vectors
-        gather = self._function(
-            ("gather", dtype), "gather", lambda name: emit_gather(module, target, name, dtype, compute)
-        )
-        if step != 1:
+        k = self.kernel.k
+        gather = None
+        if step != 1 or not isinstance(k, int) or 0 < k % BLOCK < 4:
+            gather = self._function(
+                ("gather", dtype), "gather", lambda name: emit_gather(module, target, name, dtype, compute)
+            )
+        if gather is not None and step != 1:
             return gather, lanes
         transpose = self._function(
             ("transpose", dtype, lanes),
@@ -372,11 +160,12 @@ class _Driver:
         full = f.div("%columns", str(lanes))
         with f.loop("0", full, 1) as loop:
             strip(loop.index, None)
-        rest = f.rem("%columns", str(lanes))
-        with f.when(f.op(f"icmp ne i64 {rest}, 0")):
-            numbers = ", ".join(f"i64 {lane}" for lane in range(lanes))
-            count = emitter.splat_scalar(rest, "i64", lanes)
-            strip(full, f.op(f"icmp slt {vector(lanes, 'i64')} <{numbers}>, {count}"))
+        if not (isinstance(kernel.n, int) and kernel.n % lanes == 0):
+            rest = f.rem("%columns", str(lanes))
+            with f.when(f.op(f"icmp ne i64 {rest}, 0")):
+                numbers = ", ".join(f"i64 {lane}" for lane in range(lanes))
+                count = emitter.splat_scalar(rest, "i64", lanes)
+                strip(full, f.op(f"icmp slt {vector(lanes, 'i64')} <{numbers}>, {count}"))
         f.finish()
 
     # -------------------------------------------------------------------------------------------------------- main
@@ -387,7 +176,7 @@ class _Driver:
         self.dim = emitter.dim
         pointers = emitter.pointers
         self.m, self.n, self.k = (self.dim(d) for d in (kernel.m, kernel.n, kernel.k))
-        # like _Plan.scratch, per thread
+        # like Plan.scratch, per thread
         levels = "1"
         chunks = self._ceil_div(self.k, BLOCK * CHUNK_BLOCKS)
         if plan.may_be_long:
@@ -414,7 +203,7 @@ class _Driver:
             first_tile = f.mul(f.rem(unit.index, row_units), str(plan.unit_tiles))
             first_panel = f.mul(f.rem(rest, column_units), str(plan.unit_panels))
             number = f.div(rest, column_units)
-            self.batch = []
+            self.batch: list[str] = []
             for axis in reversed(range(len(kernel.batch))):
                 size = self.dim(kernel.batch[axis])
                 self.batch.insert(0, f.rem(number, size) if axis else number)
@@ -448,7 +237,7 @@ class _Driver:
             row = f.add(row, f.mul(count, str(segment.rows), f.top), f.top)
         self.tiles = tile
 
-    def _operand(self, pointers: list[str], access: Access, dtype: DType) -> str:
+    def _operand(self, pointers: Sequence[str], access: Access, dtype: DType) -> str:
         """The address of an operand's first element in this batch entry."""
         f = self.f
         at = self.dim(access.at.offset)

@@ -86,10 +86,11 @@ def emit_gather(module: Module, target: Target, name: str, dtype: DType, compute
 
 
 def emit_transpose(
-    module: Module, target: Target, name: str, gather: str, dtype: DType, compute: DType, lanes: int
+    module: Module, target: Target, name: str, gather: str | None, dtype: DType, compute: DType, lanes: int
 ) -> None:
     """k contiguous: `lanes` lanes, as many k steps at a time as a 128-bit piece holds. The last block ends at k and may redo
-    some of the block before it; a k shorter than a block goes to `gather`."""
+    some of the block before it; a k shorter than a block goes to `gather` (None where that
+    does not happen)."""
     f = _function(module, name)
     steps = 16 // compute.itemsize
     packed = vector(lanes, register_type(compute))
@@ -107,8 +108,9 @@ def emit_transpose(
             for value in load_transposed(f, target, columns, dtype, compute):
                 f.emit(f"store {packed} {value}, ptr {to}, align {compute.itemsize}")
                 to = f.op(f"getelementptr i8, ptr {to}, i64 %row")
-    with f.when(f.op(f"xor i1 {long}, true")):
-        f.emit(f"call void @{gather}(ptr %source, i64 %lane, i64 %step, i64 %valid, i64 %k, ptr %target, i64 %row)")
+    if gather is not None:
+        with f.when(f.op(f"xor i1 {long}, true")):
+            f.emit(f"call void @{gather}(ptr %source, i64 %lane, i64 %step, i64 %valid, i64 %k, ptr %target, i64 %row)")
     f.finish()
 
 

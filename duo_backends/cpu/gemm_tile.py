@@ -58,26 +58,29 @@ def max_rows(vectors: int, registers: int) -> int:
 def best_tile(m: int | None, column_vectors: int | None, registers: int) -> tuple[int, int]:
     """(rows, vectors) of the fastest tile for an m x (column_vectors * lanes) result; None where the size is not known."""
     best: tuple[float, int, int] | None = None
-    for vectors in range(1, 9):
-        if column_vectors is not None and vectors > column_vectors:
-            break
-        panels = -(-column_vectors // vectors) if column_vectors else 1000 / vectors
-        limit = max_rows(vectors, registers)
-        for rows in range(1, min(limit, 14) + 1):
-            if m is None:
-                cost = tile_cost(rows, vectors) / rows
-            else:
-                tiles = -(-m // rows)
-                high = -(-m // tiles)
-                if high != rows:
-                    continue
-                big = m - tiles * (high - 1)
-                cost = big * tile_cost(high, vectors) + (tiles - big) * tile_cost(high - 1, vectors)
-            cost *= panels * (1 + 0.003 * (rows / vectors + vectors))
+    for vectors in range(1, min(8, column_vectors or 8) + 1):
+        widths = _pieces(column_vectors or 840, vectors, even=False)
+        for rows in range(1, min(max_rows(vectors, registers), 14) + 1):
+            heights = _pieces(m or 360360, rows, even=True)
+            if heights[0][0] != rows:
+                continue
+            cost = sum(tile_cost(h, w) * hs * ws for h, hs in heights for w, ws in widths)
+            # loads of B and of A for each multiply-add; rows that may have to be packed; code for the last panel
+            cost *= 1 + 0.3 / rows + 0.1 / vectors + (0.02 if rows > 8 else 0) + 0.03 * (len(widths) - 1)
             if best is None or cost < best[0]:
                 best = (cost, rows, vectors)
     assert best is not None
     return best[1], best[2]
+
+
+def _pieces(total: int, largest: int, even: bool) -> list[tuple[int, int]]:
+    """(size, count) of the pieces that `total` is cut into: evenly, or full ones and a smaller last one."""
+    count = -(-total // largest)
+    if not even:
+        return [(largest, total // largest), *([(total % largest, 1)] if total % largest else [])]
+    high = -(-total // count)
+    big = total - count * (high - 1)
+    return [(high, big), *([(high - 1, count - big)] if count > big else [])]
 
 
 # ---------------------------------------------------------------------------------------------------- micro-kernel
@@ -95,6 +98,7 @@ class Tile:
     b_vector: int
     compute: DType
     b_column: int = 0
+    adds: bool = True  # whether it is ever called with `add`
 
 
 def emit_micro_kernel(module: Module, target: Target, name: str, tile: Tile) -> None:
@@ -151,7 +155,7 @@ def emit_micro_kernel(module: Module, target: Target, name: str, tile: Tile) -> 
         return out
 
     a_at, b_at, acc = "%a", "%b", ["zeroinitializer"] * (rows * vectors)
-    unroll = 64 // compute.itemsize if tile.b_column else 4 if rows * vectors <= 8 else 1
+    unroll = 64 // compute.itemsize if tile.b_column else 4 if rows * vectors <= 8 else 2 if rows * vectors <= 12 else 1
     together = unroll if tile.b_column else 1  # k steps that share their loads of B
     k_done = "0"
     for count in dict.fromkeys((unroll, 1)):
@@ -171,18 +175,23 @@ def emit_micro_kernel(module: Module, target: Target, name: str, tile: Tile) -> 
         a_at, b_at, *acc = loop.results
         k_done = end
 
-    addition = "fadd" if compute.is_float else "add"
-    places = [f.gep("i8", "%tile", str(i * lanes * compute.itemsize)) for i in range(rows * vectors)]
-    with f.when("%add"):
+    align = lanes * compute.itemsize
+    places = [f.gep("i8", "%tile", str(i * align)) for i in range(rows * vectors)]
+
+    def leave(add: bool) -> None:
         for at, value in zip(places, acc, strict=True):
-            before = f.op(f"load {type_}, ptr {at}, align {lanes * compute.itemsize}")
-            f.emit(
-                f"store {type_} {f.op(f'{addition} {type_} {before}, {value}')}, ptr {at}, align "
-                f"{lanes * compute.itemsize}"
-            )
-    with f.when(f.op("xor i1 %add, true")):
-        for at, value in zip(places, acc, strict=True):
-            f.emit(f"store {type_} {value}, ptr {at}, align {lanes * compute.itemsize}")
+            if add:
+                before = f.op(f"load {type_}, ptr {at}, align {align}")
+                value = f.op(f"{'fadd' if compute.is_float else 'add'} {type_} {before}, {value}")
+            f.emit(f"store {type_} {value}, ptr {at}, align {align}")
+
+    if tile.adds:
+        with f.when("%add"):
+            leave(True)
+        with f.when(f.op("xor i1 %add, true")):
+            leave(False)
+    else:
+        leave(False)
     f.finish()
 
 

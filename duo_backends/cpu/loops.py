@@ -7,7 +7,8 @@ walked one by one; `columns.py`). All give the same bits; the choice is by estim
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from duo_backends.cpu.body import Scope
 from duo_backends.cpu.code import KernelCode, Target, no_scratch
@@ -99,7 +100,7 @@ def _column_axis(kernel: LoopKernel, target: Target) -> int | None:
     return best if columns[best] < rows else None
 
 
-def _cost(kernel: LoopKernel, target: Target) -> object:
+def _cost(kernel: LoopKernel, target: Target) -> Callable[[Mapping[str, int]], float]:
     """Nanoseconds: about 4 instructions of a full vector each nanosecond, and 40 bytes of memory."""
     width = lanes_for([s.body for s in kernel.stages], target)
     work = []
@@ -115,7 +116,7 @@ def _cost(kernel: LoopKernel, target: Target) -> object:
 
 
 # ---------------------------------------------------------------------------------------------------------- maps
-def _compile_map(kernel: LoopKernel, target: Target, name: str, cost: object) -> KernelCode:
+def _compile_map(kernel: LoopKernel, target: Target, name: str, cost: Any) -> KernelCode:
     partner = _tile_axis(kernel)
     tiled = partner is not None
     if partner is not None:
@@ -129,7 +130,7 @@ def _compile_map(kernel: LoopKernel, target: Target, name: str, cost: object) ->
         with f.loop("%begin", "%end"):
             _emit_point(phase, kernel, Scope((), (), (f.section(),)))
         f.finish()
-        return KernelCode(module.text(), (PhaseCode(name, lambda sizes: 1),), no_scratch, cost)  # type: ignore[arg-type]
+        return KernelCode(module.text(), (PhaseCode(name, lambda sizes: 1),), no_scratch, cost)
     width = lanes_for([s.body for s in kernel.stages], target)
     inner = e.dim(axes[-1])
     if len(axes) == 1:
@@ -166,7 +167,7 @@ def _compile_map(kernel: LoopKernel, target: Target, name: str, cost: object) ->
             return rows * (last > 0)
         return rows * ceil_div(last, BLOCK)
 
-    return KernelCode(module.text(), (PhaseCode(name, units_of),), no_scratch, cost)  # type: ignore[arg-type]
+    return KernelCode(module.text(), (PhaseCode(name, units_of),), no_scratch, cost)
 
 
 def _tile_axis(kernel: LoopKernel) -> int | None:

@@ -52,13 +52,12 @@ def compile_rows(kernel: LoopKernel, target: Target, name: str, cost: Any) -> Ke
         kernel = replace(kernel, stages=reuse.stages)
     _Rows(Phase(module, name, kernel, target), kernel, reuse).emit(None)
     phase = PhaseCode(name, lambda sizes: points(kernel.axes, sizes))
-    scratch = no_scratch
-    if reuse is not None:
-        each = sum(d.itemsize for d in reuse.slots)
-        length = reuse.length
+    if reuse is None:
+        return KernelCode(module.text(), (phase,), no_scratch, cost)
+    each, length = sum(d.itemsize for d in reuse.slots), reuse.length
 
-        def scratch(sizes: Mapping[str, int], threads: int) -> int:
-            return threads * each * ((evaluate(length, sizes) + 2 * _PAD - 1) // _PAD * _PAD)
+    def scratch(sizes: Mapping[str, int], threads: int) -> int:
+        return threads * each * ((evaluate(length, sizes) + 2 * _PAD - 1) // _PAD * _PAD)
 
     return KernelCode(module.text(), (phase,), scratch, cost)
 

@@ -15,7 +15,20 @@ from duo_ir.kernels.access import Position, expand, refine, respread
 from duo_ir.kernels.body import BodyBuilder, Row, finish
 from duo_ir.kernels.draft import Axes, Draft, DraftStage, Put, Ref, base, collapse, prune
 from duo_ir.kernels.kernel import (
-    Access, Affine, Arg, Body, ContractKernel, Guard, Instr, Kernel, LoopKernel, Reduce, ScanKernel, ScatterKernel, Stage, Store,
+    Access,
+    Affine,
+    Arg,
+    Body,
+    ContractKernel,
+    Guard,
+    Instr,
+    Kernel,
+    LoopKernel,
+    Reduce,
+    ScanKernel,
+    ScatterKernel,
+    Stage,
+    Store,
 )  # fmt: skip
 from duo_ir.opdef import compute_dtype
 from duo_ir.types import Dim, DimLike, product, row_major

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from typing import Any, TypeAlias
+from functools import lru_cache
+from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
 
@@ -22,10 +23,8 @@ from duo_ir.types import DimLike, DType, bool_, i64
 Row: TypeAlias = tuple[str, tuple[int, ...], DType, Any]  # an instruction before it is an Instr
 
 _NUMPY = NumpyScalar()
-_FOLDABLE = frozenset(
-    "neg fabs sqrt floor ceil trunc rint not_ add sub mul div copysign idiv irem and_ or_ xor shl lshr ashr "
-    "eq ne lt le gt ge select fma bitcast convert".split()
-)
+_FOLDABLE = frozenset((*UNARY, *BINARY, *COMPARE, "select", "fma", "bitcast", "convert"))
+_BITWISE = frozenset(("and_", "or_", "xor", "shl", "lshr", "ashr"))
 _literals: dict[tuple[float | int | bool, DType], float | int | bool] = {}  # a cache: what `_literal` gave
 MOST_LITERALS = 10000
 
@@ -57,6 +56,12 @@ class BodyBuilder:
                     handle = self.const(value.item(), dtype)
                     self._seen[row] = handle
                     return handle
+            if op in _BITWISE:
+                x, y = args
+                if constants.get(y) == 0:
+                    return y if op == "and_" else x
+                if constants.get(x) == 0:
+                    return y if op in ("or_", "xor") else x
         handle = len(self.rows)
         self.rows.append(row)
         self._seen[row] = handle
@@ -132,33 +137,33 @@ class BodyBuilder:
     def convert(self, x: int, dtype: DType) -> int:
         return x if self.rows[x][2] is dtype else self.put("convert", (x,), dtype)
 
-    neg: Callable[[BodyBuilder, int], int]
-    fabs: Callable[[BodyBuilder, int], int]
-    sqrt: Callable[[BodyBuilder, int], int]
-    floor: Callable[[BodyBuilder, int], int]
-    ceil: Callable[[BodyBuilder, int], int]
-    trunc: Callable[[BodyBuilder, int], int]
-    rint: Callable[[BodyBuilder, int], int]
-    not_: Callable[[BodyBuilder, int], int]
-    add: Callable[[BodyBuilder, int, int], int]
-    sub: Callable[[BodyBuilder, int, int], int]
-    mul: Callable[[BodyBuilder, int, int], int]
-    div: Callable[[BodyBuilder, int, int], int]
-    copysign: Callable[[BodyBuilder, int, int], int]
-    idiv: Callable[[BodyBuilder, int, int], int]
-    irem: Callable[[BodyBuilder, int, int], int]
-    and_: Callable[[BodyBuilder, int, int], int]
-    or_: Callable[[BodyBuilder, int, int], int]
-    xor: Callable[[BodyBuilder, int, int], int]
-    shl: Callable[[BodyBuilder, int, int], int]
-    lshr: Callable[[BodyBuilder, int, int], int]
-    ashr: Callable[[BodyBuilder, int, int], int]
-    eq: Callable[[BodyBuilder, int, int], int]
-    ne: Callable[[BodyBuilder, int, int], int]
-    lt: Callable[[BodyBuilder, int, int], int]
-    le: Callable[[BodyBuilder, int, int], int]
-    gt: Callable[[BodyBuilder, int, int], int]
-    ge: Callable[[BodyBuilder, int, int], int]
+    neg: ClassVar[Callable[[BodyBuilder, int], int]]
+    fabs: ClassVar[Callable[[BodyBuilder, int], int]]
+    sqrt: ClassVar[Callable[[BodyBuilder, int], int]]
+    floor: ClassVar[Callable[[BodyBuilder, int], int]]
+    ceil: ClassVar[Callable[[BodyBuilder, int], int]]
+    trunc: ClassVar[Callable[[BodyBuilder, int], int]]
+    rint: ClassVar[Callable[[BodyBuilder, int], int]]
+    not_: ClassVar[Callable[[BodyBuilder, int], int]]
+    add: ClassVar[Callable[[BodyBuilder, int, int], int]]
+    sub: ClassVar[Callable[[BodyBuilder, int, int], int]]
+    mul: ClassVar[Callable[[BodyBuilder, int, int], int]]
+    div: ClassVar[Callable[[BodyBuilder, int, int], int]]
+    copysign: ClassVar[Callable[[BodyBuilder, int, int], int]]
+    idiv: ClassVar[Callable[[BodyBuilder, int, int], int]]
+    irem: ClassVar[Callable[[BodyBuilder, int, int], int]]
+    and_: ClassVar[Callable[[BodyBuilder, int, int], int]]
+    or_: ClassVar[Callable[[BodyBuilder, int, int], int]]
+    xor: ClassVar[Callable[[BodyBuilder, int, int], int]]
+    shl: ClassVar[Callable[[BodyBuilder, int, int], int]]
+    lshr: ClassVar[Callable[[BodyBuilder, int, int], int]]
+    ashr: ClassVar[Callable[[BodyBuilder, int, int], int]]
+    eq: ClassVar[Callable[[BodyBuilder, int, int], int]]
+    ne: ClassVar[Callable[[BodyBuilder, int, int], int]]
+    lt: ClassVar[Callable[[BodyBuilder, int, int], int]]
+    le: ClassVar[Callable[[BodyBuilder, int, int], int]]
+    gt: ClassVar[Callable[[BodyBuilder, int, int], int]]
+    ge: ClassVar[Callable[[BodyBuilder, int, int], int]]
 
 
 def _install_instructions() -> None:
@@ -208,6 +213,9 @@ def _fold(op: str, args: list[Any], dtype: DType) -> Any:
         return np.asarray(getattr(_NUMPY, op)(*args))
 
 
+_instr = lru_cache(16384)(Instr)  # recipes give the same instructions again and again
+
+
 def finish(rows: list[Row], roots: Iterable[int], translate: Callable[[Row], Any]) -> tuple[Body, dict[int, int]]:
     """The live part of `rows` as a Body, and the new number of each live row. `translate` gives an instruction's final attr."""
     live = set(roots)
@@ -221,7 +229,7 @@ def finish(rows: list[Row], roots: Iterable[int], translate: Callable[[Row], Any
         if attr is not None and op != "const":
             attr = translate(row)
         number[n] = len(body)
-        body.append(Instr(op, tuple([number[a] for a in args]), dtype, attr))
+        body.append(_instr(op, tuple([number[a] for a in args]), dtype, attr))
     return tuple(body), number
 
 

@@ -14,7 +14,18 @@ import numpy as np
 from duo_ir.core import bind_dims
 from duo_ir.errors import DuoError, IndexOutOfRange
 from duo_ir.kernels.kernel import (
-    Access, Affine, Body, ContractKernel, Instr, Kernel, LoopKernel, Reduce, ScanKernel, ScatterKernel, Stage, Store,
+    Access,
+    Affine,
+    Body,
+    ContractKernel,
+    Instr,
+    Kernel,
+    LoopKernel,
+    Reduce,
+    ScanKernel,
+    ScatterKernel,
+    Stage,
+    Store,
 )  # fmt: skip
 from duo_ir.kernels.program import Cond, Copy, Program, Step, While
 from duo_ir.ops import reference
@@ -43,10 +54,12 @@ def evaluate(program: Program, *arrays: np.ndarray) -> list[np.ndarray]:
     return [slots[s].reshape(types[s].static_shape(sizes)).copy() for s in program.results]
 
 
-def run(program: Program, inputs: Sequence[np.ndarray], sizes: Sizes) -> list[np.ndarray]:
-    """Runs the items on flat inputs; returns the flat contents of the input and output slots."""
+def run(
+    program: Program, inputs: Sequence[np.ndarray], sizes: Sizes, given: Mapping[int, np.ndarray] | None = None
+) -> list[np.ndarray]:
+    """Runs the items on flat inputs; returns the flat contents of all slots. `given`: memory for some of the outputs."""
     slots = list(inputs)
-    slots += [_poison(t, sizes) for t in program.outputs]
+    slots += [_poison(t, sizes) if given is None or n not in given else given[n] for n, t in enumerate(program.outputs)]
     temps: list[Any] = [None] * len(program.temps)  # their dtype is known when a kernel first writes them
     slots += temps
     for item in program.items:
@@ -174,7 +187,8 @@ class _Machine:
         return values
 
     def instruction(self, instr: Instr, args: list[np.ndarray], shape: tuple[int, ...], outer: int) -> np.ndarray:
-        op, attr = instr.op, instr.attr
+        op = instr.op
+        attr: Any = instr.attr
         if op == "const":
             return np.asarray(_SCALAR.const(attr, instr.dtype))
         if op == "load":

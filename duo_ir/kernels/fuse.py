@@ -17,7 +17,17 @@ from duo_ir.kernels.draft import Draft, base
 from duo_ir.kernels.lower import Lowering, NeedMemory
 from duo_ir.kernels.merge import Group, group
 from duo_ir.opdef import (
-    Concat, Contraction, Control, Cumulative, Elementwise, Gather, Generate, Movement, Reduction, Reshape, Scatter,
+    Concat,
+    Contraction,
+    Control,
+    Cumulative,
+    Elementwise,
+    Gather,
+    Generate,
+    Movement,
+    Reduction,
+    Reshape,
+    Scatter,
 )  # fmt: skip
 
 CHEAP, DEAR = 1, 8  # cost of an elementwise op whose definition says cheap, and of another
@@ -312,11 +322,15 @@ def _assemble(function: Function, groups: list[Group]) -> list[Built | Op]:
             reads = m.draft.op.operands if m.draft.kind == "control" else m.draft.reads()
             for v in reads:
                 read_by.setdefault(base(v), set()).add(n)
+
+    def read_elsewhere(n: int) -> Callable[[Value], bool]:
+        return lambda v: v in outside or bool(read_by.get(v, set()) - {n})
+
     items: list[Built | Op] = []
     for n, g in enumerate(groups):
         head = g.members[0].draft
         if head.kind == "control":
             items.append(head.op)
         elif not head.empty:
-            items.append(build(g.members, g.target, lambda v, n=n: v in outside or bool(read_by.get(v, set()) - {n})))
+            items.append(build(g.members, g.target, read_elsewhere(n)))
     return items

@@ -29,7 +29,19 @@ from duo_ir.kernels.access import (
 from duo_ir.kernels.body import BodyBuilder
 from duo_ir.kernels.draft import Axes, Draft, DraftStage, Product, Put, Ref, base, collapse, collect_refs, prune
 from duo_ir.opdef import (
-    Concat, Contraction, Control, Cumulative, Elementwise, Gather, Generate, Movement, Reduction, Reshape, Scatter, View, compute_dtype,
+    Concat,
+    Contraction,
+    Control,
+    Cumulative,
+    Elementwise,
+    Gather,
+    Generate,
+    Movement,
+    Reduction,
+    Reshape,
+    Scatter,
+    View,
+    compute_dtype,
 )  # fmt: skip
 from duo_ir.types import DimLike, DType, bool_, i64
 

@@ -216,15 +216,15 @@ def _passes(maker: Member, reader: Member, ref: Ref) -> bool:
 
 def _reads_alike(g: Group, draft: Draft, ref: Ref) -> bool:
     """Whether some member reads the same memory over the same loops."""
+    whole = is_row_major(ref.position, draft.axes, len(draft.axes))
     for m in g.members:
-        if m.draft.axes == draft.axes and ref in m.draft.refs:
+        axes = m.draft.axes
+        if axes == draft.axes and ref in m.draft.refs:
             return True
-        if product(m.draft.axes) == product(draft.axes) and is_row_major(ref.position, draft.axes, len(draft.axes)):
-            if any(
-                r.value is ref.value and r.plain and is_row_major(r.position, m.draft.axes, len(m.draft.axes))
-                for r in m.draft.refs
-            ):
-                return True
+        if not whole or product(axes) != product(draft.axes):
+            continue
+        if any(r.value is ref.value and r.plain and is_row_major(r.position, axes, len(axes)) for r in m.draft.refs):
+            return True
     return False
 
 

@@ -22,6 +22,7 @@ def plan(fused: Fused, *, fusion: bool = True, own_results: bool = False) -> Pro
     `fusion` is how nested Functions are fused."""
     planner = _Planner(fused, fusion)
     planner.place_results(own_results)
+    planner.scatter_in_place()
     for item in fused.items:
         planner.items.append(planner.control(item) if isinstance(item, Op) else planner.step(item))
     planner.items += planner.copies
@@ -41,21 +42,36 @@ class _Planner:
         self.sizes: list[DimLike] = []  # bytes of each temporary
 
     def place_results(self, own: bool) -> None:
-        types: dict[int, TensorType] = dict(enumerate(self.inputs))
+        known = {(p, p.type): n for n, p in enumerate(self.fused.function.params)}
         for r in self.fused.function.results:
             root = self.fused.storage(r)
-            slot = self.slots.get(root)
-            if slot is not None and not own and types[slot] == r.type:
+            slot = known.get((root, r.type))
+            if slot is not None and not own:
                 self.results.append(slot)
                 continue
             new = len(self.inputs) + len(self.outputs)
             self.outputs.append(r.type)
-            types[new] = r.type
             self.results.append(new)
-            if slot is None:
-                self.slots[root] = new
+            known[root, r.type] = new
+            if root in self.slots:
+                self.copies.append(Copy(self.slots[root], new))
             else:
-                self.copies.append(Copy(slot, new))
+                self.slots[root] = new
+
+    def scatter_in_place(self) -> None:
+        """A temporary that only a scatter reads, as its base, shares the memory of the result: nothing needs copying."""
+        readers: dict[Value, int] = {}
+        for item in self.fused.items:
+            reads = item.operands if isinstance(item, Op) else [v for v in item.operands if v not in item.outputs]
+            for v in reads:
+                readers[self.fused.storage(v)] = readers.get(self.fused.storage(v), 0) + 1
+        for item in self.fused.items:
+            if isinstance(item, Op) or not isinstance(item.kernel, ScatterKernel):
+                continue
+            first, out = item.operands[0], item.operands[-1]
+            alone = readers[first] == 1 and all(a.buffer != 0 for a in _loads(item.kernel.body))
+            if alone and first not in self.slots and first.op is not None:
+                self.slots[first] = self.slot(out)
 
     def slot(self, v: Value) -> int:
         """The slot of v's memory; a temporary when it is first named."""

@@ -11,7 +11,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from duo_ir.kernels.kernel import (
-    Access, Affine, Arg, Body, ContractKernel, Instr, Kernel, LoopKernel, Reduce, ScanKernel, ScatterKernel, Store,
+    Access,
+    Affine,
+    Arg,
+    Body,
+    ContractKernel,
+    Instr,
+    Kernel,
+    LoopKernel,
+    Reduce,
+    ScanKernel,
+    ScatterKernel,
+    Store,
 )  # fmt: skip
 from duo_ir.kernels.program import Cond, Copy, Item, Program, Step
 from duo_ir.types import DimLike, DType
@@ -22,7 +33,7 @@ def print_program(program: Program) -> str:
     lines: list[str] = []
     for n, t in enumerate(program.inputs):
         lines.append(f"s{n}: {t} input")
-    given = {o: i for o, i in program.donations}
+    given = dict(program.donations)
     for n, t in enumerate(program.outputs):
         donated = f", may take the memory of s{given[n]}" if n in given else ""
         lines.append(f"s{len(program.inputs) + n}: {t} output{donated}")

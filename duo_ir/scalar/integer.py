@@ -93,7 +93,7 @@ def remainder(s: Builder, x: H, y: H) -> H:
     if dtype.is_float:
         zero = s.const(0.0, dtype)
         rest = fmod(s, x, y)
-        moved = s.select(s.ne(s.lt(rest, zero), s.lt(y, zero)), s.add(rest, y), rest)
+        moved = s.select(s.xor(s.lt(rest, zero), s.lt(y, zero)), s.add(rest, y), rest)
         return s.select(s.eq(rest, zero), s.copysign(zero, y), moved)
     _, divisor = _safe_divisor(s, x, y)
     rest = s.irem(x, divisor)
@@ -128,7 +128,7 @@ def fmod(s: Builder, x: H, y: H) -> H:
         defined = s.and_(s.lt(s.fabs(x), k(INF)), s.ne(y, k(0.0)))
         rest = s.select(s.and_(defined, s.not_(reached)), k(0.0), rest)
     # The nearest quotient leaves |r| <= |y|/2 of either sign; truncation wants the sign of x.
-    crossed = s.and_(s.ne(rest, k(0.0)), s.ne(s.lt(rest, k(0.0)), s.lt(x, k(0.0))))
+    crossed = s.and_(s.ne(rest, k(0.0)), s.xor(s.lt(rest, k(0.0)), s.lt(x, k(0.0))))
     rest = s.copysign(s.select(crossed, s.add(rest, s.copysign(y, x)), rest), x)
     ay = s.fabs(y)
     rest = s.select(s.lt(s.fabs(x), ay), x, rest)  # also where y is infinite and the steps made NaN
@@ -141,7 +141,7 @@ def _floor_divide_float(s: Builder, x: H, y: H) -> H:
     rest = fmod(s, x, y)
     plain = s.div(x, y)
     q = s.div(s.sub(x, rest), y)
-    crossed = s.and_(s.ne(rest, zero), s.ne(s.lt(rest, zero), s.lt(y, zero)))
+    crossed = s.and_(s.ne(rest, zero), s.xor(s.lt(rest, zero), s.lt(y, zero)))
     q = s.select(crossed, s.sub(q, one), q)
     down = s.floor(q)  # q is integral up to its own rounding
     down = s.select(s.gt(s.sub(q, down), k(0.5)), s.add(down, one), down)

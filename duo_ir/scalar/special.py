@@ -91,10 +91,11 @@ _PPND16 = (
         ),
     ),
 )  # fmt: skip
-# f32, with w = -log(1 - x^2) and v = sqrt(w): f(x)/x - 1 in w up to 6, then f(x) in v - 3.5 up to v = 5 and in v - 7 up to
-# v = 10.3, where f is erfinv (2^-27.1, 2^-24.1; x ends at v = 4.1) or sqrt(2)*erfinv (2^-26.8, 2^-23.9, 2^-24.0). The choice
-# of w is M. Giles's (GPU Computing Gems 2, 2011, chapter 10).
+# f32, with w = -log(1 - x^2) and v = sqrt(w): f(x)/x - 1 in w up to 6, then f(x) in v - shift up to v = 5 (where erfinv has
+# ended), then up to v = 10.3; f is erfinv (2^-27.1, 2^-24.1) or sqrt(2)*erfinv (2^-26.8, 2^-25.5, 2^-25.6). Those shifts are
+# taken where f is an f32 to within 2^-30. The choice of w is M. Giles's (GPU Computing Gems 2, 2011, chapter 10).
 _ERFINV_F32 = (
+    3.5,
     (
         -0.11377307027578354, 0.23201343417167664, 0.01155126839876175, -0.0023412066511809826,
         -0.00011820538929896429, 3.743123306776397e-05, 7.310720775421942e-06, -2.9331649784580804e-06,
@@ -106,31 +107,35 @@ _ERFINV_F32 = (
     ),
 )  # fmt: skip
 _QUANTILE_F32 = (
+    3.5000126361846924,
     (
         0.25331413745880127, 0.32811665534973145, 0.016335424035787582, -0.0033098626881837845,
         -0.00016834927373565733, 5.3674684750149027e-05, 1.00527595350286e-05, -4.078344773006393e-06,
         5.363236823541229e-07, -3.39209726973877e-08, 8.735643319823794e-10,
     ),
     (
-        4.717077732086182, 1.4247097969055176, 0.004391035996377468, -0.002428174950182438, 0.0008658823790028691,
-        -0.0002541587164159864, 4.283036105334759e-05, 9.686560588306747e-06, -5.111510745337e-06,
+        4.717095851898193, 1.4247101545333862, 0.004392803646624088, -0.0024301258381456137, 0.0008582887821830809,
+        -0.000249023170908913, 5.263090497464873e-05, 3.883737008436583e-06, -9.103754564421251e-06,
+        2.381485501246061e-06,
     ),
 )  # fmt: skip
+_QUANTILE_FAR_SHIFT = 5.000001907348633
 _QUANTILE_FAR_F32 = (
-    9.714261054992676, 1.4263691902160645, -0.0007247910834848881, 9.593622053216677e-06, 8.333381629199721e-06,
-    -2.5582778562238673e-06, 5.420537831923866e-07, -5.43331353242138e-08,
+    6.858806133270264, 1.4287828207015991, -0.0002090363559545949, -0.0002785908873192966, 8.266249642474577e-05,
+    -1.3891627531847917e-05, 1.3376734386838507e-06, -5.616464449076375e-08,
 )  # fmt: skip
 
 
 def _by_log_f32(
-    s: Builder, x: H, one_minus_square: H, tables: tuple[tuple[float, ...], tuple[float, ...]]
+    s: Builder, x: H, one_minus_square: H, table: tuple[float, tuple[float, ...], tuple[float, ...]]
 ) -> tuple[H, H]:
     """(value, v) of one of the two functions from x and 1 - x^2, which the caller has without cancellation; v <= 5."""
+    shift, middle, outer = table
     k = literals(s, f32)
     w = s.neg(log(s, one_minus_square))
     v = s.sqrt(w)
-    near = s.fma(x, horner(s, w, tables[0]), x)
-    tail = s.copysign(horner(s, s.sub(v, k(3.5)), tables[1]), x)
+    near = s.fma(x, horner(s, w, middle), x)
+    tail = s.copysign(horner(s, s.sub(v, k(shift)), outer), x)
     return s.select(s.gt(w, k(6.0)), tail, near), v
 
 
@@ -139,7 +144,7 @@ def _quantile_f32(s: Builder, p: H, q: H, rest: H) -> H:
     k = literals(s, f32)
     square = s.mul(s.mul(s.mul(p, k(2.0)), rest), k(2.0))
     value, v = _by_log_f32(s, s.add(q, q), square, _QUANTILE_F32)
-    far = s.copysign(horner(s, s.sub(v, k(7.0)), _QUANTILE_FAR_F32), q)
+    far = s.copysign(horner(s, s.sub(v, k(_QUANTILE_FAR_SHIFT)), _QUANTILE_FAR_F32), q)
     return s.select(s.gt(v, k(5.0)), far, value)
 
 

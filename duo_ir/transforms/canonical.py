@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from duo_ir.core import Function, Op, Value, attr_key
-from duo_ir.transforms.rewrite import map_regions, with_operands
+from duo_ir.transforms.rewrite import map_regions, with_operands, with_sizes
+from duo_ir.types import Dim
 from duo_ir.verify import bound_sizes, used_sizes
 
 
@@ -29,15 +30,22 @@ class Canonical:
     results: tuple[int, ...]
 
 
-def canonicalize(function: Function, pinned: int, state_results: Mapping[int, int] | None = None) -> Canonical:
+def canonicalize(
+    function: Function, pinned: int, state_results: Mapping[int, int] | None = None, rename_sizes: bool = False
+) -> Canonical:
     """The canonical form of `function`, whose first `pinned` parameters keep their places.
 
     state_results: parameter number -> number of the result that is its next value; the other results are pinned: they come first, in
     their order, then one result per state, in the order of the parameters. States that no pinned result leads to are ordered by
     the structure of their next value (equal structures keep their given order). A parameter that nothing reads stays, last, when
-    it alone fixes a named size that is used.
+    it alone fixes a named size that is used. rename_sizes: named sizes become s0, s1... in the order of their first appearance in the
+    parameters (frontends name them differently).
     """
-    return _Canonicalizer(function, pinned, dict(state_results or {})).run()
+    out = _Canonicalizer(function, pinned, dict(state_results or {})).run()
+    if not rename_sizes or not out.function.dims:
+        return out
+    names = {name: Dim.symbol(f"s{i}") for i, name in enumerate(out.function.dims)}
+    return replace(out, function=with_sizes(out.function, names))
 
 
 class _Canonicalizer:

@@ -108,7 +108,8 @@ def linearize_split(function: Function, wrt: Sequence[int], outputs: Sequence[in
     Residuals are exactly the forward values that backward reads. Backward makes for itself what costs nothing to make: constants and
     other values that depend on no parameter, and movements (reshape, transpose, broadcast...) of a parameter or of a value that is not
     larger. Where backward needs a named size that none of its arguments has, one empty saved value (`bool[sizes..., 0]`)
-    carries it. Cotangents that influence no gradient are left out.
+    carries it. Cotangents that influence no gradient are left out. The cotangent of a parameter that is also a result counts as its
+    first contribution: that is how a running gradient goes on from a later segment into this one in the one order of addition.
     """
     outputs = _float_numbers(function.results) if outputs is None else outputs
     builder, params = _copy(function, function.name)

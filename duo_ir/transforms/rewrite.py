@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 
 from duo_ir.core import Builder, Function, Op, Value, attr_key
 from duo_ir.errors import DuoError
+from duo_ir.types import Dim, DimLike, TensorType, substitute
 
 Rule: TypeAlias = Callable[[Op], "Sequence[Value] | None"]
 _DEEPEST = 200  # rules that replace each other's results for longer than this never end
@@ -45,6 +46,29 @@ def map_regions(op: Op, change: Callable[[Function], Function]) -> Op:
             if new is not value:
                 changed[name] = new
     return with_operands(op, op.operands, {**op.attrs, **changed}) if changed else op
+
+
+def with_sizes(function: Function, sizes: Mapping[str, DimLike]) -> Function:
+    """`function` with named sizes replaced everywhere, by ints (at least 2) or by other names; names not given stay."""
+
+    def changed(value: Any) -> Any:
+        if isinstance(value, Dim):
+            return substitute(value, sizes)
+        if isinstance(value, tuple):
+            return tuple([changed(v) for v in value])
+        if isinstance(value, TensorType):
+            return value.with_shape(changed(value.shape))
+        return with_sizes(value, sizes) if isinstance(value, Function) else value
+
+    params = [Value(changed(p.type), None, i) for i, p in enumerate(function.params)]
+    env = dict(zip(function.params, params))
+    ops: list[Op] = []
+    for op in function.ops:
+        attrs = {name: changed(value) for name, value in op.attrs.items()}
+        types = [changed(r.type) for r in op.results]
+        ops.append(Op(op.definition, tuple([env[v] for v in op.operands]), attrs, types, op.loc))
+        env.update(zip(op.results, ops[-1].results))
+    return Function(params, ops, [env[r] for r in function.results], function.name, function.names)
 
 
 def rewrite(

@@ -10,6 +10,7 @@ from functools import cache
 import numpy as np
 import pytest
 
+from duo_backends.cpu.code import Target
 from duo_backends.cpu.emit import compile_kernel
 from duo_backends.cpu.jit import build, machine
 from duo_ir.errors import DeviceError
@@ -434,6 +435,14 @@ def test_f16_bits():
         check(kernel, [bits.view(np.float32), np.zeros(60000, d.numpy)], splits=((1, None),))
 
 
+def test_f16_without_an_instruction_for_it(monkeypatch):
+    """Targets that cannot convert f16 do it by integer arithmetic: the same bits."""
+    monkeypatch.setattr(Target, "has_half", False)
+    compiled.cache_clear()
+    test_f16_bits()
+    compiled.cache_clear()
+
+
 def test_scalar_instructions():
     """Every float and integer instruction on every dtype, operands with special values."""
     n = 100
@@ -734,6 +743,11 @@ def test_scatter_without_window_is_sequential():
         expected[i] += v
     got, _ = run(kernel, [np.zeros(8, np.float32), index, values, np.zeros(8, np.float32)], {}, MACHINES[0])
     assert same(got[3], expected)
+
+
+def test_a_target_needs_fma():
+    with pytest.raises(DeviceError, match="fused multiply-add"):
+        Target(16, fma=False)
 
 
 def test_text_is_deterministic():

@@ -425,6 +425,14 @@ def test_what_does_not_flow_is_left_out():
     assert same.gradients == (0, 0) and len(same.backward.results) == 1
 
 
+def test_a_running_gradient_is_the_first_contribution():
+    """f(x) = neg(x) with x handed on: backward adds its own share to what came in, in that order."""
+    split = linearize_split(function_of(lambda x: (ops.neg(x), x), V), [0])
+    (last,) = split.backward.ops[-1:]
+    assert split.cotangents == (0, 1) and last.definition is ops.add
+    assert last.operands[0] is split.backward.params[1]
+
+
 def test_backward_of_a_backward():
     f = function_of(lambda x, y: ops.exp(x * y), V, V)
     first = linearize_split(f, [0, 1])

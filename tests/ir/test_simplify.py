@@ -14,7 +14,7 @@ from duo_ir.interpret import interpret
 from duo_ir.ops import broadcasting as nd
 from duo_ir.text import to_text
 from duo_ir.transforms.canonical import canonicalize
-from duo_ir.transforms.rewrite import dce, rewrite
+from duo_ir.transforms.rewrite import dce, rewrite, with_sizes
 from duo_ir.transforms.simplify import simplify
 from duo_ir.types import Dim, TensorType, bf16, bool_, f32, f64, i32, i64
 from duo_ir.verify import verify
@@ -262,6 +262,35 @@ def test_canonical_form_keeps_bits_and_rests(case):
         assert same_bits(interpret(function, *arrays)[k], result)
     again = canonicalize(out.function, 0)
     assert again.function.key() == out.function.key() and again.params == tuple(range(len(out.params)))
+
+
+def sized(name: str, other: str) -> Function:
+    """A program over two named sizes, with one in an attribute and in a nested function."""
+    b, t = Dim.symbol(name), Dim.symbol(other)
+    kind = TensorType(f32, (b, t))
+
+    def program(x, p):
+        branch = function_of(lambda v: ops.reshape(v, shape=(t * b,)), kind, name="branch")
+        flat = ops.cond(p, x, then=branch, orelse=branch)
+        return ops.concat(flat, ops.iota(shape=(b,), axis=0, dtype=f32), axis=0), ops.size(dim=2 * t + 1)
+
+    return function_of(program, kind, TensorType(bool_))
+
+
+def test_sizes_may_be_replaced_and_renamed():
+    f = sized("batch", "a")
+    small = with_sizes(f, {"batch": 3, "a": 2})
+    verify(small)
+    assert str(small.result_types[0]) == "f32[9]"
+    arrays = [np.arange(6, dtype=np.float32).reshape(3, 2), np.asarray(True)]
+    for a, b in zip(interpret(f, *arrays), interpret(small, *arrays)):
+        assert same_bits(a, b)
+    half = with_sizes(f, {"batch": Dim.symbol("a"), "a": Dim.symbol("batch")})  # all at once
+    verify(half)
+    assert half.key() == sized("a", "batch").key()
+    first, second = (canonicalize(sized(*names_), 2, rename_sizes=True).function for names_ in (("n", "a"), ("b", "z")))
+    verify(first)
+    assert first.hash == second.hash and first.dims == ("s0", "s1")
 
 
 def test_deep_programs_do_not_recurse():

@@ -161,6 +161,11 @@ ERRORS = [
     ("func @main(%x: f32[]) -> () {\n  %x: f32[] = neg %x\n  return\n}", 2, "%x is defined twice"),
     ("func @main(%x: f32[]) -> () {\n  %1: f32[] = neg %x %x\n  return\n}", 2, "the end of the line"),
     ("func @main() -> () {\n  %0: f32[] = constant {value=}\n  return\n}", 2, "an attribute's value"),
+    ("func @main() -> () {\n  %0: f32[] = constant {value=" + "(" * 9999 + "\n", 2, "nested more than"),
+    ("func @main(%x: f32[" + "9" * 5000 + "]) -> () {", 1, "a number of 5000 digits"),
+    ('func @main() -> () {\n  %0: f32[] = constant {value="\\q"}', 2, "not a string"),
+    ("func @main() -> () {\n  %0: f32[] = constant {value=(1,), dtype=None}\n", 2, "constant"),
+    ("func @main(%x: f32[]) -> () {\n  %1: f32[] = cast %x {dtype=3}\n", 2, "DType"),
     ("func @main() -> () {\n  %0: f32[] = constant {value=1.0, value=2.0}\n  return\n}", 2, "given twice"),
 ]
 

@@ -165,6 +165,12 @@ def test_sizes_are_ints_whatever_came_first():
             TensorType(types.f32, bad)
 
 
+def test_the_dtype_is_a_dtype():
+    for bad in (3, "f32", np.float32, None):
+        with pytest.raises(DTypeError, match="a TensorType has a DType"):
+            TensorType(bad, (2,))
+
+
 def test_broadcast_shapes():
     assert types.broadcast_shapes((A, 1), (3,)) == (A, 3)
     assert types.broadcast_shapes((), ()) == ()

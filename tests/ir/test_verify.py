@@ -103,6 +103,11 @@ def object_in_tuple():
     return Function([x], [raw(ops.sum, [x], {"axes": (0, object())}, [S])], [])
 
 
+def attribute_of_another_kind():
+    x = param()
+    return Function([x], [raw(ops.cast, [x], {"dtype": 3}, [V])], [])
+
+
 def negative_size():
     return Function([param(TensorType(f32, (3, -1)))], [], [])
 
@@ -164,6 +169,7 @@ BROKEN = [
     (unknown_attribute, "operands and attributes fit the definition", "axis"),
     (list_attribute, "attributes are static and hashable", "is a list"),
     (object_in_tuple, "attributes are static and hashable", "is a object"),
+    (attribute_of_another_kind, "types are valid", "DType"),
     (negative_size, "types are valid", "-1 elements along axis 1"),
     (size_that_is_no_size, "types are valid", "size 2.0 along axis 1"),
     (no_type, "types are valid", "not a TensorType"),

@@ -1,0 +1,219 @@
+"""What the contraction kernel does with given sizes and strides: tile shape, packing, work units, scratch.
+
+Everything is decided from what is known when the kernel is compiled; none of it changes a bit of the result. `gemm.py` emits what a
+`Plan` says, and evaluates the same formulas at run time for symbolic sizes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from duo_backends.cpu.code import Target
+from duo_backends.cpu.gemm_tile import BLOCK, best_tile, compute_dtype, lanes_of, registers_of
+from duo_ir.kernels.kernel import ContractKernel
+from duo_ir.types import DimLike, DType, evaluate, product
+
+CHUNK_BLOCKS = 8  # blocks per chunk of a long K
+SEQUENTIAL_K = 16384  # up to here blocks are added in order, beyond it chunks combine by the adjacent tree
+CACHED_ROWS = 168  # rows of A packed at a time: with K blocks of 512 they stay in the second-level cache
+TRANSPOSED_ROWS = 4  # up to here B with contiguous k is transposed on the fly instead of packed
+UNIT_SIDE = 512  # largest rows and columns of a unit
+UNITS = 16  # units that large work is cut into at least
+UNIT_WORK = 1 << 21  # multiply-adds of a unit below which it is not cut further
+_ALIGN = 64
+
+
+@dataclass(frozen=True)
+class Segment:
+    """`count` row tiles of `rows` rows, one after the other; None where the count depends on a symbolic m."""
+
+    rows: int
+    count: int | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    kernel: ContractKernel
+    compute: DType
+    lanes: int
+    vectors: int  # of a column panel
+    tail_vectors: int  # of the last panel; equal to `vectors` where all panels are alike
+    segments: tuple[Segment, ...]
+    pack_a: bool
+    pack_b: bool
+    pack_tail: bool  # the last panel is packed although the others are read in place
+    unit_tiles: int
+    unit_panels: int
+
+    @property
+    def panel(self) -> int:
+        """Columns of a panel."""
+        return self.vectors * self.lanes
+
+    @property
+    def has_tail(self) -> bool:
+        """Whether the last panel needs code of its own."""
+        return self.tail_vectors != self.vectors or self.pack_tail
+
+    @property
+    def k_block(self) -> int:
+        """K steps of a block, at most."""
+        return min(BLOCK, self.kernel.k) if isinstance(self.kernel.k, int) else BLOCK
+
+    @property
+    def one_block(self) -> bool:
+        return isinstance(self.kernel.k, int) and self.kernel.k <= BLOCK
+
+    @property
+    def may_be_long(self) -> bool:
+        return not isinstance(self.kernel.k, int) or self.kernel.k > SEQUENTIAL_K
+
+    @property
+    def cached_tiles(self) -> int:
+        """Row tiles of A packed at a time."""
+        return min(self.unit_tiles, max(1, CACHED_ROWS // self.segments[0].rows))
+
+    @property
+    def a_vector(self) -> int:
+        """Lanes at once in packing A: no more than its tiles need."""
+        rows, lanes = self.segments[0].rows, 16 // self.compute.itemsize
+        while lanes < min(rows, self.lanes):
+            lanes *= 2
+        return lanes
+
+    @property
+    def a_stride(self) -> int:
+        """Elements between k steps of a packed tile of A."""
+        return -(-self.segments[0].rows // self.a_vector) * self.a_vector
+
+    @property
+    def tile_elements(self) -> int:
+        return self.segments[0].rows * self.panel
+
+    @property
+    def strip_bytes(self) -> int:
+        """Packed B is laid out in strips, one vector of columns over the k of a block; an odd number of vectors, so that strips
+        read side by side do not share cache sets."""
+        return (self.k_block | 1) * self.lanes * self.compute.itemsize
+
+    @property
+    def b_bytes(self) -> int:
+        panels = self.unit_panels if self.pack_b else 1 if self.pack_tail else 0
+        return _round(panels * self.vectors * self.strip_bytes)
+
+    @property
+    def a_bytes(self) -> int:
+        rows = self.cached_tiles * self.a_stride if self.pack_a else 0
+        return _round(rows * self.k_block * self.compute.itemsize)
+
+    @property
+    def sums_bytes(self) -> int:
+        """The block sums of a unit, or of one tile where there is one block."""
+        tiles = 1 if self.one_block else self.unit_tiles * self.unit_panels
+        return _round(tiles * self.tile_elements * self.compute.itemsize)
+
+    def tiles(self, sizes: Mapping[str, int]) -> int:
+        if isinstance(self.kernel.m, int):
+            return sum(s.count or 0 for s in self.segments)
+        full, rest = divmod(evaluate(self.kernel.m, sizes), self.segments[0].rows)
+        return full + rest.bit_count()
+
+    def panels(self, sizes: Mapping[str, int]) -> int:
+        return -(-evaluate(self.kernel.n, sizes) // self.panel)
+
+    def units(self, sizes: Mapping[str, int]) -> int:
+        rows, columns = -(-self.tiles(sizes) // self.unit_tiles), -(-self.panels(sizes) // self.unit_panels)
+        return evaluate(product(self.kernel.batch), sizes) * rows * columns
+
+    def scratch(self, sizes: Mapping[str, int]) -> int:
+        """Bytes per thread."""
+        levels = 1
+        k = evaluate(self.kernel.k, sizes)
+        if k > SEQUENTIAL_K:
+            levels = (-(-k // (BLOCK * CHUNK_BLOCKS)) - 1).bit_length() + 1
+        return self.b_bytes + self.a_bytes + levels * self.sums_bytes
+
+
+def _round(size: int) -> int:
+    return -(-size // _ALIGN) * _ALIGN
+
+
+def _known(d: DimLike) -> int | None:
+    return d if isinstance(d, int) else None
+
+
+def make_plan(kernel: ContractKernel, target: Target) -> Plan:
+    compute = compute_dtype(kernel.acc)
+    lanes, registers = lanes_of(target, compute), registers_of(target)
+    m, n, k = _known(kernel.m), _known(kernel.n), _known(kernel.k)
+    column_vectors = None if n is None else -(-n // lanes)
+    rows, vectors = best_tile(m or None, column_vectors or None, registers)
+    b_step, b_column = kernel.b.at.strides[-2:]
+    transposing = (
+        b_step == 1 and isinstance(b_column, int) and b_column != 1 and m is not None and 0 < m <= TRANSPOSED_ROWS
+    )
+    if transposing and m is not None:
+        rows, vectors = m, min(column_vectors or 1, max(1, 64 // target.vector_bytes))
+    segments = _segments(m, rows)
+    tail_vectors = vectors
+    if column_vectors and column_vectors % vectors:
+        tail_vectors = column_vectors % vectors
+
+    a_type, b_type = kernel.args[kernel.a.buffer].dtype, kernel.args[kernel.b.buffer].dtype
+    a_row, a_step = kernel.a.at.strides[-2:]
+    panels = math.inf if column_vectors is None else -(-column_vectors // vectors)
+    tiles = math.inf if m is None else -(-m // rows)
+    pack_b = (b_column != 1 and not transposing) or (
+        tiles > 2 and (b_type is not compute or k is None or n is None or k * n * compute.itemsize > 1 << 15)
+    )
+    pack_a = (not isinstance(a_row, int) and m != 1) or (
+        panels > 2 and (a_type is not compute or (_conflicts(rows, a_row, a_step, compute.itemsize) and tiles > 1))
+    )
+    pack_tail = not pack_b and (n is None or n % lanes != 0)
+    unit_tiles, unit_panels = _unit(kernel, rows, vectors * lanes, tiles, panels)
+    return Plan(
+        kernel, compute, lanes, vectors, tail_vectors, segments, pack_a, pack_b, pack_tail, unit_tiles, unit_panels
+    )
+
+
+def _segments(m: int | None, rows: int) -> tuple[Segment, ...]:
+    """A known m is cut evenly, into tiles of at most two heights; a symbolic one into full tiles and powers of two."""
+    if m is None:
+        powers = [1 << i for i in reversed(range((rows - 1).bit_length()))]
+        return (Segment(rows, None), *(Segment(p, None) for p in powers))
+    tiles = -(-m // rows)
+    if tiles == 0:
+        return (Segment(1, 0),)
+    high = -(-m // tiles)
+    big = m - tiles * (high - 1)
+    return (Segment(high, big), Segment(high - 1, tiles - big)) if tiles > big else (Segment(high, big),)
+
+
+def _conflicts(rows: int, a_row: DimLike, a_step: DimLike, itemsize: int) -> bool:
+    """Whether A read in place would miss the first-level cache: more rows than it has ways on few of its sets, or a line
+    and a page for each k step."""
+    if a_step == 1:
+        return rows > 8 and (not isinstance(a_row, int) or a_row * itemsize >= 2048)
+    return not isinstance(a_step, int) or a_step * itemsize >= 2048
+
+
+def _unit(kernel: ContractKernel, rows: int, columns: int, tiles: float, panels: float) -> tuple[int, int]:
+    """Row tiles and panels of a unit: up to 512 x 512, cut while there are few units with much work."""
+    k = kernel.k if isinstance(kernel.k, int) else 2 * BLOCK
+    batch = math.prod(d for d in kernel.batch if isinstance(d, int))
+    side = UNIT_SIDE if isinstance(kernel.k, int) else UNIT_SIDE // 2
+    all_tiles = min(tiles, -(-side // rows)) if tiles == math.inf else tiles
+    all_panels = min(panels, -(-4 * side // columns)) if panels == math.inf else panels
+    unit_tiles, unit_panels = max(1, min(all_tiles, side // rows)), max(1, min(all_panels, max(1, side // columns)))
+    while batch * -(-all_tiles // unit_tiles) * -(-all_panels // unit_panels) < UNITS:
+        if unit_tiles * rows * unit_panels * columns * k < 2 * UNIT_WORK:
+            break
+        if unit_panels > 1 and (unit_panels * columns >= unit_tiles * rows or unit_tiles == 1):
+            unit_panels = -(-unit_panels // 2)
+        elif unit_tiles > 1:
+            unit_tiles = -(-unit_tiles // 2)
+        else:
+            break
+    return int(unit_tiles), int(unit_panels)

@@ -2,8 +2,8 @@
 
 A kind of tensor (eager, graph) subclasses it and supplies `_priority`, `_type`, `_apply` and `_view` (see `duo/dispatch.py`), and:
 `_assign(new)` stores a tensor in this one's place (cast to its dtype, broadcast to its shape) and returns it, or refuses; `_lift(array)` makes
-a tensor of this kind from a NumPy array; `_update(state, new)` moves a generator's state on (`_generator()` is the default one);
-`item()` and `numpy()` read the value. With `_mutable` False, `x += y` rebinds instead of writing.
+a tensor of this kind from a NumPy array; `_generator()` is the default random generator, whose `.state` is read and written; `item()`
+and `numpy()` read the value. With `_mutable` False, `x += y` rebinds instead of writing.
 Methods are the functions of `duo.functional` themselves, so their signatures and docstrings are there.
 """
 
@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from duo import functional as F
-from duo.dispatch import apply, apply_view, kind_of
+from duo.dispatch import apply, apply_view
 from duo.functional import elementwise as elem
 from duo.functional import random as rng
 from duo.functional._args import is_tensor, one_axis, size_args
@@ -458,9 +458,8 @@ class Tensor:
 
     def _draw_(self, body: Any, parameters: tuple, generator: Any) -> Any:
         """Stores a sample of the random `body` here and the generator's new state there."""
-        state = (self._generator() if generator is None else generator).state
-        sample, after = apply(body, (state, *parameters), (self._type.shape, self._type.dtype))
-        kind_of((self, state))._update(state, after)
+        source = self._generator() if generator is None else generator
+        sample, source.state = apply(body, (source.state, *parameters), (self._type.shape, self._type.dtype))
         return self._assign(sample)
 
     def uniform_(self, from_: Any = 0.0, to: Any = 1.0, *, generator: Any = None) -> Any:

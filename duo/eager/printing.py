@@ -8,7 +8,7 @@ import numpy as np
 
 from duo_ir.types import bool_, f32, i64
 
-_options: dict[str, Any] = {"precision": 4, "threshold": 1000, "edgeitems": 3, "linewidth": 80}
+_options: dict[str, Any] = {"precision": 4, "threshold": 1000, "edgeitems": 3, "max_line_width": 80}
 _IMPLIED = (f32, i64, bool_)
 
 
@@ -19,7 +19,7 @@ def set_printoptions(
     linewidth: int | None = None,
 ) -> None:
     """Digits after the point, number of elements from which a tensor is abridged, elements kept at each edge, width of a line."""
-    given = {"precision": precision, "threshold": threshold, "edgeitems": edgeitems, "linewidth": linewidth}
+    given = {"precision": precision, "threshold": threshold, "edgeitems": edgeitems, "max_line_width": linewidth}
     _options.update({k: v for k, v in given.items() if v is not None})
 
 

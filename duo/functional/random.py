@@ -145,12 +145,12 @@ def _number(x: Any, dtype: DType) -> Value:
 
 
 # ------------------------------------------------------------------------------------------------------------ dropout
-def _dropout(x: Value, state: Value, p: Any) -> Drawn:
+def _dropout(state: Value, x: Value, p: Any) -> Drawn:
     """x / (1 - p) with probability 1 - p, else 0; p may be 1. f16 and bf16 divide in float32."""
-    return _dropout_shared(x, state, p, ())
+    return _dropout_shared(state, x, p, ())
 
 
-def _dropout_shared(x: Value, state: Value, p: Any, shared: tuple[int, ...]) -> Drawn:
+def _dropout_shared(state: Value, x: Value, p: Any, shared: tuple[int, ...]) -> Drawn:
     """Dropout in which places along the axes `shared` live or die together (a feature map, say)."""
     u, after = _uniform(state, tuple([1 if a in shared else d for a, d in enumerate(x.type.shape)]), f32)
     y = wide(x)
@@ -171,7 +171,7 @@ def check_probability(name: str, p: Any) -> Any:
 
 def dropout_with(input: Any, state: Any, p: Any = 0.5) -> Any:
     """(dropout of input, new state): elements are 0 with probability p, the others divided by 1 - p."""
-    return apply(_dropout, (input, state, check_probability("dropout", p)))
+    return apply(_dropout, (state, input, check_probability("dropout", p)))
 
 
 def feature_dropout_with(input: Any, state: Any, p: Any = 0.5) -> Any:
@@ -180,7 +180,7 @@ def feature_dropout_with(input: Any, state: Any, p: Any = 0.5) -> Any:
     if rank < 2:
         raise ShapeError(f"feature dropout: it takes [batch, channel, ...], got {type_of(input)}")
     shared = some_axes("dropout", tuple(range(2, rank)), rank) if rank > 2 else ()
-    return apply(_dropout_shared, (input, state, check_probability("dropout", p)), (shared,))
+    return apply(_dropout_shared, (state, input, check_probability("dropout", p)), (shared,))
 
 
 __all__ = ["dropout_with", "feature_dropout_with"]

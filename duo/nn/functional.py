@@ -48,7 +48,7 @@ from duo.functional._ssa import align
 from duo.functional.attention import _attention_weights, attention_arguments
 from duo.functional.random import _dropout, _dropout_shared, check_probability
 from duo.functional.reduce import norm_kept
-from duo.random import STATE, draw
+from duo.random import draw
 from duo_ir.errors import ArgumentError, ShapeError
 
 
@@ -145,7 +145,7 @@ def dropout(
     p = check_probability("dropout", p)
     if not training or (p.__class__ is float and p == 0.0):
         return input
-    return _done(input, draw(_dropout, (input, STATE, p), (), generator), inplace)
+    return _done(input, draw(_dropout, (input, p), (), generator), inplace)
 
 
 def _channel_dropout(name: str, rank: int, input: Any, p: Any, training: bool, inplace: bool, generator: Any) -> Any:
@@ -156,7 +156,7 @@ def _channel_dropout(name: str, rank: int, input: Any, p: Any, training: bool, i
     if not training or (p.__class__ is float and p == 0.0):
         return input
     shared = tuple(range(found - rank + 2, found))
-    return _done(input, draw(_dropout_shared, (input, STATE, p), (shared,), generator), inplace)
+    return _done(input, draw(_dropout_shared, (input, p), (shared,), generator), inplace)
 
 
 def dropout1d(

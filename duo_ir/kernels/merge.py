@@ -8,11 +8,13 @@ memory in the same way. A value may pass between members only where both walk it
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from duo_ir.core import Value
 from duo_ir.kernels.access import expand, is_row_major, refine, respread, split_at
 from duo_ir.kernels.assemble import Member
-from duo_ir.kernels.draft import Axes, Draft, Ref
+from duo_ir.kernels.body import BodyBuilder
+from duo_ir.kernels.draft import Axes, Draft, DraftStage, Ref, collect_refs, with_groups
 from duo_ir.types import DimLike, product
 
 MOST_ROWS = 1500  # instructions in one kernel
@@ -59,7 +61,9 @@ class _Merger:
             current = new
             if self.fuse and not new.fixed:
                 for p in producers:
-                    if p is not current and self._joins(p, current):
+                    if p is current:
+                        continue
+                    if self._joins(p, current) or (p.target is not None and self._joins_permuted(p, current)):
                         current = self._join(p, current)
                 if draft.kind != "contract":
                     current = self._join_siblings(draft, current)
@@ -102,6 +106,24 @@ class _Merger:
                 return False
         self._found = layout
         return True
+
+    def _joins_permuted(self, p: Group, c: Group) -> bool:
+        """Tries a map that reads the contraction's result transposed: its loops may run in the contraction's order, its store is strided."""
+        if len(c.members) != 1 or c.members[0].draft.kind != "map":
+            return False
+        made = {v for m in p.members for v in m.draft.values}
+        own = c.members[0]
+        for ref in own.draft.refs:
+            if ref.value in made:
+                draft = _permuted(own.draft, ref)
+                if draft is None:
+                    return False
+                c.members = [Member(draft, draft.axes, len(draft.outer))]
+                if self._joins(p, c):
+                    return True
+                c.members = [own]
+                return False
+        return False
 
     def _layout(self, p: Group, c: Group) -> list[Member] | None:
         """All members over common outer loops, or None."""
@@ -198,6 +220,30 @@ def _placed(draft: Draft, size: DimLike, reduces: bool) -> Member | None:
         return None
     found = split_at(draft.outer, size)
     return None if found is None else Member(draft, *found)
+
+
+def _permuted(draft: Draft, ref: Ref) -> Draft | None:
+    """The map with its loops in the order in which `ref` is read row-major; None where there is none, or where its innermost loop would
+    not stay innermost."""
+    offset, strides = ref.position
+    order: list[int] = []
+    step: DimLike = 1
+    while len(order) < len(strides):
+        found = [k for k, s in enumerate(strides) if s == step and k not in order]
+        if not found:
+            return None
+        order.insert(0, found[0])
+        step = step * draft.outer[found[0]]
+    if offset != 0 or not order or order[-1] != len(order) - 1 or not ref.plain:
+        return None
+    (stage,) = draft.stages
+    builder = BodyBuilder()
+    builder.rows = list(stage.builder.rows)
+    turned = DraftStage((), builder, list(stage.stores))
+    with_groups(turned, [[k] for k in order])
+    return replace(
+        draft, outer=tuple([draft.outer[k] for k in order]), stages=[turned], refs=collect_refs([turned]), partial=True
+    )
 
 
 def _passes(maker: Member, reader: Member, ref: Ref) -> bool:

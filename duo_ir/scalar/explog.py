@@ -74,7 +74,7 @@ _OF = {
         exp_range=(-746.0, 710.0),
         minus_one=-40.0,
         tanh_one=20.0,
-        hyperbolic_range=711.0,
+        hyperbolic_range=710.6,
         # as above, both relative to expm1: 2^-54.7 and 2^-60.0
         exp=(
             0.5000000000000006, 0.16666666666666588, 0.04166666666657648, 0.008333333333389694,

@@ -135,8 +135,8 @@ def _by_log_f32(
     w = s.neg(log(s, one_minus_square))
     v = s.sqrt(w)
     near = s.fma(x, horner(s, w, middle), x)
-    tail = s.copysign(horner(s, s.sub(v, k(shift)), outer), x)
-    return s.select(s.gt(w, k(6.0)), tail, near), v
+    tail = horner(s, s.sub(v, k(shift)), outer)
+    return s.copysign(s.select(s.gt(w, k(6.0)), tail, near), x), v
 
 
 def _quantile_f32(s: Builder, p: H, q: H, rest: H) -> H:

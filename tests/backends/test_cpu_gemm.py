@@ -175,8 +175,9 @@ def matmul(
         buffer.data[:] = values(rng, len(buffer.data), d)
         if special and len(buffer.data):
             picks = rng.integers(0, len(buffer.data), 1 + len(buffer.data) // 50)
-            buffer.data[picks] = rng.choice(np.array([np.nan, np.inf, -np.inf, -0.0, 0.0, 1e-40, 3e38]), len(picks))
-    sizes = {name: value for name, value in (("m", m), ("n", n), ("k", k)) if name in symbolic}
+            odd = np.array([np.nan, np.inf, -np.inf, -0.0, 0.0, 1e-40, 3e38 if d is not f16 else 65504.0])
+            buffer.data[picks] = rng.choice(odd, len(picks))
+    sizes = {name: value for name, value in (("m", m), ("n", n), ("k", k), ("b", count)) if name in symbolic}
 
     def size(name: str, value: int) -> DimLike:
         return Dim.symbol(name) if name in symbolic else value
@@ -184,15 +185,13 @@ def matmul(
     ms, ns, ks = size("m", m), size("n", n), size("k", k)
     exact_a: Sequence[DimLike] = (ks, 1) if a_order == "row" else (1, ms) if a_order == "column" else a_strides
     exact_b: Sequence[DimLike] = (ns, 1) if b_order == "row" else (1, ks) if b_order == "column" else b_strides
-    lead = () if batch is None else (0,)
     a_lead = () if batch is None else (0 if "a" in shared else a_size,)
     b_lead = () if batch is None else (0 if "b" in shared else b_size,)
-    del lead
     out = Access(2, Affine(0, (*(() if batch is None else (ms * ns,)), ns, 1)))
     body, stores = plain(out, result)
     kernel = ContractKernel(
         (Arg(d, len(a_buffer.data)), Arg(d, len(b_buffer.data)), Arg(result, len(c_buffer.data), True)),
-        () if batch is None else (batch,), ms, ns, ks,
+        () if batch is None else (size("b", count),), ms, ns, ks,
         Access(0, Affine(a_offset, (*a_lead, *exact_a))), Access(1, Affine(b_offset, (*b_lead, *exact_b))),
         acc, result, body, stores, tuple(sizes),
     )  # fmt: skip
@@ -216,7 +215,7 @@ EDGES = (1, 2, 7, 8, 13, 14, 15, 16, 17, 31, 32, 33, 47, 48, 49, 63, 65, 100)
 def test_tile_edges(width: str, m: int) -> None:
     where = machine_or_skip(width)
     rng = np.random.default_rng(m)
-    for n in rng.choice(EDGES[1:], 5, replace=False):
+    for n in rng.choice(EDGES[1:], 3, replace=False):
         order = ORDERS[int(rng.integers(4))], ORDERS[int(rng.integers(4))]
         matmul(where, m, int(n), int(rng.integers(1, 40)), a_order=order[0], b_order=order[1], seed=m)
 
@@ -269,6 +268,7 @@ def test_batch(width: str, shared: str) -> None:
     where = machine_or_skip(width)
     matmul(where, 9, 33, 20, batch=4, shared=shared)
     matmul(where, 9, 33, 520, batch=2, shared=shared, b_order="column")
+    matmul(where, 3, 33, 21, batch=5, shared=shared, b_order="column", symbolic="b")
 
 
 @pytest.mark.parametrize("width", WIDTHS)
@@ -331,11 +331,32 @@ def test_epilogue(width: str, transposed: bool) -> None:
     out.check(), raw.check()
 
 
+def test_threads_share_nothing() -> None:
+    """Many units with several blocks of K and a long K, in any split, each thread in its own part of the scratch."""
+    where = machine_or_skip("native")
+    matmul(where, 200, 300, 1100, batch=2, seed=3)
+    matmul(where, 100, 100, 17000, symbolic="k", seed=4)
+
+
+def test_one_text_per_kernel() -> None:
+    """Text depends on the kernel alone, so that object code can be cached; two kernels never share a symbol."""
+    where = machine_or_skip("native")
+    codes = []
+    for n in (8, 8, 9):
+        body, stores = plain(Access(2, Affine(0, (n, 1))), f32)
+        args = (Arg(f32, 16), Arg(f32, 4 * n), Arg(f32, 4 * n, True))
+        a, b = Access(0, Affine(0, (4, 1))), Access(1, Affine(0, (n, 1)))
+        codes.append(compile_contract(ContractKernel(args, (), 4, n, 4, a, b, f32, f32, body, stores), where.target))
+    assert codes[0].text == codes[1].text
+    assert codes[0].phases[0].symbol != codes[2].phases[0].symbol
+
+
 def test_empty() -> None:
     where = machine_or_skip("native")
     for m, n, k in ((0, 5, 3), (3, 0, 3), (0, 0, 0)):
         matmul(where, m, n, k)
     matmul(where, 3, 5, 3, batch=0)
+    matmul(where, 2, 5, 0, batch=3)
 
 
 def test_operands_with_guards_are_refused() -> None:

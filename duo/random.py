@@ -86,11 +86,8 @@ def set_rng_state(state: EagerTensor) -> None:
     default_generator.set_state(state)
 
 
-STATE = object()  # stands for the generator's state among the operands of `draw`
-
-
-def draw(body: Callable[..., Any], tensors: tuple, attrs: tuple = (), generator: Generator | None = None) -> Any:
-    """The sample of `body(*tensors, *attrs) -> (sample, new state)`, where STATE among tensors is the generator's; it moves on."""
+def draw(body: Callable[..., Any], tensors: tuple = (), attrs: tuple = (), generator: Generator | None = None) -> Any:
+    """The sample of `body(state, *tensors, *attrs) -> (sample, new state)`; the generator moves on."""
     source = default_generator if generator is None else generator
-    sample, source.state = apply(body, tuple([source.state if t is STATE else t for t in tensors]), attrs)
+    sample, source.state = apply(body, (source.state, *tensors), attrs)
     return sample

@@ -12,7 +12,7 @@ from duo.eager.tensor import EagerTensor, from_numpy, material
 from duo.eager.trace import record
 from duo.functional import creation as bodies
 from duo.functional import random as samples
-from duo.random import STATE, Generator, draw
+from duo.random import Generator, draw
 from duo_ir.errors import ArgumentError, DTypeError, ShapeError
 from duo_ir.types import DType, TensorType, bool_, f32, f64, i64
 from duo_ir.types import dtype as as_dtype
@@ -168,7 +168,7 @@ def linspace(
 
 # ------------------------------------------------------------------------------------------------------ random
 def _sampled(body: Any, tensors: tuple, size: Any, dtype: DType, generator: Generator | None) -> EagerTensor:
-    return draw(body, (STATE, *tensors), (_shape(size), dtype), generator)
+    return draw(body, tensors, (_shape(size), dtype), generator)
 
 
 def rand(
@@ -210,7 +210,7 @@ def normal(
 
 def bernoulli(input: EagerTensor, *, generator: Generator | None = None) -> EagerTensor:
     """1 with the probability that `input` gives, else 0, in input's dtype."""
-    return draw(samples._bernoulli, (STATE, input), (tuple(input.shape), input.dtype), generator)
+    return draw(samples._bernoulli, (input,), (tuple(input.shape), input.dtype), generator)
 
 
 def multinomial(
@@ -219,7 +219,7 @@ def multinomial(
     """Indices drawn in proportion to the weights of the last axis."""
     if not replacement and num_samples > 1:
         raise ArgumentError("multinomial draws with replacement; pass replacement=True (one sample needs none)")
-    return draw(samples._multinomial, (STATE, input), (num_samples,), generator)
+    return draw(samples._multinomial, (input,), (num_samples,), generator)
 
 
 def randperm(n: int, *, generator: Generator | None = None, dtype: Any = None) -> EagerTensor:

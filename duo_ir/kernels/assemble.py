@@ -217,14 +217,15 @@ class Nest:
 
 
 # ---------------------------------------------------------------------------------------------------------- kernels
-def build(members: Sequence[Member], target: Axes | None, keep: Callable[[Value], bool]) -> Built:
-    """The kernel of a group. `target`: the axes (batch..., m, n) when a member is a contraction; `keep(value)`: is its memory needed?"""
+def build(members: Sequence[Member], target: Axes | None, keep: Callable[[Value], bool], symbolic: bool) -> Built:
+    """The kernel of a group. `target`: the axes (batch..., m, n) when a member is a contraction; `keep(value)`: is its memory needed?
+    `symbolic`: the program has named sizes."""
     head = members[0].draft
     where = next((m.draft.where for m in reversed(members) if m.draft.where), "")
     if head.kind == "scan":
-        return _scan(head, where)
+        return _scan(head, where, symbolic)
     if head.kind == "scatter":
-        return _scatter(head, where)
+        return _scatter(head, where, symbolic)
     if len(members) == 1:
         outer, stages = head.outer, head.stages
     else:
@@ -242,7 +243,7 @@ def build(members: Sequence[Member], target: Axes | None, keep: Callable[[Value]
         (stage,) = stages
         body, stores, _ = names.stage(stage)
         args = names.args
-        dims = _dims(args, target, (contraction.k,), a, b, body, stores)
+        dims = () if not symbolic else _dims(args, target, (contraction.k,), a, b, body, stores)
         return names.built(
             ContractKernel(
                 args,
@@ -265,7 +266,7 @@ def build(members: Sequence[Member], target: Axes | None, keep: Callable[[Value]
     for stage in stages:
         body, stores, reduces = names.stage(stage)
         done.append(Stage(stage.axes, body, stores, reduces))
-    dims = _dims(names.args, outer, *[(s.axes, s.body, s.stores) for s in done])
+    dims = () if not symbolic else _dims(names.args, outer, *[(s.axes, s.body, s.stores) for s in done])
     return names.built(LoopKernel(names.args, outer, tuple(done), dims, names.sites()), where)
 
 
@@ -336,7 +337,7 @@ class _Names:
         return Built(kernel, tuple(self.numbers), frozenset(self.written), where)
 
 
-def _scan(draft: Draft, where: str) -> Built:
+def _scan(draft: Draft, where: str, symbolic: bool) -> Built:
     names = _Names()
     assert draft.scan is not None
     (out,) = draft.values
@@ -345,11 +346,11 @@ def _scan(draft: Draft, where: str) -> Built:
     target = Access(names.buffer(out), Affine(*draft.scan[1]))
     *axes, length = draft.outer
     acc = compute_dtype(out.type.dtype)
-    dims = _dims(names.args, draft.outer, source, target)
+    dims = () if not symbolic else _dims(names.args, draft.outer, source, target)
     return names.built(ScanKernel(names.args, tuple(axes), length, source, target, acc, dims), where)
 
 
-def _scatter(draft: Draft, where: str) -> Built:
+def _scatter(draft: Draft, where: str, symbolic: bool) -> Built:
     names = _Names()
     (stage,) = draft.stages
     names.buffer(base(draft.op.operands[0]))
@@ -361,7 +362,7 @@ def _scatter(draft: Draft, where: str) -> Built:
     strides = tuple([steps[a] for a in draft.op.attrs["axes"]])
     access = Access(names.buffer(value.value), Affine(*value.position), (), strides)
     store = Store(access, number[value.handle], tuple([number[p.handle] for p in places]))
-    dims = _dims(names.args, draft.outer, (x.size,), body, (store,))
+    dims = () if not symbolic else _dims(names.args, draft.outer, (x.size,), body, (store,))
     sequential = draft.op.operands[2].type.rank
     return names.built(
         ScatterKernel(

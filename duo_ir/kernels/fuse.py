@@ -29,6 +29,7 @@ from duo_ir.opdef import (
     Reshape,
     Scatter,
 )  # fmt: skip
+from duo_ir.types import Dim
 
 CHEAP, DEAR = 1, 8  # cost of an elementwise op whose definition says cheap, and of another
 WORTH_MEMORY = 8  # cost, times the kernels that would compute it again, from which a value gets memory
@@ -326,11 +327,16 @@ def _assemble(function: Function, groups: list[Group]) -> list[Built | Op]:
     def read_elsewhere(n: int) -> Callable[[Value], bool]:
         return lambda v: v in outside or bool(read_by.get(v, set()) - {n})
 
+    symbolic = bool(function.dims) or any(_names_sizes(op) for op in function.ops)
     items: list[Built | Op] = []
     for n, g in enumerate(groups):
         head = g.members[0].draft
         if head.kind == "control":
             items.append(head.op)
         elif not head.empty:
-            items.append(build(g.members, g.target, read_elsewhere(n)))
+            items.append(build(g.members, g.target, read_elsewhere(n), symbolic))
     return items
+
+
+def _names_sizes(op: Op) -> bool:
+    return any(not r.type.is_static for r in op.results) or any(isinstance(a, Dim) for a in op.attrs.values())

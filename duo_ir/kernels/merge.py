@@ -93,9 +93,8 @@ class _Merger:
         """Whether consumer group c may join producer group p; on success the members' layouts are set."""
         if p.fixed or c.fixed or c.target is not None or p.rows + c.rows > MOST_ROWS:
             return False
-        for number in _bits(c.before & ~p.bits & ~c.bits):
-            if self.home[number].before & p.bits:
-                return False
+        if p.reduces == c.reduces and p.outer_size != c.outer_size:
+            return False
         layout = self._layout(p, c)
         if layout is None:
             return False
@@ -104,6 +103,8 @@ class _Merger:
         for m in layout[len(p.members) :]:
             if not all(_passes(made[ref.value], m, ref) for ref in m.draft.refs if ref.value in made):
                 return False
+        if any(self.home[n].before & p.bits for n in _bits(c.before & ~p.bits & ~c.bits)):
+            return False  # something between the two would come to depend on itself
         self._found = layout
         return True
 

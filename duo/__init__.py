@@ -38,7 +38,7 @@ from duo.tensor import Tensor
 from duo_backends.cpu.threads import get_num_threads, set_num_threads
 from duo_ir.errors import DuoError
 from duo_ir.types import bf16 as bfloat16
-from duo_ir.types import bool_ as bool  # noqa: A004
+from duo_ir.types import bool_ as bool
 from duo_ir.types import dtype as _dtype
 from duo_ir.types import f16 as float16
 from duo_ir.types import f32 as float32
@@ -51,4 +51,4 @@ from duo_ir.types import u8 as uint8
 
 __version__ = "0.1.0"
 half, double, long, short = float16, float64, int64, int16
-float, int = float32, int32  # noqa: A001
+float, int = float32, int32

@@ -7,6 +7,9 @@ the reference interpreter, which gives the same bits.
 
 from __future__ import annotations
 
+import ctypes
+import functools
+import importlib
 import os
 import threading
 from collections import OrderedDict
@@ -16,12 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from duo_backends.cpu.backend import CpuBackend
-from duo_backends.cpu.memory import Buffer
+from duo_backends.cpu.memory import Buffer, allocate
 from duo_ir.core import Function
 from duo_ir.errors import ArgumentError, DeviceError
-from duo_ir.interpret import interpret
-from duo_ir.pipeline import compile as compile_function
 from duo_ir.types import TensorType
 
 MAX_EXECUTABLES = 2048
@@ -37,7 +37,22 @@ class Statistics:
 
 
 statistics = Statistics()
-backend = CpuBackend()
+
+
+@functools.cache
+def backend() -> Any:
+    """The CPU backend. Emitters and passes are loaded here, at the first compilation, so that `import duo` stays quick."""
+    return importlib.import_module("duo_backends.cpu.backend").CpuBackend()
+
+
+@functools.cache
+def _pipeline() -> Any:
+    return importlib.import_module("duo_ir.pipeline")
+
+
+@functools.cache
+def _interpreter() -> Any:
+    return importlib.import_module("duo_ir.interpret")
 
 
 class Interpreted:
@@ -53,7 +68,7 @@ class Interpreted:
             to_numpy(b, p.type, copy=True) if isinstance(b, Buffer) else np.asarray(b, p.type.dtype.numpy)
             for b, p in zip(inputs, self.function.params)
         ]
-        return [from_numpy(a) for a in interpret(self.function, *arrays)]
+        return [from_numpy(a) for a in _interpreter().interpret(self.function, *arrays)]
 
 
 _cache: OrderedDict[tuple[str, bool, tuple[int, ...]], Any] = OrderedDict()
@@ -92,11 +107,7 @@ def runnable(function: Function, fused: bool = True, scalars: Collection[int] = 
         except KeyError:
             pass
         return found
-    made = (
-        Interpreted(function)
-        if _use_interpreter
-        else compile_function(function, backend, fusion=fused, scalars=scalars).bind({})
-    )
+    made = Interpreted(function) if _use_interpreter else _compile(function, fused, scalars)
     with _lock:
         statistics.compiled += 1
         statistics.fused += fused
@@ -106,14 +117,28 @@ def runnable(function: Function, fused: bool = True, scalars: Collection[int] = 
     return made
 
 
+def _compile(function: Function, fused: bool, scalars: Collection[int]) -> Any:
+    return _pipeline().compile(function, backend(), fusion=fused, scalars=scalars).bind({})
+
+
 def from_numpy(array: np.ndarray, copy: bool = True) -> Buffer:
     """A buffer with the array's contents; without `copy`, its very memory (C-contiguous arrays)."""
-    return backend.from_numpy(array, copy)
+    if not copy:
+        return Buffer.from_numpy(array)
+    array = np.ascontiguousarray(array)
+    buffer = allocate(array.nbytes)
+    ctypes.memmove(buffer.ptr, array.ctypes.data, array.nbytes)
+    return buffer
 
 
 def to_numpy(buffer: Buffer, type: TensorType, copy: bool = False) -> np.ndarray:
     """The buffer as an array of that type; without `copy`, a view that keeps the buffer alive."""
-    return backend.to_numpy(buffer, type.dtype, type.static_shape(), copy)
+    shape = type.static_shape()
+    return buffer.read(type.dtype, shape) if copy else buffer.numpy(type.dtype, shape)
+
+
+def synchronize() -> None:
+    """Waits for programs that were started. Those on the CPU have finished when they return."""
 
 
 def check_device(device: object) -> str:

@@ -15,11 +15,10 @@ import sys
 from typing import Any
 
 from duo import runtime
-from duo.eager import trace as tracing
 from duo.eager.autograd import Inner
 from duo.eager.build import Construction, Watch
 from duo.eager.segments import Origin, Position, Pullback, Segment
-from duo.eager.trace import END, NOTHING, Info, Macro, Node, Trace, Val, settle, state
+from duo.eager.trace import END, NOTHING, Info, Macro, Node, Trace, Val, hooks, settle, state
 from duo_ir.core import Value
 from duo_ir.errors import GradientError, TraceError
 from duo_ir.types import DType
@@ -32,7 +31,7 @@ def _baseline() -> int:
     entries = [Val(None, 0, None, NOTHING)]
     held = [Val(None, 0, None, NOTHING)]
     keep = held[0]
-    alone, kept = list(map(_getrefcount, entries))[0], list(map(_getrefcount, held))[0]
+    (alone,), (kept,) = list(map(_getrefcount, entries)), list(map(_getrefcount, held))
     # Where counts do not tell (no reference counting, deferred counts) everything is taken to be live.
     return alone if kept == alone + 1 and keep is held[0] else -1
 
@@ -209,7 +208,7 @@ def _finish(trace: Trace) -> None:
 def synchronize() -> None:
     """Runs what this thread has recorded and waits for it."""
     flush()
-    runtime.backend.synchronize()
+    runtime.synchronize()
 
 
 # ------------------------------------------------------------------------------------------------ when to flush
@@ -220,15 +219,10 @@ def configure(sync: bool | None = None, flush_seed: int | None = None) -> None:
     """`DUO_SYNC` and `DUO_FLUSH` at run time: `sync` flushes after every op, `flush_seed` at random points."""
     global _random
     if sync is not None:
-        tracing.stop_policy = _always if sync else _by_size
+        hooks.policy = _always if sync else None
     if flush_seed is not None:
         _random = random.Random(flush_seed)
-        tracing.stop_policy = _at_random
-    tracing.SYNC = tracing.stop_policy is not _by_size
-
-
-def _by_size() -> tuple[bool, bool]:
-    return True, False
+        hooks.policy = _at_random
 
 
 def _always() -> tuple[bool, bool]:
@@ -240,8 +234,7 @@ def _at_random() -> tuple[bool, bool]:
     return _random.random() < 0.15, False
 
 
-tracing.flush_hook = flush
-tracing.stop_policy = _by_size
+hooks.flush = flush
 _flush_setting = os.environ.get("DUO_FLUSH", "")
 configure(
     sync=os.environ.get("DUO_SYNC", "0") not in ("", "0"),

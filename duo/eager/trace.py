@@ -17,7 +17,7 @@ from types import CodeType
 from typing import Any
 
 from duo.runtime import Buffer
-from duo_ir.core import Builder, Loc, Value
+from duo_ir.core import Builder, Loc
 from duo_ir.types import DType, TensorType, bool_, f64, i64, promote_scalar
 
 MAX_ENTRIES = 4096
@@ -218,7 +218,17 @@ class _State(threading.local):
 state = _State()
 _infer_memo: dict[tuple, tuple[tuple[TensorType, ...], tuple[DType, ...]]] = {}
 _node_count = [0]
-flush_hook: Callable[[Trace], None]  # set by flush.py: closes and runs a trace
+
+
+class Hooks:
+    """What flush.py, a room above this one, plugs in: `flush` closes and runs a trace; `policy`, when set, is asked after every op whether to
+    flush now and whether to raise errors here (DUO_SYNC, DUO_FLUSH)."""
+
+    flush: Callable[[Trace], None]
+    policy: Callable[[], tuple[bool, bool]] | None = None
+
+
+hooks = Hooks()
 
 
 def open_trace() -> Trace:
@@ -243,7 +253,7 @@ def settle(val: Val) -> Buffer:
     if val.buf is None:
         trace = val.trace
         if trace is not None:
-            flush_hook(trace)
+            hooks.flush(trace)
         if val.buf is None:
             raise val.extra if isinstance(val.extra, BaseException) else RuntimeError("a value was lost")
     return val.buf
@@ -308,7 +318,7 @@ def record(body: Any, operands: tuple, attrs: tuple = ()) -> list[Val]:
                 val.scalars = scalars
             if trace.entries[-1] is last:
                 trace.entries.append(val)
-                if node.stop or last.index > MAX_ENTRIES or SYNC:
+                if node.stop or last.index > MAX_ENTRIES or hooks.policy is not None:
                     _stop(trace, val)
                 return [val]
         else:
@@ -316,21 +326,17 @@ def record(body: Any, operands: tuple, attrs: tuple = ()) -> list[Val]:
             vals[0].scalars = scalars
             if trace.entries[-1] is last:
                 trace.entries.extend(vals)
-                if node.stop or last.index > MAX_ENTRIES or SYNC:
+                if node.stop or last.index > MAX_ENTRIES or hooks.policy is not None:
                     _stop(trace, *vals)
                 return vals
-
-
-SYNC = False  # DUO_SYNC=1 and DUO_FLUSH=random:SEED: `_stop` is asked after every op
-stop_policy: Callable[[], tuple[bool, bool]] = lambda: (True, False)  # -> (flush now, raise errors here)
 
 
 def _stop(trace: Trace, *vals: Val) -> None:
     if state.capture is not None:
         return
-    flush, raising = stop_policy() if SYNC else (True, False)
+    flush, raising = hooks.policy() if hooks.policy is not None else (True, False)
     if flush:
-        flush_hook(trace)
+        hooks.flush(trace)
         if raising:
             for val in vals:
                 settle(val)

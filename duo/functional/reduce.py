@@ -352,10 +352,9 @@ def all(input: Any, dim: Any = None, keepdim: bool = False) -> Any:
 # ------------------------------------------------------------------------------------------- softmax and cumulative
 def softmax_of(x: Value, axis: int) -> Value:
     """softmax of an f32 or f64 value. The shift by the maximum cancels, so no derivative passes through it."""
-    if not x.type.shape:
-        return ew.exp(x - ew.stop_gradient(x))
-    e = ew.exp(x - ew.stop_gradient(max_kept(x, (axis,))))
-    return e / sum_kept(e, (axis,))
+    axes = (axis,) if x.type.shape else ()
+    e = ew.exp(x - ew.stop_gradient(max_kept(x, axes)))
+    return e / sum_kept(e, axes)
 
 
 def log_softmax_of(x: Value, axis: int) -> Value:

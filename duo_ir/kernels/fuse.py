@@ -220,7 +220,7 @@ class _Choice:
 
     def computed_too_often(self, groups: list[Group]) -> set[Value]:
         """Values that several kernels would compute and that are dear enough to be stored instead."""
-        where: dict[Value, int] = {v: g.bits for g in groups for m in g.members for v in m.draft.values}
+        where: dict[Value, int] = {v: 1 << n for n, g in enumerate(groups) for m in g.members for v in m.draft.values}
         reach: dict[Value, int] = {}
         found: set[Value] = set()
         for op in reversed(self.ops):
@@ -231,7 +231,7 @@ class _Choice:
                 for user in self.users.get(v, ()):
                     for r in user.results:
                         homes |= where[r] if r in where else reach.get(r, 0)
-                count = sum(1 for g in groups if g.bits & homes)
+                count = homes.bit_count()
                 if count > 1 and self.cost.get(v, 0) * (count - 1) >= WORTH_MEMORY and base(v) is v:
                     found.add(v)
                     where[v] = homes & -homes

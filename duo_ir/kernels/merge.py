@@ -30,6 +30,7 @@ class Group:
         self.first = self.number = number
         self.bits = 1 << number
         self.before = 0
+        self.direct: set[int] = set()  # numbers of drafts in the groups it reads from
         self.rows = draft.rows
         self.reduces = draft.kind == "reduce"
         self.target: Axes | None = draft.outer if draft.kind == "contract" else None
@@ -57,6 +58,7 @@ class _Merger:
             producers = self._producers(draft)
             for p in producers:
                 new.before |= p.before | p.bits
+                new.direct.add(p.number)
             self.groups.append(new)
             current = new
             if self.fuse and not new.fixed:
@@ -103,8 +105,10 @@ class _Merger:
         for m in layout[len(p.members) :]:
             if not all(_passes(made[ref.value], m, ref) for ref in m.draft.refs if ref.value in made):
                 return False
-        if any(self.home[n].before & p.bits for n in _bits(c.before & ~p.bits & ~c.bits)):
-            return False  # something between the two would come to depend on itself
+        for n in c.direct:
+            between = self.home[n]
+            if between is not p and between is not c and between.before & p.bits:
+                return False  # it would come to depend on itself
         self._found = layout
         return True
 
@@ -166,6 +170,7 @@ class _Merger:
         p.members = self._found
         p.bits |= c.bits
         p.before = (p.before | c.before) & ~p.bits
+        p.direct |= c.direct
         p.rows += c.rows
         if c.reduces and not p.reduces:
             p.outer_size = c.outer_size

@@ -50,6 +50,7 @@ def _operator(body: Callable[..., Any], name: str) -> Any:
         return other if other is NotImplemented else apply(body, (self, other))
 
     operator.__name__ = operator.__qualname__ = name
+    operator.body = body  # type: ignore[attr-defined]
     return operator
 
 
@@ -454,7 +455,8 @@ class Tensor:
     index_fill_, index_put_ = _in_place(F.index_fill), _in_place(F.index_put)
     addmm_, baddbmm_ = _in_place(F.addmm), _in_place(F.baddbmm)
     tril_, triu_, cumsum_ = _in_place(F.tril), _in_place(F.triu), _in_place(F.cumsum)
-    logical_and_, logical_or_, logical_not_ = map(_in_place, (F.logical_and, F.logical_or, F.logical_not))
+    logical_and_, logical_or_ = _in_place(F.logical_and), _in_place(F.logical_or)
+    logical_not_ = _in_place(F.logical_not)
 
     def _draw_(self, body: Any, parameters: tuple, generator: Any) -> Any:
         """Stores a sample of the random `body` here and the generator's new state there."""

@@ -147,6 +147,9 @@ class Engine:
             origins = [k for k in self.cotangents if not isinstance(k, GradLeaf)]
             if not origins:
                 return
+            for origin in origins:
+                if origin.error is not None:
+                    raise origin.error
             segment = max((k.segment for k in origins), key=lambda s: s.serial)
             mine = {k.number: self.cotangents.pop(k) for k in origins if k.segment is segment}
             if self.create:
@@ -164,7 +167,7 @@ class Engine:
             if number is not None:
                 seeds[number] = gradient
         wanted = [v.index for v in self.wanted if v.trace is trace]
-        hooked = [n for n, v in enumerate(entries) if isinstance(v.extra, Inner) and v.trace is trace and v.buf is None]
+        hooked = trace.hooked
 
         def stage(low: int, given: Cotangents, wanted: Sequence[int]) -> Cotangents:
             refs = tuple((n, -1 if t is None else number_in(trace, t)) for n, t in given.items())

@@ -51,8 +51,9 @@ class Program:
         self.outs = tuple(outs)
         self.residuals: tuple[Position, ...] = ()
         kept: list[Value] = []
-        if alive := [n for n in outs if n not in self.errors]:
-            pullback = Pullback(plan.node, 0, alive, (), check=False)
+        self.alive = [n for n in outs if n not in self.errors]
+        if self.alive:
+            pullback = Pullback(plan.node, 0, self.alive, (), check=False)
             plan.saving |= pullback.touched
             self.residuals = tuple(p for p in pullback.residuals if p[0] >= 0)
             kept = [construction.builder.ops[i].results[r] for i, r in self.residuals]
@@ -143,7 +144,9 @@ def _run(trace: Trace) -> None:
     if plan is None:
         plan = node.memo = FlushPlan(node)
     counts = list(map(_getrefcount, entries))
-    live = tuple([n for n in plan.candidates if counts[n] > _ALONE or isinstance(entries[n].extra, Inner)])
+    live = tuple([n for n in plan.candidates if counts[n] > _ALONE])
+    if trace.hooked:  # a hook must be called even if its tensor has gone
+        live = tuple(sorted({*live, *trace.hooked}))
     if not live:
         _finish(trace)
         return
@@ -160,19 +163,19 @@ def _run(trace: Trace) -> None:
             entries[n].trace = None
         _finish(trace)
         return
-    segment = _segment(trace, plan, program, buffers) if program.outs else None
+    origins: dict[int, Origin] = {}
+    if program.alive:
+        origins = _segment(trace, plan, program, buffers).origins
+    else:
+        for n in program.outs:
+            origins[n] = Origin(None, n, program.errors[n])
     for n, buffer in zip(program.order, buffers):
         val = entries[n]
         val.buf = buffer
-        if segment is not None and n in segment.origins and not plan_is_leaf(val):
-            val.extra = segment.origins[n]
+        if n in origins:
+            val.extra = origins[n]
         val.trace = None
     _finish(trace)
-
-
-def plan_is_leaf(val: Val) -> bool:
-    """Whether the value is a leaf of its own (a parameter that was updated), not an output of the segment."""
-    return val.extra is not None and not isinstance(val.extra, Inner)
 
 
 def _segment(trace: Trace, plan: FlushPlan, program: Program, buffers: list[Any]) -> Segment:
@@ -203,6 +206,7 @@ def _finish(trace: Trace) -> None:
     trace.done = True
     trace.leaves = {}
     trace.leaf_numbers = {}
+    trace.entries = [END]  # entries refer to their trace: without this only the garbage collector would free them
 
 
 def synchronize() -> None:

@@ -31,7 +31,7 @@ class Origin:
 
     __slots__ = ("error", "hooks", "number", "segment")
 
-    def __init__(self, segment: Segment, number: int, error: Exception | None) -> None:
+    def __init__(self, segment: Segment | None, number: int, error: Exception | None) -> None:
         self.segment, self.number, self.error = segment, number, error
         self.hooks: list[Callable] = []
 
@@ -155,9 +155,6 @@ class Segment:
 
     def walk(self, engine: Engine, seeds: Cotangents) -> None:
         """Takes the cotangents of its outputs to its leaves."""
-        for n in seeds:
-            if (error := self.origins[n].error) is not None:
-                raise error
         for n, extra in self.extras.items():
             gradient = engine.cotangents.get(extra)
             if gradient is not None and n not in seeds:

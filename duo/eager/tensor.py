@@ -18,7 +18,8 @@ from duo import runtime
 from duo.dispatch import View
 from duo.eager.autograd import Engine, GradLeaf, Inner
 from duo.eager.flush import flush
-from duo.eager.trace import MARK, OVERWRITE, Info, Val, commit, note, open_trace, record, settle, state
+from duo.eager.printing import format_tensor
+from duo.eager.trace import MARK, OVERWRITE, Info, Val, commit, note, open_trace, record, record_pair, settle, state
 from duo.tensor import Tensor
 from duo_ir.core import Value
 from duo_ir.errors import ArgumentError, DTypeError, GradientError, ShapeError, TraceError
@@ -59,6 +60,30 @@ def _conform(new: Value, dtype: DType, shape: Shape) -> Value:
     return broadcast_to(cast_to(new, dtype), shape)
 
 
+_new: Any = object.__new__
+
+
+def _binary(name: str) -> Any:
+    """The operator `name` with its common case written out: eager tensor with eager tensor or number."""
+    base = getattr(Tensor, name)
+    body = base.body
+
+    def operator(self: Any, other: Any) -> Any:
+        cls = other.__class__
+        if cls is not EagerTensor and cls is not float and cls is not int and not isinstance(other, EagerTensor):
+            return base(self, other)
+        out = _new(EagerTensor)
+        out._val = record_pair(body, self, other)
+        out._storage = None
+        out._chain = ()
+        out._seen = 0
+        out._leaf = None
+        return out
+
+    operator.__name__ = operator.__qualname__ = name
+    return operator
+
+
 class EagerTensor(Tensor):
     """A tensor whose ops run when their results are looked at. See `duo.Tensor` for what it can do."""
 
@@ -73,6 +98,9 @@ class EagerTensor(Tensor):
         self._leaf: GradLeaf | None = None
 
     # ------------------------------------------------------------------------------------------- ops and views
+    __add__, __sub__, __mul__, __truediv__ = map(_binary, ("__add__", "__sub__", "__mul__", "__truediv__"))
+    __matmul__ = _binary("__matmul__")
+
     @staticmethod
     def _apply(body: Callable, tensors: tuple, attrs: tuple) -> Any:
         vals = record(body, tensors, attrs)
@@ -326,8 +354,6 @@ class EagerTensor(Tensor):
         return self._array(share=False).tolist()
 
     def __repr__(self) -> str:
-        from duo.eager.printing import format_tensor
-
         return format_tensor(self)
 
     # ------------------------------------------------------------------------------------------- gradients
@@ -346,6 +372,8 @@ class EagerTensor(Tensor):
         val = self._value()
         if val.extra is None:
             val.extra = Inner()
+            if val.trace is not None:
+                val.trace.hooked.append(val.index)
         return RemovableHook(val.extra.hooks, hook)
 
     def retain_grad(self) -> None:

@@ -17,7 +17,8 @@ from types import CodeType
 from typing import Any
 
 from duo.runtime import Buffer
-from duo_ir.core import Builder, Loc
+from duo_ir.core import Builder, Loc, Op, Value
+from duo_ir.ops import stop_gradient
 from duo_ir.types import DType, TensorType, bool_, f64, i64, promote_scalar
 
 MAX_ENTRIES = 4096
@@ -49,7 +50,7 @@ class Node:
     """One step of a path. `infos` describes the values that the step made."""
 
     __slots__ = (
-        "__weakref__", "attrs", "extra", "first", "grad", "infos", "key", "loc", "memo", "next", "parent", "size", "stop",
+        "__weakref__", "attrs", "extra", "first", "grad", "info", "infos", "key", "loc", "memo", "next", "parent", "size", "stop",
         "tracked",
     )  # fmt: skip
 
@@ -57,6 +58,7 @@ class Node:
         self, parent: Node | None, key: tuple, infos: tuple[Info, ...], grad: bool, loc: Loc | None, attrs: tuple = ()
     ) -> None:
         self.parent, self.key, self.infos, self.grad, self.loc, self.attrs = parent, key, infos, grad, loc, attrs
+        self.info = infos[0]
         self.next: dict[tuple, Node] = {}
         self.memo: Any = None  # what a flush here needs to know (flush.py)
         self.extra: Any = None
@@ -175,12 +177,13 @@ END = Val(None, -1, _END_NODE, NOTHING)
 class Trace:
     """A program under recording. Entry 0 stands for the root."""
 
-    __slots__ = ("__weakref__", "done", "entries", "leaf_numbers", "leaves", "lock", "node")
+    __slots__ = ("__weakref__", "done", "entries", "hooked", "leaf_numbers", "leaves", "lock", "node")
 
     def __init__(self, grad: bool) -> None:
         self.entries: list[Val] = [Val(self, 0, _ROOTS[grad], NOTHING)]
         self.leaves: dict[Val, int] = {}  # a value from outside -> its number here
         self.leaf_numbers: dict[Any, int] = {}  # a GradLeaf -> number of its first entry
+        self.hooked: list[int] = []  # values with hooks, other than leaves
         self.lock = threading.RLock()
         self.node: Node | None = None  # set when closed
         self.done = False
@@ -198,7 +201,7 @@ class Trace:
         vals = commit(self, (LEAF, info.type, info.requires_grad, earlier))
         if vals is None:
             return -1
-        (proxy,) = vals
+        proxy = vals[0]
         proxy.buf, proxy.extra = val.buf, val.extra
         self.leaves[val] = proxy.index
         if leaf is not None and earlier < 0:
@@ -216,7 +219,7 @@ class _State(threading.local):
 
 
 state = _State()
-_infer_memo: dict[tuple, tuple[tuple[TensorType, ...], tuple[DType, ...]]] = {}
+_infer_memo: dict[tuple, Any] = {}  # of `infer`
 _node_count = [0]
 
 
@@ -273,6 +276,13 @@ def commit(trace: Trace, key: tuple, scalars: tuple | None = None) -> list[Val] 
             if last is END:
                 return None
             node = _miss(last, key, ())
+        if len(node.infos) == 1:
+            val = Val(trace, last.index + 1, node, node.info)
+            val.scalars = scalars
+            if trace.entries[-1] is last:
+                trace.entries.append(val)
+                return [val]
+            continue
         vals = [Val(trace, last.index + 1 + k, node, info) for k, info in enumerate(node.infos)]
         vals[0].scalars = scalars
         if trace.entries[-1] is last:
@@ -311,24 +321,54 @@ def record(body: Any, operands: tuple, attrs: tuple = ()) -> list[Val]:
                 open_trace()
                 continue
             node = _miss(last, key, attrs)
-        infos = node.infos
-        if len(infos) == 1:
-            val = Val(trace, last.index + 1, node, infos[0])
-            if scalars is not None:
-                val.scalars = scalars
-            if trace.entries[-1] is last:
-                trace.entries.append(val)
-                if node.stop or last.index > MAX_ENTRIES or hooks.policy is not None:
-                    _stop(trace, val)
-                return [val]
+        vals = [Val(trace, last.index + 1 + k, node, info) for k, info in enumerate(node.infos)]
+        vals[0].scalars = scalars
+        if trace.entries[-1] is last:
+            trace.entries.extend(vals)
+            if node.stop or last.index > MAX_ENTRIES or hooks.policy is not None:
+                _stop(trace, *vals)
+            return vals
+
+
+def record_pair(body: Any, a: Any, b: Any) -> Val:
+    """`record` for what programs do most: one result from a tensor and a tensor or Python number, no attributes."""
+    while True:
+        trace = state.trace
+        val = a._val if a._storage is None else a._current()
+        first = val.index if val.trace is trace else trace.enter(val)
+        cls = b.__class__
+        if cls is float or cls is int:
+            key: tuple = (body, first, cls)
+            scalars = (b,)
         else:
-            vals = [Val(trace, last.index + 1 + k, node, info) for k, info in enumerate(infos)]
-            vals[0].scalars = scalars
-            if trace.entries[-1] is last:
-                trace.entries.extend(vals)
-                if node.stop or last.index > MAX_ENTRIES or hooks.policy is not None:
-                    _stop(trace, *vals)
-                return vals
+            val = b._val if b._storage is None else b._current()
+            key = (body, first, val.index if val.trace is trace else trace.enter(val))
+            scalars = None
+        last = trace.entries[-1]
+        node = last.node.next.get(key)  # type: ignore[union-attr]
+        if node is None:
+            if last is END:
+                open_trace()
+                continue
+            node = _miss(last, key, ())
+        # Written out rather than called: a constructor's call would be a third of the time of an op.
+        made = _new(Val)
+        made.trace = trace
+        made.index = last.index + 1
+        made.node = node
+        made.info = node.info
+        made.buf = None
+        made.scalars = scalars
+        made.extra = None
+        made.overwritten = False
+        if trace.entries[-1] is last:
+            trace.entries.append(made)
+            if node.stop or last.index > MAX_ENTRIES or hooks.policy is not None:
+                _stop(trace, made)
+            return made
+
+
+_new: Any = object.__new__
 
 
 def _stop(trace: Trace, *vals: Val) -> None:
@@ -354,10 +394,10 @@ def _miss(last: Val, key: tuple, attrs: tuple) -> Node:
     else:
         refs = key[1:-2] if attrs else key[1:]
         operand_infos = [parent.info_of(r) if r.__class__ is int else r for r in refs]
-        types = infer(body, tuple([i if i.__class__ is type else i.type for i in operand_infos]), attrs)
+        types, reached = infer(body, tuple([i if i.__class__ is type else i.type for i in operand_infos]), attrs)
         grad = parent.grad
-        needs = grad and any(i.__class__ is Info and i.requires_grad for i in operand_infos)
-        infos = tuple(Info(t, needs and t.dtype.is_float) for t in types)
+        tracked = {k for k, i in enumerate(operand_infos) if grad and i.__class__ is Info and i.requires_grad}
+        infos = tuple(Info(t, not tracked.isdisjoint(r)) for t, r in zip(types, reached))
     node = Node(parent, key, infos, grad, user_location(), attrs)
     node.extra = extra
     _node_count[0] += 1
@@ -390,8 +430,12 @@ def scalar_types(operands: tuple) -> tuple[DType, ...]:
     return tuple(out)
 
 
-def infer(body: Callable[..., Any], operands: tuple, attrs: tuple) -> tuple[TensorType, ...]:
-    """Result types of `body` on operands of these TensorTypes and number classes."""
+Inferred = tuple[tuple[TensorType, ...], tuple[frozenset[int], ...]]
+
+
+def infer(body: Callable[..., Any], operands: tuple, attrs: tuple) -> Inferred:
+    """What `body` gives for operands of these TensorTypes and number classes: its result types, and for each result the numbers
+    of the operands that a gradient goes back to."""
     memo_key = (body, operands, attrs)
     found = _infer_memo.get(memo_key)
     if found is None:
@@ -403,11 +447,23 @@ def infer(body: Callable[..., Any], operands: tuple, attrs: tuple) -> tuple[Tens
         with builder:
             out = body(*values, *attrs)
         results = out if isinstance(out, (tuple, list)) else (out,)
-        found = tuple([r.type for r in results])
+        found = tuple([r.type for r in results]), _reached(values, builder.ops, results)
         if len(_infer_memo) > 50_000:
             _infer_memo.clear()
         _infer_memo[memo_key] = found
     return found
+
+
+def _reached(operands: list[Value], ops: list[Op], results: Any) -> tuple[frozenset[int], ...]:
+    """For each result the numbers of the operands that it depends on through float values, not looking behind stop_gradient."""
+    none: frozenset[int] = frozenset()
+    sources = {v: frozenset((k,)) for k, v in enumerate(operands) if v.type.dtype.is_float}
+    for op in ops:
+        if op.definition is stop_gradient:
+            continue
+        behind = none.union(*[sources.get(v, none) for v in op.operands])
+        sources.update((r, behind) for r in op.results if behind and r.type.dtype.is_float)
+    return tuple([sources.get(r, none) for r in results])
 
 
 # ------------------------------------------------------------------------------------------------- the user's line

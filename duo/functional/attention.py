@@ -30,7 +30,8 @@ def _masked_softmax(x: Value) -> Value:
 def _attention_weights(q: Value, k: Value, *arguments: Any) -> Value:
     """softmax(q k' * scale + mask) over the keys: [..., L, S]."""
     *tensors, masked, is_causal, scaled = arguments
-    scale: Any = tensors.pop() if scaled else 1.0 / math.sqrt(q.type.shape[-1])
+    width: Any = q.type.shape[-1]
+    scale = tensors.pop() if scaled else 1.0 / math.sqrt(width)
     scores = wide(nd.matmul(q, nd.swap_last(k)))
     scores = scores * (nd.cast_to(scale, scores.type.dtype) if scale.__class__ is Value else scale)
     if is_causal:

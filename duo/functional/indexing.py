@@ -119,16 +119,19 @@ def _at(d: DimLike, index: int, axis: int) -> DimLike:
 def _range(d: DimLike, start: DimLike | None, stop: DimLike | None, step: int) -> tuple[DimLike, DimLike]:
     """A slice's first position and its end, 0 <= first <= end <= d."""
     if isinstance(d, int) and not isinstance(start, Dim) and not isinstance(stop, Dim):
-        lo, hi, _ = builtins.slice(start, stop, step).indices(d)
-        return lo, builtins.max(lo, hi)
+        first, end, _ = builtins.slice(start, stop, step).indices(d)
+        return first, builtins.max(first, end)
     lo = 0 if start is None else (d + start if isinstance(start, int) and start < 0 else start)
     hi = d if stop is None else (d + stop if isinstance(stop, int) and stop < 0 else stop)
     return lo, hi
 
 
-def _places(shape: Shape, spec: Spec) -> tuple[dict, Shape]:
-    """Arguments of the slice op for `spec`, and the shape that the sliced value is seen as."""
-    start, stop, step, result = [], [], [], []
+def _places(shape: Shape, spec: Spec) -> tuple[dict, tuple[int | None, ...]]:
+    """Arguments of the slice op for `spec`, and the dims that the sliced value is seen with: 1 for a new one, None for one of its own."""
+    start: list[DimLike] = []
+    stop: list[DimLike] = []
+    step: list[int] = []
+    result: list[int | None] = []
     for item in spec:
         if item[0] == "new":
             result.append(1)
@@ -141,7 +144,7 @@ def _places(shape: Shape, spec: Spec) -> tuple[dict, Shape]:
         else:
             by = item[3]
             lo, hi = _range(d, item[1], item[2], by)
-            result.append(None)  # filled in below, when the op has inferred it
+            result.append(None)
         start.append(lo)
         stop.append(hi)
         step.append(by)

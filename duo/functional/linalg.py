@@ -258,7 +258,7 @@ def tensordot(a: Any, b: Any, dims: Any = 2) -> Any:
     if isinstance(dims, int):
         over = list(range(ra - dims, ra)), list(range(dims))
     else:
-        over = tuple([[one_axis("tensordot", d, r) for d in ds] for ds, r in zip(dims, (ra, rb))])
+        over = [one_axis("tensordot", d, ra) for d in dims[0]], [one_axis("tensordot", d, rb) for d in dims[1]]
     if len(over[0]) != len(over[1]):
         raise ArgumentError(f"tensordot: dims {dims} must name as many dims of a as of b")
     la = [chr(97 + n) for n in range(ra)]

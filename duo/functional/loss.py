@@ -17,8 +17,10 @@ from duo.functional._ssa import (
     along,
     float_dtype,
     insert_axis,
+    max_kept,
     mean_,
     sum_,
+    sum_kept,
     wide,
 )
 from duo.functional.activation import softplus_of
@@ -113,26 +115,33 @@ def _picked(scores: Value, label: Value, axis: int) -> Value:
     return sum_(ew.where(here, scores, nd.zeros_like(scores)), (axis,))
 
 
-def _nll(logp: Value, target: Value, weight: Value | None, smoothing: Any, ignore: int, reduction: str) -> Value:
-    """The loss of log-probabilities [N, C, ...] (or [C]) for labels [N, ...], in logp's dtype."""
-    axis = 1 if logp.type.rank > 1 else 0
-    classes = logp.type.shape[axis]
+def _nll(
+    scores: Value, shift: Value | None, target: Value, weight: Value | None, smoothing: Any, ignore: int, reduction: str
+) -> Value:  # fmt: skip
+    """The loss of log-probabilities `scores - shift` for labels [N, ...], in scores' dtype.
+
+    scores: [N, C, ...] (or [C]); shift: the same with one class, or None. The label's score is picked before the shift, which is then
+    applied once for each label, not for each class."""
+    axis, d = 1 if scores.type.rank > 1 else 0, scores.type.dtype
+    classes = scores.type.shape[axis]
     target = nd.cast_to(target, i64)
     valid = nd.ne(target, ignore)
     label = ew.where(valid, target, nd.zeros_like(target))
     label = indexing.gather(
         nd.iota((classes,), 0, i64), label, axes=(0,)
     )  # the label itself, once it is known to be one
-    none = nd.constant_of(0, logp.type.dtype)
-    each = ew.neg(_picked(logp, label, axis))
+    none = nd.constant_of(0, d)
+    picked = _picked(scores, label, axis)
+    each = ew.neg(picked if shift is None else picked - nd.reshape(shift, picked.type.shape))
     if weight is not None:
-        weight = nd.cast_to(weight, logp.type.dtype)
+        weight = nd.cast_to(weight, d)
         own = indexing.gather(weight, label, axes=(0,))
         each = each * own
     if smoothing is not None:
+        logp = scores if shift is None else scores - shift
         spread = logp if weight is None else logp * nd.reshape(weight, (classes, *([1] * (logp.type.rank - axis - 1))))
-        rest = ew.neg(sum_(spread, (axis,))) / nd.size_of(classes, logp.type.dtype)
-        smoothing = nd.cast_to(smoothing, logp.type.dtype) if smoothing.__class__ is Value else smoothing
+        rest = ew.neg(sum_(spread, (axis,))) / nd.size_of(classes, d)
+        smoothing = nd.cast_to(smoothing, d) if smoothing.__class__ is Value else smoothing
         each = each * (1.0 - smoothing) + rest * smoothing
     each = nd.where(valid, each, none)
     if reduction == "none":
@@ -141,26 +150,25 @@ def _nll(logp: Value, target: Value, weight: Value | None, smoothing: Any, ignor
     if reduction == "sum":
         return total
     if weight is None:
-        return total / nd.cast_to(sum_(nd.cast_to(valid, i64), _every(valid)), logp.type.dtype)
+        return total / nd.cast_to(sum_(nd.cast_to(valid, i64), _every(valid)), d)
     return total / sum_(nd.where(valid, own, none), _every(valid))
 
 
-def _class_loss(of_logits: bool, x: Value, arguments: tuple) -> Value:
-    *tensors, weighted, smoothed, ignore, reduction = arguments
-    target, *more = tensors
-    y = wide(x)
-    logp = log_softmax_of(y, 1 if x.type.rank > 1 else 0) if of_logits else y
+def _class_loss(scores: Value, shift: Value | None, arguments: tuple, dtype: DType) -> Value:
+    target, *more, weighted, smoothed, ignore, reduction = arguments
     weight = more.pop(0) if weighted else None
     smoothing = more.pop(0) if smoothed else None
-    return nd.cast_to(_nll(logp, target, weight, smoothing, ignore, reduction), float_dtype(x))
+    return nd.cast_to(_nll(scores, shift, target, weight, smoothing, ignore, reduction), dtype)
 
 
 def _nll_loss(x: Value, *arguments: Any) -> Value:
-    return _class_loss(False, x, arguments)
+    return _class_loss(wide(x), None, arguments, float_dtype(x))
 
 
 def _cross_entropy(x: Value, *arguments: Any) -> Value:
-    return _class_loss(True, x, arguments)
+    y, axes = wide(x), (1 if x.type.rank > 1 else 0,)
+    shifted = y - ew.stop_gradient(max_kept(y, axes))
+    return _class_loss(shifted, ew.log(sum_kept(ew.exp(shifted), axes)), arguments, float_dtype(x))
 
 
 def _cross_entropy_of_probabilities(x: Value, *arguments: Any) -> Value:

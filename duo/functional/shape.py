@@ -304,8 +304,8 @@ def split(tensor: Any, split_size_or_sections: Any, dim: int = 0) -> tuple:
                 f"split: how many pieces of {size} dim {dim} has is not known of {total}; give their sizes"
             )
         return _pieces(tensor, axis, (size,) * count)
-    lengths = [builtins.min(size, total - at) for at in range(0, total, size)] or [0]
-    return _pieces(tensor, axis, lengths)
+    pieces = [builtins.min(size, total - at) for at in range(0, total, size)] or [0]
+    return _pieces(tensor, axis, pieces)
 
 
 def sum_dims(dims: Any) -> DimLike:
@@ -365,9 +365,10 @@ def unbind(input: Any, dim: int = 0) -> tuple:
     axis = one_axis("unbind", dim, len(shape))
     if not shape:
         raise ShapeError("unbind: a 0-d tensor has no dim to unbind")
-    if not isinstance(shape[axis], int):
+    n = shape[axis]
+    if not isinstance(n, int):
         raise ShapeError(f"unbind: dim {dim} has a size known only at run time, {shape[axis]}")
-    return tuple([apply_view(SELECT, input, (axis, i)) for i in range(shape[axis])])
+    return tuple([apply_view(SELECT, input, (axis, i)) for i in range(n)])
 
 
 def _read(x: Value) -> Value:

@@ -132,6 +132,10 @@ class Optimizer:
 
     def _step_group(self, group: dict[str, Any]) -> None:
         options = self.options(group)
+        if not self.rule.counts and not self.rule.slots(options):
+            if params := [p for p in group["params"] if p._leaf is not None and p._leaf.grad is not None]:
+                self._update(options, group, params)
+            return
         cohorts: dict[Any, list[Any]] = {}  # parameters that were updated equally often
         for p in group["params"]:
             if p.grad is not None:

@@ -280,7 +280,7 @@ class Lowering:
         e = Emitter(self, axes)
         try:
             value = e.value(updates, index)
-            places = e.places(op, indices, index[:count], target, x.type.shape, ())
+            places = e.places(op, indices, index[:count], target, x.type.shape)
         except NeedSplit:
             for v in (updates, *indices):
                 if self.storage(v) is None:
@@ -424,6 +424,8 @@ class Emitter:
     def _always(self, bounds: Bounds) -> bool:
         """Whether the bounds hold for every turn of the loops."""
         (offset, strides), bound, step = bounds
+        if step != 1:
+            return False
         low = high = offset
         for stride, size in zip(strides, self.axes):
             if stride == 0:
@@ -432,9 +434,7 @@ class Emitter:
                 high = high + stride * (size - 1)
             else:
                 low = low + stride * (size - 1)
-        if step != 1 and any(divide(c, step) is None for c in (offset, *strides)):
-            return False
-        return step == 1 and nonnegative(low) and nonnegative(bound - 1 - high)
+        return nonnegative(low) and nonnegative(bound - 1 - high)
 
     def _guarded_load(
         self, storage: Value, x: Value, index: Index, guards: tuple[Bounds, ...], bounds: tuple[Bounds, ...], fill: int
@@ -475,13 +475,7 @@ class Emitter:
         )
 
     def places(
-        self,
-        op: Op,
-        indices: list[Value],
-        index: Index,
-        axes: tuple[int, ...],
-        shape: tuple[DimLike, ...],
-        guards: tuple[Bounds, ...],
+        self, op: Op, indices: list[Value], index: Index, axes: tuple[int, ...], shape: tuple[DimLike, ...]
     ) -> list[int]:
         """Checked i64 positions along `axes` of a tensor of that shape, one per index operand."""
         b, out = self.builder, []
@@ -489,7 +483,7 @@ class Emitter:
         index = self.intern(index)
         for i, axis in zip(indices, axes):
             text = f"{op.definition.name}{where}: index {{index}} is out of range for axis {axis}, which has {shape[axis]} elements"
-            out.append(b.check(b.convert(self.value(i, index, guards), i64), shape[axis], text))
+            out.append(b.check(b.convert(self.value(i, index), i64), shape[axis], text))
         return out
 
     def _gather(self, v: Value, op: Op, index: Index, guards: tuple[Bounds, ...]) -> int:
@@ -500,11 +494,28 @@ class Emitter:
             raise NeedMemory(x)
         if guards:  # a check must not run where the element is not wanted
             raise NeedMemory(v)
-        places = self.places(op, indices, index[:count], axes, x.type.shape, guards)
+        places = self.places(op, indices, index[:count], axes, x.type.shape)
         steps = strides_of(x.type.shape)
         rest = [a for a in range(x.type.rank) if a not in axes]
-        at = combine(0, [(steps[a], p) for a, p in zip(rest, index[count:])], self.n)
-        return self.load(storage, at, (), tuple(places), tuple([steps[a] for a in axes]))
+        terms = [(steps[a], p) for a, p in zip(rest, index[count:])]
+        handles, strides = [], []
+        for a, place in zip(axes, places):
+            known = self._affine(place, x.type.shape[a])
+            if known is None:
+                handles.append(place)
+                strides.append(steps[a])
+            else:  # an index that is a loop's own, and in range whatever the sizes: no check, no index operand
+                terms.append((steps[a], known))
+        return self.load(storage, combine(0, terms, self.n), (), tuple(handles), tuple(strides))
+
+    def _affine(self, place: int, bound: DimLike) -> Position | None:
+        """The affine position that a checked index is known to be, when it is always in range."""
+        (index,) = self.builder.rows[place][1]
+        op, _, _, attr = self.builder.rows[index]
+        if op not in ("index", "const"):
+            return None
+        position: Position = attr if op == "index" else (attr, (0,) * self.n)
+        return position if self._always((position, bound, 1)) else None
 
     def _concat(self, op: Op, index: Index, guards: tuple[Bounds, ...]) -> int:
         axis = op.attrs["axis"]

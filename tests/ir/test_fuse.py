@@ -444,6 +444,23 @@ def test_indices_are_checked_fused_or_not() -> None:
             evaluate(lower(function, fusion), x, np.array([-1, 0]))
 
 
+def test_indices_known_to_be_in_range_are_not_checked() -> None:
+    def fn(x: Value, y: Value) -> Value:
+        return ops.gather(x, nd.iota(y.type.shape, 0), y, axes=(0, 1))
+
+    (kernel,) = kernels(fn, F(B, 7), F(B, dtype=i64))
+    checks = [i for i in kernel.stages[0].body if i.op == "check"]
+    assert len(checks) == 1 and kernel.stages[0].body[-1].attr.at.strides == (7,)
+    check(function_of(fn, F(B, 7), F(B, dtype=i64)), *arrays_for((F(B, 7), F(B, dtype=i64))))
+
+    def beyond(x: Value) -> Value:
+        return ops.gather(x, nd.iota((4,), 0) + 1, axes=(0,))
+
+    for fusion in (True, False):
+        with pytest.raises(IndexOutOfRange):
+            evaluate(lower(function_of(beyond, F(4)), fusion), np.ones(4, np.float32))
+
+
 def test_a_sliced_gather_checks_what_is_sliced_away() -> None:
     def fn(x: Value, i: Value) -> Value:
         return nd.slice_axis(ops.gather(x, i, axes=(0,)) * 2.0, 0, 0, 1)

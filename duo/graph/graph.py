@@ -1,0 +1,557 @@
+"""The graph: SSA ops in creation order, reads and writes of states between them, and TensorFlow's names for it all.
+
+Everything that runs is an *item* in creation order: an SSA op, a read of a state, an assignment. A run takes the items that its fetches need,
+in that order (`lower.py`), so a read sees the last assignment before it. Items created under `control_dependencies` wait for those
+operations; an assignment that belongs to an op (a generator moving on) happens whenever the op runs. Branches of control flow are
+built in a `Frame` of their own, which captures what it uses from outside.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import numpy as np
+
+from duo.eager.tensor import EagerTensor
+from duo.eager.trace import scalar_types, user_location
+from duo.graph.errors import InvalidArgumentError, NotFoundError
+from duo.graph.states import Constant, Number, Placeholder, SeededState, SharedState, Source, State
+from duo.lower import sized, sized_type
+from duo.random import default_generator
+from duo_ir.core import Builder, Loc, Op, Value
+from duo_ir.errors import DuoError, ShapeError
+from duo_ir.ops import shape as movement
+from duo_ir.opdef import OpDef
+from duo_ir.types import Dim, DimLike, TensorType, substitute
+from duo_ir.types import dtype as as_dtype
+
+
+class Read:
+    """The value of a state at this point of the program."""
+
+    __slots__ = ("state", "value")
+
+    def __init__(self, state: State, value: Value) -> None:
+        self.state, self.value = state, value
+
+
+class Assign:
+    """The state has this value from here on."""
+
+    __slots__ = ("state", "value")
+
+    def __init__(self, state: State, value: Value) -> None:
+        self.state, self.value = state, value
+
+
+class Deferred:
+    """Ops and assignments that are known when a run is prepared (the step of a duo.optim optimizer); see `train.py`."""
+
+    def needs(self) -> Sequence[Value]:
+        """Values it reads."""
+        raise NotImplementedError
+
+    def variant(self) -> tuple:
+        """What its ops depend on now, hashable: a run whose variant was seen before reuses its program."""
+        raise NotImplementedError
+
+    def emit(self, variant: tuple, lowering: Any, values: Sequence[Value]) -> None:
+        """Emits into the lowering (a `lower.Lowering`)."""
+        raise NotImplementedError
+
+    def finish(self, variant: tuple) -> None:
+        """Called after each run."""
+
+
+class Operation:
+    """A node as TensorFlow names it: outputs, effects, and what it waits for."""
+
+    _counts_as_tensor = False
+
+    def __init__(
+        self, graph: Graph, name: str, type: str, inputs: Iterable[Any] = (), control: Iterable[Operation] = ()
+    ) -> None:
+        self.graph, self.name, self.type = graph, name, type
+        self.inputs = tuple(inputs)
+        self.control_inputs = tuple(control)
+        self.outputs: list[Any] = []
+        self.effects: list[Any] = []
+        self.loc = user_location()
+
+    def run(self, feed_dict: Mapping | None = None, session: Any = None) -> None:
+        """Runs it in the session given or the default one."""
+        self.graph.session_for(session, self.name).run(self, feed_dict)
+
+    def values(self) -> tuple[Any, ...]:
+        """Its output tensors."""
+        return tuple(self.outputs)
+
+    def __repr__(self) -> str:
+        return f"<duo.graph.Operation {self.name!r} type={self.type}>"
+
+
+class Frame(Builder):
+    """A Builder of the graph: the root, or a branch of control flow, whose `captured` outer values are parameters."""
+
+    def __init__(self, graph: Graph, parent: Frame | None = None, name: str = "main") -> None:
+        super().__init__(name)
+        self.graph, self.parent = graph, parent
+        self.own: set[Value] = set()
+        self.captured: dict[Value, Value] = {}  # value of the parent frame -> parameter here
+        self.current: dict[State, Value] = {}  # states assigned here
+
+    def emit(self, definition: OpDef, operands: tuple[Value, ...], attrs: Mapping[str, Any]) -> tuple[Value, ...]:
+        results = super().emit(definition, operands, attrs)
+        if self.parent is None:
+            self.graph._placed(self.ops[-1])
+        else:
+            self.own.update(results)
+        return results
+
+    def resolve(self, value: Value) -> Value:
+        """`value`, of this frame or one around it, as a value of this frame."""
+        if self.parent is None or value in self.own:
+            return value
+        found = self.captured.get(value)
+        if found is None:
+            outer = self.parent.resolve(value)
+            found = self.captured.get(outer)
+            if found is None:
+                found = self.parameter(outer.type)
+                self.own.add(found)
+            self.captured[outer] = self.captured[value] = found
+        return found
+
+
+class Graph:
+    """A program under construction. `with graph.as_default():` makes it the one that ops go to."""
+
+    tensor_class: ClassVar[Any]  # set by tensor.py
+    variable_class: ClassVar[Any]  # set by variables.py
+    session_for: ClassVar[Callable[[Any, str], Any]]  # set by session.py
+
+    def __init__(self) -> None:
+        self.root = self.frame = Frame(self)
+        self.items: list[Op | Read | Assign | Deferred] = []
+        self.waits: dict[Any, tuple[Operation, ...]] = {}
+        self.follows: dict[Op, list[Assign]] = {}
+        self.sources: dict[Value, Source] = {}
+        self.reads: dict[Value, Read] = {}
+        self.shared: dict[int, SharedState] = {}
+        self.shared_variables: dict[int, Any] = {}
+        self.operations: dict[str, Operation] = {}
+        self.collections: dict[str, list[Any]] = {}
+        self.seed: int | None = None
+        self._seeded: SeededState | None = None
+        self._seeds = itertools.count()
+        self._names: dict[str, int] = {}
+        self._scope = ""
+        self._control: list[tuple[Operation, ...]] = []
+        self._known: list[dict[State, Value]] = [{}]  # reads that still hold, per control context
+        self._quiet = 0
+        self._sizes = itertools.count()
+        self._renamed: dict[str, DimLike] = {}  # sizes that turned out to be others
+        self.variables: dict[str, Any] = {}  # what get_variable made, by name
+        self.variable_scopes: list[Any] = []
+        self.finalized = False
+        self.version = 0
+
+    # ------------------------------------------------------------------------------------------------------ names
+    def unique_name(self, name: str, mark_as_used: bool = True) -> str:
+        """`name` in the current scope, with _1, _2, ... when it is taken (letter case does not tell names apart)."""
+        full = self._scope + name
+        key = full.lower()
+        count = self._names.get(key, 0)
+        if mark_as_used:
+            self._names[key] = count + 1
+        if not count:
+            return full
+        while True:
+            candidate = f"{full}_{count}"
+            count += 1
+            if candidate.lower() not in self._names:
+                break
+        if mark_as_used:
+            self._names[key] = count
+            self._names[candidate.lower()] = 1
+        return candidate
+
+    @contextmanager
+    def name_scope(self, name: str | None) -> Iterator[str]:
+        """Names made inside begin with `name/`; one that ends in '/' is taken as it is."""
+        before = self._scope
+        if not name:
+            self._scope = ""
+        elif name.endswith("/"):
+            self._scope = name
+        else:
+            self._scope = self.unique_name(name) + "/"
+        try:
+            yield self._scope
+        finally:
+            self._scope = before
+
+    def operation(self, type: str, name: str | None, inputs: Iterable[Any] = ()) -> Operation:
+        """A new operation under a unique name."""
+        if self.finalized:
+            raise InvalidArgumentError("the graph is finalized and cannot be changed")
+        if name is not None and name.endswith("/"):
+            full = name[:-1]
+        else:
+            full = self.unique_name(name or type)
+        op = Operation(self, full, type, inputs, self._waiting())
+        self.operations[full] = op
+        self.version += 1
+        return op
+
+    def get_operations(self) -> list[Operation]:
+        return list(self.operations.values())
+
+    def get_operation_by_name(self, name: str) -> Operation:
+        """The operation of that name. Raises NotFoundError."""
+        found = self.operations.get(name)
+        if found is None:
+            raise NotFoundError(f"the graph has no operation {name!r}{self._close_names(name)}")
+        return found
+
+    def get_tensor_by_name(self, name: str) -> Any:
+        """The tensor 'operation:number'. Raises NotFoundError."""
+        op_name, colon, number = name.partition(":")
+        if not colon or not number.isdigit():
+            raise InvalidArgumentError(f"a tensor's name is 'operation:number', such as 'loss:0', not {name!r}")
+        outputs = self.get_operation_by_name(op_name).outputs
+        if int(number) >= len(outputs):
+            raise NotFoundError(f"operation {op_name!r} has {len(outputs)} outputs, so there is no {name!r}")
+        return outputs[int(number)]
+
+    def as_graph_element(self, obj: Any, allow_tensor: bool = True, allow_operation: bool = True) -> Any:
+        """The tensor or operation that `obj` is or names."""
+        if isinstance(obj, str):
+            return self.get_tensor_by_name(obj) if ":" in obj else self.get_operation_by_name(obj)
+        return obj
+
+    def _close_names(self, name: str) -> str:
+        wanted = name.lower()
+        near = [n for n in self.operations if wanted in n.lower() or n.lower().rsplit("/", 1)[-1] == wanted]
+        return f"; did you mean {', '.join(map(repr, near[:5]))}?" if near else "; see graph.get_operations()"
+
+    # ------------------------------------------------------------------------------------------------ collections
+    def add_to_collection(self, name: str, value: Any) -> None:
+        self.collections.setdefault(name, []).append(value)
+
+    def get_collection(self, name: str, scope: str | None = None) -> list[Any]:
+        """What was added under that name, of those whose name begins with `scope`."""
+        found = self.collections.get(name, [])
+        return [v for v in found if not scope or getattr(v, "name", "").startswith(scope)]
+
+    def get_collection_ref(self, name: str) -> list[Any]:
+        return self.collections.setdefault(name, [])
+
+    def finalize(self) -> None:
+        """Refuses further changes."""
+        self.finalized = True
+
+    @contextmanager
+    def as_default(self) -> Iterator[Graph]:
+        """Ops made inside go to this graph."""
+        _stack.graphs.append(self)
+        try:
+            yield self
+        finally:
+            _stack.graphs.pop()
+
+    # ------------------------------------------------------------------------------------------------ control
+    @contextmanager
+    def control_dependencies(self, control_inputs: Iterable[Any] | None) -> Iterator[None]:
+        """What is made inside runs only together with, and after, these operations and tensors; None forgets all outer ones."""
+        control, known = self._control, self._known
+        if control_inputs is None:
+            self._control = []
+        else:
+            self._control = [*control, tuple([self._as_operation(c) for c in control_inputs])]
+        self._known = [*known, {}]
+        try:
+            yield
+        finally:
+            self._control, self._known = control, known
+
+    def _waiting(self) -> tuple[Operation, ...]:
+        return tuple(dict.fromkeys(op for group in self._control for op in group))
+
+    def _as_operation(self, element: Any) -> Operation:
+        found = self.as_graph_element(element)
+        op = found if isinstance(found, Operation) else getattr(found, "op", None)
+        if not isinstance(op, Operation):
+            raise InvalidArgumentError(f"a control dependency is an operation or a tensor of a graph, not {element!r}")
+        if op.graph is not self:
+            raise InvalidArgumentError(f"control dependency {op.name!r} belongs to another graph")
+        return op
+
+    def _placed(self, item: Any) -> None:
+        """Takes an item of the root frame into program order."""
+        self.items.append(item)
+        if self._control:
+            self.waits[item] = self._waiting()
+
+    # ------------------------------------------------------------------------------------------------ values
+    def source(self, source: Source, type: TensorType) -> Value:
+        """A new value from outside, seen from the current frame."""
+        value = self.root.parameter(type, source.name)
+        self.sources[value] = source
+        return self.frame.resolve(value)
+
+    def constant(self, array: np.ndarray, name: str = "") -> Value:
+        """A captured array."""
+        array = np.array(array, order="C")
+        return self.source(Constant(array, name), TensorType(as_dtype(array.dtype), array.shape))
+
+    def share(self, tensor: EagerTensor) -> State:
+        """The state that is this eager tensor."""
+        if tensor is default_generator.state and self.seed is not None:
+            return self.seeded(None)
+        found = self.shared.get(id(tensor))
+        if found is None:
+            if tensor.requires_grad and not tensor.is_leaf:
+                raise InvalidArgumentError(
+                    f"an eager tensor {tensor._type} that was computed from tensors that require grad entered the graph, where its "
+                    "gradient would be lost; compute it from graph tensors (tf.convert_to_tensor(parameter)), or detach() it"
+                )
+            names = {True: "parameter", False: "tensor"}
+            name = f"{names[tensor.requires_grad]}_{len(self.shared)}"
+            if tensor is default_generator.state:
+                name = "generator"
+            found = self.shared[id(tensor)] = SharedState(name, tensor, user_location())
+        return found
+
+    def seeded(self, seed: int | None) -> SeededState:
+        """A generator started by the graph's seed (shared by all ops without one of their own), or by an op's."""
+        if seed is None:
+            if self._seeded is None:
+                assert self.seed is not None
+                self._seeded = SeededState("generator", self.seed)
+            return self._seeded
+        mixed = seed if self.seed is None else seed ^ (self.seed * 0x9E3779B97F4A7C15)
+        return SeededState(f"generator_{next(self._seeds)}", mixed)
+
+    def read(self, state: State) -> Value:
+        """The state's value at this point, in the current frame."""
+        frame: Frame | None = self.frame
+        while frame is not None and frame.parent is not None:
+            if state in frame.current:
+                return self.frame.resolve(frame.current[state])
+            frame = frame.parent
+        known = self._known[-1]
+        value = known.get(state)
+        if value is None:
+            value = self.root.parameter(state.type, state.name)
+            read = self.reads[value] = Read(state, value)
+            self._placed(read)
+            known[state] = value
+        return self.frame.resolve(value)
+
+    def assign(self, state: State, value: Value, after: Op | None = None) -> Value:
+        """Writes the state; the result is `value` as a value of its own, whose use entails the write. With `after`, the write
+        happens whenever that op runs."""
+        frame = self.frame
+        with frame:
+            if after is None:
+                value = movement.reshape(value, shape=value.type.shape)
+        if frame.parent is not None:
+            frame.current[state] = value
+            return value
+        item = Assign(state, value)
+        self._placed(item)
+        for known in self._known:
+            known.pop(state, None)
+        self.follows.setdefault(after or value.op, []).append(item)  # type: ignore[arg-type]
+        self.version += 1
+        return value
+
+    def value_of(self, tensor: Any) -> Value:
+        """The SSA value, in the current frame, of a tensor of this graph or of eager mode."""
+        if isinstance(tensor, EagerTensor):
+            return self.read(self.share(tensor))
+        if tensor.graph is not self:
+            raise InvalidArgumentError(
+                f"tensor {tensor.name!r} belongs to another graph than the op's other operands; build both under one `with "
+                "graph.as_default():`"
+            )
+        state = getattr(tensor, "_state", None)
+        return self.frame.resolve(tensor._value) if state is None else self.read(state)
+
+    def wrap(self, value: Value) -> Any:
+        return self.tensor_class(self, value)
+
+    def apply(self, body: Callable[..., Any], tensors: tuple, attrs: tuple = (), type: str = "") -> Any:
+        """`body(*values, *attrs)` as nodes of the graph; Python numbers among `tensors` become run-time scalars."""
+        if self.finalized:
+            raise InvalidArgumentError("the graph is finalized and cannot be changed")
+        frame = self.frame
+        frame.loc = loc = user_location()
+        numbers = (float, int, bool)
+        kinds = tuple([t.__class__ if t.__class__ in numbers else self.value_of(t) for t in tensors])
+        dtypes = iter(scalar_types(tuple([k.type if k.__class__ is Value else k for k in kinds])))
+        operands = [
+            k if k.__class__ is Value else self.source(Number(t), TensorType(next(dtypes)))
+            for k, t in zip(kinds, tensors)
+        ]
+        start, first = len(frame.ops), len(self.items)
+        try:
+            with frame:
+                out = body(*operands, *attrs)
+        except ShapeError:
+            self._undo(frame, start, first)
+            sizes = self._fitting_sizes(body, operands, attrs)
+            if sizes is None:
+                raise
+            self.set_sizes(sizes)
+            with frame:
+                out = body(*operands, *sized(attrs, sizes))  # type: ignore[misc]
+        except BaseException:
+            self._undo(frame, start, first)
+            raise
+        finally:
+            frame.loc = None
+        results = [self.wrap(v) for v in (out if isinstance(out, (tuple, list)) else (out,))]
+        made = tuple(frame.ops[start:])
+        for r in results:
+            r._made = made
+        if not self._quiet:
+            self.name_results(type or body.__name__.strip("_"), None, results, tensors)
+            results[0].op.loc = loc
+        return tuple(results) if isinstance(out, (tuple, list)) else results[0]
+
+    def _undo(self, frame: Frame, start: int, first: int) -> None:
+        del frame.ops[start:]
+        if frame.parent is None:
+            del self.items[first:]
+
+    def name_results(self, type: str, name: str | None, results: Sequence[Any], inputs: Iterable[Any] = ()) -> Operation:
+        """An operation with these tensors as outputs."""
+        op = self.operation(type, name, [t for t in inputs if getattr(t, "graph", None) is self])
+        for i, r in enumerate(results):
+            r._op, r._index = op, i
+            op.outputs.append(r)
+        return op
+
+    def update(self, state: State, new: Any) -> None:
+        """The state takes the value of the graph tensor `new` whenever an op that was made together with it runs."""
+        made = new._made
+        value = self.frame.resolve(new._value)
+        if self.frame.parent is not None:
+            self.frame.current[state] = value
+            return
+        self.assign(state, value, after=value.op)
+        item = self.items[-1]
+        assert isinstance(item, Assign)
+        for op in made:
+            if op is not value.op:
+                self.follows.setdefault(op, []).append(item)
+
+    # ------------------------------------------------------------------------------------------------ sizes
+    def new_size(self, name: str | None = None) -> Dim:
+        """A size not known yet; equal names given by the user are equal sizes."""
+        return Dim.symbol(name if name is not None else f"n{next(self._sizes)}")
+
+    def _fitting_sizes(self, body: Callable[..., Any], operands: Sequence[Value], attrs: tuple) -> dict[str, DimLike] | None:
+        """Which unknown sizes must be one for the body to accept its operands."""
+        shapes = [v.type.shape for v in operands]
+        for sizes in _guesses(shapes):
+            scratch = Builder()
+            try:
+                with scratch:
+                    values = [scratch.parameter(sized_type(v.type, sizes)) for v in operands]
+                    body(*values, *sized(attrs, sizes))  # type: ignore[misc]
+            except DuoError:
+                continue
+            return sizes
+        return None
+
+    def set_sizes(self, sizes: Mapping[str, DimLike]) -> None:
+        """Declares what unknown sizes are: other sizes, or ints. All types of the graph follow."""
+        frame: Frame | None = self.frame
+        while frame is not None:
+            for op in frame.ops:
+                for r in op.results:
+                    if r.type.names:
+                        r.type = sized_type(r.type, sizes)
+                op.attrs = {k: sized(v, sizes) for k, v in op.attrs.items()}
+            for p in frame.params:
+                if p.type.names:
+                    p.type = sized_type(p.type, sizes)
+            frame = frame.parent
+        self._renamed.update(sizes)
+        self.version += 1
+
+    def size(self, size: DimLike) -> DimLike:
+        """A size noted earlier, as it is known now."""
+        while isinstance(size, Dim) and any(n in self._renamed for n in size.names):
+            size = substitute(size, self._renamed)
+        return size
+
+
+def _guesses(shapes: Sequence[tuple[DimLike, ...]]) -> Iterator[dict[str, DimLike]]:
+    """Ways to make unknown sizes equal: one pair, then all that stand at one place from the right, from the left, then all."""
+    names = list(dict.fromkeys(n for s in shapes for d in s if isinstance(d, Dim) for n in d.names))
+    for a, b in itertools.combinations(names, 2):
+        yield {b: Dim.symbol(a)}
+    known = list(dict.fromkeys(d for s in shapes for d in s if isinstance(d, int) and d != 1))
+    for n in names:
+        for d in known:
+            yield {n: d}
+    for from_right in (True, False):
+        sizes: dict[str, DimLike] = {}
+        for place in range(max(map(len, shapes), default=0)):
+            row = [s[-1 - place] if from_right else s[place] for s in shapes if place < len(s)]
+            same = [d.names[0] for d in row if isinstance(d, Dim) and len(d.names) == 1]
+            fixed = [d for d in row if isinstance(d, int) and d != 1]
+            to: DimLike | None = fixed[0] if fixed else (Dim.symbol(same[0]) if same else None)
+            if to is not None:
+                sizes.update({n: to for n in same if Dim.symbol(n) != to and n not in sizes})
+        if sizes:
+            yield sizes
+    if len(names) > 2:
+        yield {n: Dim.symbol(names[0]) for n in names[1:]}
+
+
+class _Graphs(threading.local):
+    def __init__(self) -> None:
+        self.graphs: list[Graph] = []
+
+
+_stack = _Graphs()
+_default = [Graph()]
+
+
+def get_default_graph() -> Graph:
+    """The graph that ops go to: that of the innermost `as_default()`, else the process's."""
+    return _stack.graphs[-1] if _stack.graphs else _default[0]
+
+
+def reset_default_graph() -> None:
+    """Starts a new default graph."""
+    if _stack.graphs:
+        raise InvalidArgumentError("reset_default_graph inside `with graph.as_default():`; leave it first")
+    _default[0] = Graph()
+
+
+def graph_of(tensors: Iterable[Any]) -> Graph:
+    """The graph of the first graph tensor, else the default one."""
+    for t in tensors:
+        graph = getattr(t, "graph", None)
+        if isinstance(graph, Graph):
+            return graph
+    return get_default_graph()
+
+
+def is_placeholder(graph: Graph, value: Value) -> bool:
+    return isinstance(graph.sources.get(value), Placeholder)
+
+
+def located(loc: Loc | None) -> str:
+    """' (file:line)' for messages."""
+    return f" ({loc.full()})" if loc is not None else ""

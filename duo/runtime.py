@@ -74,6 +74,7 @@ class Interpreted:
 _cache: OrderedDict[tuple[str, bool, tuple[int, ...]], Any] = OrderedDict()
 _lock = threading.Lock()
 _use_interpreter = os.environ.get("DUO_BACKEND", "cpu") == "interpret"
+_fusion = os.environ.get("DUO_FUSION", "1") != "0"
 
 
 def set_backend(name: str) -> None:
@@ -82,6 +83,13 @@ def set_backend(name: str) -> None:
     if name not in ("cpu", "interpret"):
         raise ArgumentError(f"backend {name!r} is not known; there are 'cpu' and 'interpret'")
     _use_interpreter = name == "interpret"
+    clear_cache()
+
+
+def set_fusion(enabled: bool) -> None:
+    """Whether programs compiled from now on are fused (the default) or run one kernel per op, with the same bits."""
+    global _fusion
+    _fusion = enabled
     clear_cache()
 
 
@@ -98,6 +106,7 @@ cache_listeners: list[Any] = []
 
 def runnable(function: Function, fused: bool = True, scalars: Collection[int] = ()) -> Any:
     """The compiled form of a Function whose types are static. `scalars`: numbers of 0-d parameters given as Python numbers."""
+    fused = fused and _fusion
     key = (function.hash, fused, tuple(scalars))
     found = _cache.get(key)
     if found is not None:

@@ -6,7 +6,7 @@ and whether one would read a value that has been overwritten or freed.
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable
+from collections.abc import Collection, Container, Iterable, Mapping
 
 from duo.eager.trace import Info, Macro, Node, scalar_types
 from duo_ir.core import Builder, Function, Op, Value
@@ -20,10 +20,12 @@ class Construction:
     """The Function of the path to `node`, under construction.
 
     values[n] is value number n (None for the root and notes). inputs lists where the parameters come from, in order:
-    (entry number, None) for a leaf, (entry number, k) for the k-th Python number of that entry.
+    (entry number, None) for a leaf, (entry number, k) for the k-th Python number of that entry. `opened`: numbers of marks that are to be
+    parameters too, rather than what was computed for them.
     """
 
-    def __init__(self, node: Node) -> None:
+    def __init__(self, node: Node, opened: Collection[int] = ()) -> None:
+        self.opened = opened
         self.builder = Builder("eager")
         self.values: list[Value | None] = [None]
         self.infos: list[Info] = [node.infos[0]]
@@ -31,7 +33,7 @@ class Construction:
         self.ends: list[int] = [0]  # number of ops after entry n
         self.inputs: list[tuple[int, int | None]] = []
         self.scalar_dtypes: list[DType] = []
-        self.overwritten: set[int] = set()
+        self.overwritten: dict[int, int] = {}  # number of the value -> of what replaced it, or -1
         self.freed: set[Op] = set()
         with self.builder:
             for step in node.path():
@@ -89,7 +91,27 @@ class Construction:
         return stop_gradient(value) if value.type.dtype.is_float else value
 
     def cut(self, number: int) -> Value:
+        """Value `number` as a leaf of its own, the value that is to be made next."""
+        if len(self.values) in self.opened:
+            return self.leaf(self.value(number).type)
         return stop_gradient(self.value(number))
+
+    def stale(self) -> dict[Value, frozenset[Op]]:
+        """The values that in-place ops have replaced wherever they were, each with the ops that may go on reading it: the in-place op
+        itself computed with the old value."""
+        numbers: dict[Value, list[int]] = {}
+        for n, value in enumerate(self.values):
+            if value is not None:
+                numbers.setdefault(value, []).append(n)
+        out: dict[Value, frozenset[Op]] = {}
+        for n in self.overwritten:
+            value = self.value(n)
+            if all(other in self.overwritten for other in numbers[value]):
+                out[value] = frozenset(op for other in numbers[value] for op in self._ops_of(self.overwritten[other]))
+        return out
+
+    def _ops_of(self, number: int) -> list[Op]:
+        return self.builder.ops[self.ends[number - 1] : self.ends[number]] if number > 0 else []
 
     def function(self, results: Iterable[int], name: str = "eager") -> Function:
         """The Function with the values of these numbers as results."""
@@ -121,10 +143,11 @@ class Construction:
 class Watch:
     """Sees each op that a reverse pass goes through with the ops its rule emitted, and so knows what the rule reads.
 
-    touched: the ops whose rules read a forward value. Raises GradientError for one in `freed` or one that reads a value of `overwritten`."""
+    touched: the ops whose rules read a forward value. Raises GradientError for one in `freed` or one that reads a value of `stale` and is not
+    listed there with it."""
 
-    def __init__(self, freed: Container[Op] = (), overwritten: Container[Value] = ()) -> None:
-        self.freed, self.overwritten = freed, overwritten
+    def __init__(self, freed: Container[Op] = (), stale: Mapping[Value, Container[Op]] | None = None) -> None:
+        self.freed, self.stale = freed, stale or {}
         self.touched: list[Op] = []
 
     def visit(self, op: Op, emitted: list[Op]) -> None:
@@ -134,7 +157,7 @@ class Watch:
             return
         if op in self.freed:
             raise freed_error(op)
-        if any(v in self.overwritten for v in reads):
+        if any(v in self.stale and op not in self.stale[v] for v in reads):
             raise overwritten_error(op)
         self.touched.append(op)
 

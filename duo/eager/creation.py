@@ -202,7 +202,7 @@ def normal(
 ) -> EagerTensor:
     """Normal samples with that mean and deviation (numbers or tensors)."""
     if size is None:
-        shapes = [tuple(t.shape) for t in (mean, std) if isinstance(t, EagerTensor)]
+        shapes: list[Any] = [t.shape for t in (mean, std) if isinstance(t, EagerTensor)]
         size = np.broadcast_shapes(*shapes)
     operands = tuple(t if isinstance(t, EagerTensor) else float(t) for t in (mean, std))
     return _sampled(samples._normal_of, operands, (tuple(size),), _float(dtype), generator)

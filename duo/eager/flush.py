@@ -18,7 +18,7 @@ from duo import runtime
 from duo.eager.autograd import Inner
 from duo.eager.build import Construction, Watch
 from duo.eager.segments import Origin, Position, Pullback, Segment
-from duo.eager.trace import END, NOTHING, Info, Macro, Node, Trace, Val, hooks, settle, state
+from duo.eager.trace import END, NOTHING, Info, Macro, Node, Trace, Val, forget, hooks, settle, state
 from duo_ir.core import Value
 from duo_ir.errors import GradientError, TraceError
 from duo_ir.types import DType
@@ -238,7 +238,15 @@ def _at_random() -> tuple[bool, bool]:
     return _random.random() < 0.15, False
 
 
+def _forget_programs() -> None:
+    """Programs were dropped (another backend, say): what is recorded runs with the old ones, what comes is compiled anew."""
+    if state.capture is None:
+        flush()
+    forget()
+
+
 hooks.flush = flush
+runtime.cache_listeners.append(_forget_programs)
 _flush_setting = os.environ.get("DUO_FLUSH", "")
 configure(
     sync=os.environ.get("DUO_SYNC", "0") not in ("", "0"),

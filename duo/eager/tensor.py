@@ -510,7 +510,8 @@ def backward(
     retain = create_graph if retain_graph is None else retain_graph
     engine = Engine(EagerTensor, (), retain, create_graph)
     engine.run(_check_roots(tensors, gradients), _ones)
-    chosen = None if inputs is None else {t._leaf for t in ([inputs] if isinstance(inputs, Tensor) else inputs)}
+    given: list[Any] = [inputs] if isinstance(inputs, Tensor) else list(inputs or ())
+    chosen = None if inputs is None else {t._leaf for t in given}
     for leaf, gradient in engine.cotangents.items():
         if chosen is not None and leaf not in chosen:
             continue
@@ -534,8 +535,8 @@ def grad(
     allow_unused: bool = False,
 ) -> tuple:
     """Gradients of sum(output * grad_output) with respect to each of `inputs`, leaves or not; nothing is added to `.grad`."""
-    outs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
-    ins = [inputs] if isinstance(inputs, Tensor) else list(inputs)
+    outs: list[Any] = [outputs] if isinstance(outputs, Tensor) else list(outputs)
+    ins: list[Any] = [inputs] if isinstance(inputs, Tensor) else list(inputs)
     grads = (
         [None] * len(outs)
         if grad_outputs is None

@@ -19,7 +19,7 @@ from typing import Any
 from duo.runtime import Buffer
 from duo_ir.core import Builder, Loc, Op, Value
 from duo_ir.ops import stop_gradient
-from duo_ir.types import DType, TensorType, bool_, f64, i64, promote_scalar
+from duo_ir.types import DType, TensorType, bool_, evaluate, f64, i64, promote_scalar
 
 MAX_ENTRIES = 4096
 MAX_BYTES = 256 << 20
@@ -63,10 +63,10 @@ class Node:
         self.memo: Any = None  # what a flush here needs to know (flush.py)
         self.extra: Any = None
         self.first = parent.first + len(parent.infos) if parent is not None else 0  # number of its first value
-        held = parent.size if parent is not None else 0
-        self.size = held + sum(int(i.type.nbytes) for i in infos)
+        held: int = parent.size if parent is not None else 0
+        self.size: int = held + sum(evaluate(i.type.nbytes, {}) for i in infos)
         self.stop = self.size > MAX_BYTES
-        self.tracked = any(i.requires_grad for i in infos) or (parent is not None and parent.tracked)
+        self.tracked: bool = any(i.requires_grad for i in infos) or (parent is not None and parent.tracked)
 
     @property
     def refs(self) -> tuple:
@@ -150,7 +150,8 @@ class Mark(Macro):
 
 
 class Note(Macro):
-    """A fact about the path that makes no value of the program: grad mode switched, a value overwritten. Key (note, fact)."""
+    """A fact about the path that makes no value of the program. Keys: (GRAD_MODE, enabled); (OVERWRITE, number of the value that an in-place
+    op has replaced, number of the value that the op computed for it or -1)."""
 
     name = "note"
 
@@ -162,7 +163,7 @@ class Note(Macro):
 
     def build(self, construction: Any, node: Node) -> tuple[Any, ...]:
         if self is OVERWRITE:
-            construction.overwritten.add(node.key[1])
+            construction.overwritten.setdefault(node.key[1], node.key[2])
         return (None,)
 
 
@@ -198,11 +199,10 @@ class Trace:
         info = val.info
         leaf = val.extra if info.requires_grad else None
         earlier = self.leaf_numbers.get(leaf, -1) if leaf is not None else -1
-        vals = commit(self, (LEAF, info.type, info.requires_grad, earlier))
+        vals = commit(self, (LEAF, info.type, info.requires_grad, earlier), source=val)
         if vals is None:
             return -1
         proxy = vals[0]
-        proxy.buf, proxy.extra = val.buf, val.extra
         self.leaves[val] = proxy.index
         if leaf is not None and earlier < 0:
             self.leaf_numbers[leaf] = proxy.index
@@ -267,8 +267,8 @@ def note_overwritten(val: Val) -> None:
     val.overwritten = True
 
 
-def commit(trace: Trace, key: tuple, scalars: tuple | None = None) -> list[Val] | None:
-    """Appends a macro's entry, whose key holds whatever came before it; None if the trace is closed."""
+def commit(trace: Trace, key: tuple, scalars: tuple | None = None, source: Val | None = None) -> list[Val] | None:
+    """Appends a macro's entry, whose key holds whatever came before it; None if the trace is closed. `source`: the value that a leaf stands for."""
     while True:
         last = trace.entries[-1]
         node = last.node.next.get(key)  # type: ignore[union-attr]
@@ -279,6 +279,8 @@ def commit(trace: Trace, key: tuple, scalars: tuple | None = None) -> list[Val] 
         if len(node.infos) == 1:
             val = Val(trace, last.index + 1, node, node.info)
             val.scalars = scalars
+            if source is not None:
+                val.buf, val.extra = source.buf, source.extra
             if trace.entries[-1] is last:
                 trace.entries.append(val)
                 return [val]
@@ -290,10 +292,9 @@ def commit(trace: Trace, key: tuple, scalars: tuple | None = None) -> list[Val] 
             return vals
 
 
-def note(macro: Note, fact: Any) -> None:
-    """Adds a fact to this thread's path."""
-    while commit(open_trace(), (macro, fact)) is None:
-        pass
+def note_overwritten_here(trace: Trace, number: int, by: int) -> None:
+    """Adds the fact that an in-place op, whose result is `by` (or -1), has replaced value `number`."""
+    commit(trace, (OVERWRITE, number, by))
 
 
 def record(body: Any, operands: tuple, attrs: tuple = ()) -> list[Val]:
@@ -472,7 +473,7 @@ _INTERNAL = ("duo.", "duo_ir.", "duo_backends.")
 
 def user_frame() -> Any:
     """The nearest frame outside duo."""
-    frame = sys._getframe(1)
+    frame: Any = sys._getframe(1)
     while frame is not None:
         name = frame.f_globals.get("__name__", "")
         if name != "duo" and not name.startswith(_INTERNAL):

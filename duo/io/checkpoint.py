@@ -15,10 +15,11 @@ from typing import Any
 
 import numpy as np
 import safetensors
+from safetensors.numpy import save_file
 
 from duo.eager.tensor import tensor_of
 from duo_ir.errors import ArgumentError, FormatError
-from duo_ir.types import LONG_NAMES, DType
+from duo_ir.types import DType
 from duo_ir.types import dtype as as_dtype
 
 _STRUCTURE = "duo.structure"
@@ -30,18 +31,15 @@ _CODES = {
 
 def save_arrays(path: Any, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None) -> None:
     """Writes named arrays as safetensors, through a temporary file so that a crash leaves no half-written checkpoint."""
-    entries = {}
-    for name, array in arrays.items():
-        kind = as_dtype(array.dtype)
-        contiguous = np.ascontiguousarray(array)
-        entries[name] = {
-            "dtype": LONG_NAMES[kind.name],
-            "shape": list(array.shape),
-            "data": contiguous.view(np.uint8).tobytes() if contiguous.size else b"",
-        }
+    for array in arrays.values():
+        as_dtype(array.dtype)  # an array of a dtype that duo does not have is refused before anything is written
     temporary = f"{os.fspath(path)}.tmp{os.getpid()}"
     try:
-        safetensors.serialize_file(entries, temporary, dict(metadata) if metadata else None)
+        save_file(
+            {k: np.ascontiguousarray(a).reshape(a.shape) for k, a in arrays.items()},
+            temporary,
+            dict(metadata) if metadata else None,
+        )
         os.replace(temporary, path)
     finally:
         if os.path.exists(temporary):
@@ -119,7 +117,9 @@ def _encode(x: Any, name: str, arrays: dict[str, np.ndarray]) -> Any:
         return {"float": x.hex()}
     if x is None or isinstance(x, (bool, int, str)):
         return {"value": x}
-    raise ArgumentError(f"save cannot write {name or 'a value'} of class {type(x).__name__}; it writes tensors, numbers, strings, dicts and lists")
+    raise ArgumentError(
+        f"save cannot write {name or 'a value'} of class {type(x).__name__}; it writes tensors, numbers, strings, dicts and lists"
+    )
 
 
 def _key(key: Any) -> Any:
@@ -143,4 +143,3 @@ def _decode(node: dict[str, Any], tensors: dict[str, Any]) -> Any:
     if kind == "value":
         return content
     raise ValueError(f"unknown kind {kind!r}")
-

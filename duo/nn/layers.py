@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 from duo.eager.creation import empty, ones, zeros
+from duo.functional import flatten, unflatten
 from duo.nn import functional as F
 from duo.nn import init
 from duo.nn.module import Module
@@ -161,7 +162,7 @@ class Flatten(Module):
         self.start_dim, self.end_dim = start_dim, end_dim
 
     def forward(self, input: Any) -> Any:
-        return F.flatten(input, self.start_dim, self.end_dim)
+        return flatten(input, self.start_dim, self.end_dim)
 
     def extra_repr(self) -> str:
         return f"start_dim={self.start_dim}, end_dim={self.end_dim}"
@@ -175,4 +176,4 @@ class Unflatten(Module):
         self.dim, self.unflattened_size = dim, tuple(unflattened_size)
 
     def forward(self, input: Any) -> Any:
-        return F.unflatten(input, self.dim, self.unflattened_size)
+        return unflatten(input, self.dim, self.unflattened_size)

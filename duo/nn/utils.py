@@ -13,7 +13,7 @@ from duo.tensor import Tensor
 
 def clip_grad_norm_(parameters: Any, max_norm: float, norm_type: float = 2.0) -> Any:
     """Scales all gradients in place so that their joint norm is at most `max_norm`; gives the norm before."""
-    params = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+    params: list[Any] = [parameters] if isinstance(parameters, Tensor) else list(parameters)
     grads = [p.grad for p in params if p.grad is not None]
     if not grads:
         return zeros(())
@@ -27,7 +27,7 @@ def clip_grad_norm_(parameters: Any, max_norm: float, norm_type: float = 2.0) ->
 
 def clip_grad_value_(parameters: Any, clip_value: float) -> None:
     """Clips every gradient element to [-clip_value, clip_value], in place."""
-    params = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+    params: list[Any] = [parameters] if isinstance(parameters, Tensor) else list(parameters)
     with no_grad():
         for p in params:
             if p.grad is not None:

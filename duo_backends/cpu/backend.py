@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterator, Sequence
 import numpy as np
 
 from duo_backends.cpu import jit
+from duo_backends.cpu.cache import DiskCache
 from duo_backends.cpu.code import KernelCode, Target
 from duo_backends.cpu.emit import compile_kernel
 from duo_backends.cpu.executable import CpuExecutable
@@ -39,6 +40,21 @@ class CpuBackend:
     def target(self) -> Target:
         """What kernels are emitted for."""
         return jit.machine(self._cpu).target
+
+    @property
+    def machine(self) -> jit.Machine:
+        """The CPU compiled for."""
+        return jit.machine(self._cpu)
+
+    @property
+    def disk(self) -> DiskCache:
+        """Where object code is kept between processes."""
+        return jit.disk_cache()
+
+    @property
+    def code_statistics(self) -> jit.Statistics:
+        """How much object code this process generated, and how much it read from disk."""
+        return jit.statistics
 
     def compile(self, program: Program, scalars: Collection[int] = ()) -> CpuExecutable:
         """Machine code for every kernel of `program` that is not loaded yet. `scalars`: numbers of 0-d inputs that will be Python
@@ -71,6 +87,10 @@ class CpuBackend:
     def emit(self, kernel: Kernel) -> KernelCode:
         """The kernel's LLVM text for this backend's target."""
         return compile_kernel(kernel, self.target)
+
+    def assembly(self, kernel: Kernel) -> str:
+        """The kernel's machine code as assembler text."""
+        return jit.assembly(self.emit(kernel).text, self.machine)
 
     def allocate(self, nbytes: int) -> Buffer:
         return allocate(nbytes)

@@ -88,13 +88,7 @@ class DiskCache:
         """Removes the least recently used files until the folder is at most three quarters of its limit."""
         if self.directory is None:
             return
-        entries = []
-        for path in self.directory.glob("??/*"):
-            try:
-                status = path.stat()
-            except OSError:
-                continue
-            entries.append((status.st_mtime, status.st_size, path))
+        entries = self._entries()
         total = sum(size for _, size, _ in entries)
         if total <= self.limit:
             return
@@ -103,6 +97,33 @@ class DiskCache:
                 return
             _remove(path)
             total -= size
+
+    def usage(self) -> tuple[int, int]:
+        """How many files the folder holds, and their bytes."""
+        entries = self._entries()
+        return len(entries), sum(size for _, size, _ in entries)
+
+    def clear(self) -> tuple[int, int]:
+        """Removes all entries, and nothing else that may lie in the folder; gives their number and bytes."""
+        entries = self._entries()
+        for _, _, path in entries:
+            _remove(path)
+        return len(entries), sum(size for _, size, _ in entries)
+
+    def _entries(self) -> list[tuple[float, int, Path]]:
+        """(time of last use, bytes, path) of every entry, temporary files of broken-off writes among them."""
+        if self.directory is None:
+            return []
+        entries = []
+        for path in self.directory.glob("??/*"):
+            if path.suffix not in (".o", ".tmp"):
+                continue
+            try:
+                status = path.stat()
+            except OSError:
+                continue
+            entries.append((status.st_mtime, status.st_size, path))
+        return entries
 
     def _path(self, key: str) -> Path:
         assert self.directory is not None

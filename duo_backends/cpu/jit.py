@@ -150,6 +150,18 @@ def cache_key(text: str, m: Machine) -> str:
 
 def _generate(text: str, m: Machine) -> bytes:
     """Object code of one module; raises DeviceError with LLVM's message when the text is not valid."""
+    return _emit(*_prepared(text, m))
+
+
+def assembly(text: str, m: Machine) -> str:
+    """The module as assembler text, for people to read."""
+    with _lock:
+        machine_, module = _prepared(text, m)
+        return machine_.emit_assembly(module)
+
+
+def _prepared(text: str, m: Machine) -> tuple[Any, Any]:
+    """This thread's target machine for `m`, and the parsed module."""
     llvm = _llvm()
     try:
         module = llvm.parse_assembly(_complete(text, m), llvm.create_context())
@@ -161,7 +173,7 @@ def _generate(text: str, m: Machine) -> bytes:
     machine_ = made[m]
     module.triple = machine_.triple
     module.data_layout = str(machine_.target_data)
-    return _emit(machine_, module)
+    return machine_, module
 
 
 def _emit(target_machine: Any, module: Any) -> bytes:

@@ -19,7 +19,7 @@ import numpy as np
 from duo_backends.cpu import table
 from duo_backends.cpu.backend import CpuBackend
 from duo_backends.cpu.threads import get_num_threads, set_num_threads
-from duo_ir.core import Function, Value, bind_dims, function_of
+from duo_ir.core import Function, Value, bind_dims, current_builder, function_of
 from duo_ir.interpret import interpret
 from duo_ir.pipeline import compile as compile_function
 from duo_ir.types import DType, TensorType
@@ -188,3 +188,8 @@ def as_view(array: np.ndarray, kind: int) -> tuple[np.ndarray, np.ndarray, Calla
         return array, array, lambda v: v
     row = np.ascontiguousarray(array[..., :1])
     return row, np.broadcast_to(row, array.shape), lambda v: ops.broadcast(v, shape=array.shape)
+
+
+def inline(function: Function, arguments: Sequence[Value]) -> tuple[Value, ...]:
+    """The results of `function` on values of the Function under construction."""
+    return current_builder().inline(function, arguments)

@@ -109,10 +109,17 @@ def tried(row: op_table.Row) -> Iterator[tuple[op_table.Case, list[list[np.ndarr
             yield wide, [grid, [np.ascontiguousarray(g.T) for g in grid], [g[::-1].copy() for g in grid]]
 
 
+def thinned(case: op_table.Case, shapes: tuple[tuple[int, ...], ...]) -> bool:
+    """Whether to leave out an elementwise op on these shapes, which compile like others that are tried."""
+    return isinstance(case.row.op.kind, Elementwise) and case.shapes[0] in shapes
+
+
 @pytest.mark.parametrize("row", op_table.TABLE, ids=lambda r: r.name)
 def test_forward(row: op_table.Row) -> None:
     cases = Gathered()
     for k, (case, runs) in enumerate(tried(row)):
+        if case.dtype is not row.dtypes[0] and thinned(case, ((1,),)):
+            continue
         function = case.function()
         cases.add(str(case), function, runs)
         if function.params and (k % 3 == 0 or case.row.op.kind.__class__ is not Elementwise):
@@ -124,7 +131,7 @@ def test_forward(row: op_table.Row) -> None:
 def test_vjp(row: op_table.Row) -> None:
     cases = Gathered()
     for k, (case, runs) in enumerate(tried(row)):
-        if not case.dtype.is_float:
+        if not case.dtype.is_float or thinned(case, ((1,), (7,), (3, 5))):
             continue
         forward = case.function()
         try:

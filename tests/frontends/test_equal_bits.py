@@ -1,0 +1,118 @@
+"""One program, one result: 100 Adam steps of both models give the same bits in every way of running them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import duo
+from duo import runtime
+from tests.frontends.models import MODELS, assert_same, make, train_eager, weights
+
+STEPS = 100
+
+
+@pytest.fixture(scope="module", params=list(MODELS))
+def reference(request):
+    """The name of a model, and its training in plain eager mode."""
+    return request.param, train_eager(request.param, STEPS)
+
+
+@pytest.fixture(autouse=True)
+def restore():
+    threads = duo.get_num_threads()
+    yield
+    duo.debug.configure(sync=False)
+    duo.set_num_threads(threads)
+    runtime.set_fusion(True)
+    runtime.set_backend("cpu")
+
+
+def test_training_learns(reference):
+    name, (losses, _, _) = reference
+    assert losses[-1] < 0.8 * losses[0], name
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_threads(reference, threads):
+    name, want = reference
+    duo.set_num_threads(threads)
+    assert_same(train_eager(name, STEPS), want)
+
+
+def test_fusion_off(reference):
+    name, want = reference
+    runtime.set_fusion(False)
+    assert_same(train_eager(name, STEPS), want)
+
+
+def test_interpreter(reference):
+    name, want = reference
+    runtime.set_backend("interpret")
+    assert_same(train_eager(name, STEPS), want)
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_random_flush_points(reference, seed):
+    name, want = reference
+    duo.debug.configure(flush_seed=seed)
+    assert_same(train_eager(name, 30), (want[0][:30], *train_prefix(name, 30)[1:]))
+
+
+def train_prefix(name, steps):
+    duo.debug.configure(sync=False)
+    return train_eager(name, steps)
+
+
+def test_every_op_at_once(reference):
+    name, want = reference
+    duo.debug.configure(sync=True)
+    assert_same(train_eager(name, STEPS), want)
+
+
+def test_loss_read_before_backward(reference):
+    name, want = reference
+    assert_same(train_eager(name, STEPS, look=True), want)
+
+
+@pytest.mark.parametrize("name", list(MODELS))
+def test_rows_do_not_depend_on_the_batch(name):
+    model, _, _ = make(name)
+    model.eval()
+    _, data = MODELS[name]
+    x = duo.tensor(data(65)[0])
+    with duo.no_grad():
+        whole = model(x).numpy()
+        for k in range(1, 66):
+            assert np.array_equal(model(x[:k]).numpy(), whole[:k]), k
+
+
+def test_checkpoint_resumes_to_the_bit(reference, tmp_path):
+    name, want = reference
+    half = STEPS // 2
+    model, optimizer, (x, y) = make(name)
+    x, y = duo.tensor(x), duo.tensor(y)
+    _steps(model, optimizer, x, y, half)
+    path = tmp_path / "half.safetensors"
+    duo.save(
+        {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "rng": duo.get_rng_state()},
+        path,
+    )
+    again, optimizer, _ = make(name)
+    duo.manual_seed(123)
+    saved = duo.load(path)
+    again.load_state_dict(saved["model"])
+    optimizer.load_state_dict(saved["optimizer"])
+    duo.set_rng_state(saved["rng"])
+    _steps(again, optimizer, x, y, STEPS - half)
+    got = weights(again)
+    assert all(np.array_equal(got[k], want[2][k]) for k in got)
+
+
+def _steps(model, optimizer, x, y, count):
+    from tests.frontends.models import loss_of
+
+    for _ in range(count):
+        optimizer.zero_grad()
+        loss_of(model, x, y).backward()
+        optimizer.step()

@@ -55,25 +55,34 @@ def _interpreter() -> Any:
     return importlib.import_module("duo_ir.interpret")
 
 
-class Interpreted:
-    """Runs a Function by the reference interpreter."""
+@dataclass(frozen=True)
+class NoDonations:
+    """The part of a Program that eager mode asks for, where results never take an input's memory."""
 
     donations: tuple[tuple[int, int], ...] = ()
 
-    def __init__(self, function: Function) -> None:
-        self.function = function
+
+class Interpreted:
+    """Runs a Function by the reference interpreter. With `check`, an op whose result holds the first NaN or infinity raises NanError."""
+
+    program = NoDonations()
+
+    def __init__(self, function: Function, check: bool = False) -> None:
+        self.function, self.check = function, check
 
     def run(self, inputs: Sequence[Any], donated: Collection[int] = ()) -> list[Buffer]:
         arrays = [
             to_numpy(b, p.type, copy=True) if isinstance(b, Buffer) else np.asarray(b, p.type.dtype.numpy)
             for b, p in zip(inputs, self.function.params)
         ]
-        return [from_numpy(a) for a in _interpreter().interpret(self.function, *arrays)]
+        run = _interpreter().interpret_checked if self.check else _interpreter().interpret
+        return [from_numpy(a) for a in run(self.function, *arrays)]
 
 
 _cache: OrderedDict[tuple[str, bool, tuple[int, ...]], Any] = OrderedDict()
 _lock = threading.Lock()
 _use_interpreter = os.environ.get("DUO_BACKEND", "cpu") == "interpret"
+_check_nan = False
 _fusion = os.environ.get("DUO_FUSION", "1") != "0"
 
 
@@ -90,6 +99,13 @@ def set_fusion(enabled: bool) -> None:
     """Whether programs compiled from now on are fused (the default) or run one kernel per op, with the same bits."""
     global _fusion
     _fusion = enabled
+    clear_cache()
+
+
+def set_check_nan(enabled: bool) -> None:
+    """Whether programs are run op by op in search of the first NaN or infinity."""
+    global _check_nan
+    _check_nan = enabled
     clear_cache()
 
 
@@ -116,7 +132,10 @@ def runnable(function: Function, fused: bool = True, scalars: Collection[int] = 
         except KeyError:
             pass
         return found
-    made = Interpreted(function) if _use_interpreter else _compile(function, fused, scalars)
+    if _use_interpreter or _check_nan:
+        made = Interpreted(function, _check_nan)
+    else:
+        made = _compile(function, fused, scalars)
     with _lock:
         statistics.compiled += 1
         statistics.fused += fused

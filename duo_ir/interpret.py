@@ -6,13 +6,14 @@ control flow runs its regions.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from duo_ir.core import Function, Op, Value, bind_dims
-from duo_ir.errors import DuoError
+from duo_ir.errors import DuoError, NanError
 from duo_ir.opdef import Control, Elementwise, Generate
 from duo_ir.ops.reference import narrow, widen
 from duo_ir.scalar.numpy_eval import NumpyScalar
@@ -37,11 +38,50 @@ def interpret(function: Function, *arrays: Any) -> list[np.ndarray]:
     return [np.array(r, order="C") for r in _run(function, given, sizes)]
 
 
+def interpret_checked(function: Function, *arrays: Any) -> list[np.ndarray]:
+    """`interpret`, but the op that makes the first NaN, or the first infinity from finite operands, raises NanError with its line."""
+    before = _watch.on
+    _watch.on = True
+    try:
+        return interpret(function, *arrays)
+    finally:
+        _watch.on = before
+
+
+class _Watch(threading.local):
+    on = False
+
+
+_watch = _Watch()
+
+
+def _find_nan(op: Op, arrays: Sequence[np.ndarray], results: Sequence[Any]) -> None:
+    """Raises NanError if `op` makes a NaN, or an infinity out of finite operands. Constants may be infinite (masks are)."""
+    if isinstance(op.definition.kind, Generate):
+        return
+    for value, result in zip(op.results, results):
+        if not value.type.dtype.is_float:
+            continue
+        operands = [a for v, a in zip(op.operands, arrays) if v.type.dtype.is_float]
+        wide = np.asarray(result).astype(np.float64)
+        nan = np.isnan(wide).any() and not any(np.isnan(a.astype(np.float64)).any() for a in operands)
+        if nan or (np.isinf(wide).any() and all(np.isfinite(a.astype(np.float64)).all() for a in operands)):
+            bad = ~np.isfinite(wide)
+            where = ", ".join(map(str, np.argwhere(bad)[0])) if wide.ndim else ""
+            raise NanError(
+                f"{op.definition.name}({', '.join(str(v.type) for v in op.operands)}) made "
+                f"{'NaN' if nan else 'infinity'}: {int(bad.sum())} of {wide.size} elements, the first at [{where}]"
+            )
+
+
 def _run(function: Function, arrays: Sequence[np.ndarray], sizes: Mapping[str, int]) -> list[np.ndarray]:
     env: dict[Value, np.ndarray] = dict(zip(function.params, arrays))
     for op in function.ops:
         try:
-            results = _apply(op, [env[v] for v in op.operands], sizes)
+            operands = [env[v] for v in op.operands]
+            results = _apply(op, operands, sizes)
+            if _watch.on:
+                _find_nan(op, operands, results)
         except DuoError as error:
             if op.loc is None or getattr(error, "located", False):
                 raise

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from duo.eager.build import Construction, Watch
-from duo.eager.trace import NOTHING, Info, Macro, Node, Trace, Val, commit, open_trace, settle
+from duo.eager.trace import NOTHING, Info, Macro, Node, Trace, Val, commit, hooks, open_trace, settle, state
 from duo_ir.core import Value
 from duo_ir.errors import GradientError
 from duo_ir.ops import stop_gradient
@@ -50,8 +50,7 @@ class Backward(Macro):
 
     def infer(self, parent: Node, key: tuple) -> tuple[tuple[Info, ...], Any]:
         construction = Construction(parent)
-        overwritten = {construction.values[n] for n in construction.overwritten}
-        numbers, gradients = self._run(construction, key, Watch(construction.freed, overwritten))  # type: ignore[arg-type]
+        numbers, gradients = self._run(construction, key, Watch(construction.freed, construction.stale()))
         return tuple(Info(g.type, key[5]) for g in gradients) or (NOTHING,), numbers
 
     def build(self, construction: Construction, node: Node) -> tuple[Any, ...]:
@@ -100,6 +99,8 @@ def walk_back(
                     pending[n] = gradient
         if low in pending:
             pending[low] = call_hooks(extra_of(low).hooks, pending[low])
+            if low in wanted:
+                found[low] = pending[low]
     return pending, found
 
 
@@ -122,7 +123,27 @@ class Engine:
 
     def run(self, roots: Sequence[tuple[Any, Any]], ones: Callable[[Any], Any]) -> None:
         """roots: (tensor, its cotangent or None for ones)."""
+        while not self._start(roots, ones):
+            self.cotangents.clear()
+        while True:
+            origins = [k for k in self.cotangents if not isinstance(k, GradLeaf)]
+            if not origins:
+                return
+            if state.capture is not None:
+                state.capture.impure("backward goes on through values that were computed outside")
+            for origin in origins:
+                if origin.error is not None:
+                    raise origin.error
+            segment = max((k.segment for k in origins), key=lambda s: s.serial)
+            segment.walk(self, {k.number: self.cotangents.pop(k) for k in origins if k.segment is segment})
+
+    def _start(self, roots: Sequence[tuple[Any, Any]], ones: Callable[[Any], Any]) -> bool:
+        """Takes the cotangents of the roots through what is recorded in the open trace; False if the trace was closed meanwhile."""
         trace = open_trace()
+        if trace.hooked and state.capture is None:
+            # A hook may look at values, which would close the trace in the middle of the walk; a segment stays as it is.
+            hooks.flush(trace)
+            trace = open_trace()
         seeds: Cotangents = {}
         for tensor, gradient in roots:
             val = tensor._value()
@@ -141,25 +162,14 @@ class Engine:
                 first = into[key] if into[key] is not None else ones(tensor)
                 gradient = first + gradient
             into[key] = gradient
-        if seeds:
-            self.walk_trace(trace, seeds)
-        while True:
-            origins = [k for k in self.cotangents if not isinstance(k, GradLeaf)]
-            if not origins:
-                return
-            for origin in origins:
-                if origin.error is not None:
-                    raise origin.error
-            segment = max((k.segment for k in origins), key=lambda s: s.serial)
-            mine = {k.number: self.cotangents.pop(k) for k in origins if k.segment is segment}
-            if self.create:
-                trace = open_trace()
-                numbers = segment.replay(trace, list(mine))
-                self.walk_trace(trace, {numbers[n]: g for n, g in mine.items()})
-            else:
-                segment.walk(self, mine)
+        try:
+            if seeds:
+                self._walk_trace(trace, seeds)
+        except _Closed:
+            return False
+        return True
 
-    def walk_trace(self, trace: Trace, seeds: Cotangents) -> None:
+    def _walk_trace(self, trace: Trace, seeds: Cotangents) -> None:
         """Through what is recorded in the open trace."""
         entries = trace.entries
         for extra, gradient in list(self.cotangents.items()):
@@ -173,7 +183,7 @@ class Engine:
             refs = tuple((n, -1 if t is None else number_in(trace, t)) for n, t in given.items())
             vals = commit(trace, (BACKWARD, low, refs, tuple(sorted(set(wanted))), self.retain, self.create))
             if vals is None or vals[0].node is None:
-                raise GradientError("the trace was closed by another thread during backward; call it again")
+                raise _Closed
             return {n: self.wrap(v) for n, v in zip(vals[0].node.extra, vals)}
 
         leaves, found = walk_back(seeds, hooked, wanted, lambda n: entries[n].extra, stage)
@@ -181,7 +191,11 @@ class Engine:
         self.cotangents.update((entries[n].extra, g) for n, g in leaves.items() if entries[n].extra is not None)
 
 
+class _Closed(Exception):
+    """The trace was closed (another thread has looked at one of its values) before its backward pass was recorded."""
+
+
 def number_in(trace: Trace, tensor: Any) -> int:
     """The number of a tensor's value in this trace."""
     val = tensor._value()
-    return val.index if val.trace is trace else trace.enter(val)
+    return val.index if val.trace is trace else trace.enter(val, tensor)

@@ -10,6 +10,7 @@ import numpy as np
 from duo import runtime
 from duo.eager.tensor import EagerTensor, from_numpy, material
 from duo.eager.trace import record
+from duo.eager.watch import changed
 from duo.functional import creation as bodies
 from duo.functional import random as samples
 from duo.random import Generator, draw
@@ -26,6 +27,7 @@ def set_default_dtype(dtype: Any) -> None:
     if not wanted.is_float:
         raise DTypeError(f"the default dtype must be a float, not {wanted.name}")
     _default[0] = wanted
+    changed()
 
 
 def get_default_dtype() -> DType:

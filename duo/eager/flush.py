@@ -37,6 +37,35 @@ def _baseline() -> int:
 
 
 _ALONE = _baseline()
+_DONATE_FROM = 1 << 14  # bytes from which reusing an input's memory is worth the asking
+
+
+def _counts(leaves: dict[Val, int], entries: list[int], buffers: list[Any]) -> list[tuple[int, int]]:
+    """Reference counts of the outside values of these entries, and of their buffers, as `_given_away` sees them."""
+    outside = {number: val for val, number in leaves.items()}
+    out = []
+    for entry, buffer in zip(entries, buffers):
+        val = outside[entry]
+        out.append((_getrefcount(val), _getrefcount(buffer)))
+    return out
+
+
+def _owned_once() -> tuple[int, int]:
+    """What `_counts` gives for a value and buffer that only a trace's leaf still holds."""
+    leaves: dict[Val, int] = {}
+    proxies = []
+    for number in range(2):
+        val, proxy = Val(None, 0, None, NOTHING), Val(None, 0, None, NOTHING)
+        val.buf = proxy.buf = object()  # type: ignore[assignment]
+        leaves[val] = number
+        proxies.append(proxy)
+    del val, proxy
+    inputs = [p.buf for p in proxies]
+    first, second = _counts(leaves, [0, 1], [inputs[j] for j in (0, 1)])
+    return first if first == second else (-1, -1)
+
+
+_OWNED_ONCE = _owned_once()
 
 
 class Program:
@@ -61,8 +90,14 @@ class Program:
         self.same = {p: n for p, v in zip(self.residuals, kept) for n, w in zip(live, values) if v is w}
         function = construction.builder.build([*values, *kept])
         scalars = [i for i, (_, k) in enumerate(plan.inputs) if k is not None]
-        self.run = runtime.runnable(function, fused, scalars).run
+        runnable = runtime.runnable(function, fused, scalars)
+        self.run = runnable.run
         self.function = function
+        # What a segment keeps may be read again by a backward pass; otherwise memory of dead inputs is used for outputs.
+        rows = [] if self.alive else sorted(
+            {j for _, j in runnable.program.donations if function.params[j].type.nbytes >= _DONATE_FROM}
+        )
+        self.donatable = (rows, [plan.inputs[j][0] for j in rows]) if rows else None
 
 
 def _freed_outputs(construction: Construction, outs: list[int]) -> dict[int, Exception]:
@@ -151,12 +186,12 @@ def _run(trace: Trace) -> None:
         _finish(trace)
         return
     try:
-        program = plan.program(live)
+        program = trace.program = plan.program(live)
         inputs: list[Any] = []
         for e, k in plan.inputs:
             entry = entries[e]
             inputs.append(entry.buf if k is None else entry.scalars[k])  # type: ignore[index]
-        buffers = program.run(inputs)
+        buffers = program.run(inputs, _given_away(trace, program, inputs) if program.donatable else ())
     except Exception as error:
         for n in live:
             entries[n].extra = error
@@ -171,21 +206,28 @@ def _run(trace: Trace) -> None:
             origins[n] = Origin(None, n, program.errors[n])
     for n, buffer in zip(program.order, buffers):
         val = entries[n]
-        val.buf = buffer
         if n in origins:
             val.extra = origins[n]
+        val.buf = buffer  # last: another thread may take the value up from here on
         val.trace = None
     _finish(trace)
+
+
+def _given_away(trace: Trace, program: Program, inputs: list[Any]) -> tuple[int, ...]:
+    """Inputs that nobody will read again: their values are held by this trace alone, their buffers by those values."""
+    numbers, entries = program.donatable
+    counts = _counts(trace.leaves, entries, [inputs[j] for j in numbers])
+    return tuple([j for j, count in zip(numbers, counts) if count == _OWNED_ONCE])
 
 
 def _segment(trace: Trace, plan: FlushPlan, program: Program, buffers: list[Any]) -> Segment:
     entries = trace.entries
     outside = {number: val for val, number in trace.leaves.items()}
-    sources = [outside[e] if k is None else entries[e].scalars[k] for e, k in plan.inputs]  # type: ignore[index]
-    segment = Segment(plan.node, entries[:-1], sources)
+    sources = [_saved(outside.get(e, entries[e])) if k is None else entries[e].scalars[k] for e, k in plan.inputs]  # type: ignore[index]
+    segment = Segment(plan.node, entries[:-1], sources, set(program.order))
     for position, buffer in zip(program.residuals, buffers[len(program.order) :]):
         number = program.same.get(position)
-        if number is not None:
+        if number is not None and not entries[number].overwritten:
             segment.residuals[position] = entries[number]
             continue
         val = Val(None, -1, None, Info(_type_at(program, position)))
@@ -196,6 +238,15 @@ def _segment(trace: Trace, plan: FlushPlan, program: Program, buffers: list[Any]
         if isinstance(entries[n].extra, Inner):
             origin.hooks = entries[n].extra.hooks
     return segment
+
+
+def _saved(val: Val) -> Val:
+    """`val`, whose mark from now on tells of in-place ops after this flush; the path knows of those before."""
+    if not val.overwritten:
+        return val
+    out = Val(None, -1, None, val.info)
+    out.buf, out.extra = val.buf, val.extra
+    return out
 
 
 def _type_at(program: Program, position: Position) -> Any:

@@ -8,17 +8,16 @@ residuals and cotangents, made when a backward pass asks for it and kept with th
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
 from duo.eager.autograd import Cotangents, Engine, Inner, number_in, walk_back
 from duo.eager.build import Construction, Watch, freed_error, overwritten_error
-from duo.eager.trace import NOTHING, Info, Macro, Node, Trace, Val, commit, open_trace
+from duo.eager.trace import MARK, NOTHING, Info, Macro, Node, Val, commit, open_trace
 from duo.runtime import from_numpy
 from duo_ir.core import Builder, Function, Op, Value
-from duo_ir.errors import GradientError
 from duo_ir.ops import add
 from duo_ir.types import TensorType
 
@@ -37,12 +36,24 @@ class Origin:
 
 
 class Pullback:
-    """The backward Function of one path for one set of cotangents: (residuals..., cotangents...) -> gradients of `numbers`."""
+    """The backward Function of one path for one set of cotangents: (residuals..., cotangents...) -> gradients of `numbers`.
 
-    def __init__(self, node: Node, low: int, given: Sequence[int], wanted: Sequence[int], check: bool = True) -> None:
-        construction = Construction(node)
+    With `opened` (numbers of marks) it is a Function of the path's inputs and those marks instead, which computes the forward values itself, so
+    that its results can be differentiated again; `inputs` says what they are, as Construction.inputs does."""
+
+    def __init__(
+        self,
+        node: Node,
+        low: int,
+        given: Sequence[int],
+        wanted: Sequence[int],
+        check: bool = True,
+        opened: Collection[int] | None = None,
+    ) -> None:
+        construction = Construction(node, opened or ())
         forward = list(construction.builder.ops)
-        watch = Watch(overwritten={construction.value(n) for n in construction.overwritten} if check else ())
+        self.inputs = list(construction.inputs)
+        watch = Watch(stale=construction.stale() if check else None)
         with construction.builder as builder:
             seeds = {n: builder.parameter(construction.value(n).type) for n in given}
             start: dict[Value, Value] = {}
@@ -52,7 +63,11 @@ class Pullback:
             self.numbers, gradients = construction.backward(low, start, wanted, watch)
         self.touched = frozenset(_op_numbers(forward, watch.touched))
         new_ops = builder.ops[len(forward) :]
-        self.residuals, self.function = _outline(construction, forward, new_ops, list(seeds.values()), gradients)
+        self.residuals: tuple[Position, ...] = ()
+        if opened is not None:
+            self.function = construction.builder.build(gradients, "backward")
+        else:
+            self.residuals, self.function = _outline(construction, forward, new_ops, list(seeds.values()), gradients)
         self.types = tuple(g.type for g in gradients)
 
 
@@ -89,47 +104,33 @@ def _outline(
 
 
 class SegmentBackward(Macro):
-    """Key (SEGMENT_BACKWARD, pullback, numbers of residuals and cotangents in this trace)."""
+    """Key (SEGMENT_BACKWARD, pullback, numbers of its operands in this trace, whether the gradients can be differentiated)."""
 
     name = "segment_backward"
 
     def infer(self, parent: Node, key: tuple) -> tuple[tuple[Info, ...], Any]:
-        return tuple(Info(t) for t in key[1].types) or (NOTHING,), None
+        return tuple(Info(t, key[3]) for t in key[1].types) or (NOTHING,), None
 
     def build(self, construction: Construction, node: Node) -> tuple[Any, ...]:
-        _, pullback, refs = node.key
+        _, pullback, refs, _ = node.key
         return construction.builder.inline(pullback.function, [construction.value(n) for n in refs]) or (None,)
 
 
-class Replay(Macro):
-    """A segment's forward pass recorded again: key (REPLAY, node, outputs, numbers of its leaves and scalars in this trace)."""
-
-    name = "replay"
-
-    def infer(self, parent: Node, key: tuple) -> tuple[tuple[Info, ...], Any]:
-        _, node, outputs, _ = key
-        return tuple(node.info_of(n) for n in outputs), None
-
-    def build(self, construction: Construction, node: Node) -> tuple[Any, ...]:
-        _, path, outputs, refs = node.key
-        function = Construction(path).function(outputs)
-        return construction.builder.inline(function, [construction.value(n) for n in refs])
-
-
-SEGMENT_BACKWARD, REPLAY = SegmentBackward(), Replay()
+SEGMENT_BACKWARD = SegmentBackward()
 _serial = itertools.count()
 
 
 class Segment:
     """What one flush left: the path it ran, what it read, residuals by position, and the op numbers whose residuals are freed.
 
-    sources: per parameter of the path, the value outside (or the number) that was given for it."""
+    sources: per parameter of the path, the value outside (or the number) that was given for it. marks: the leaves that the path itself made."""
 
-    def __init__(self, node: Node, entries: Sequence[Val], sources: list[Any]) -> None:
+    def __init__(self, node: Node, entries: Sequence[Val], sources: list[Any], live: Collection[int]) -> None:
         self.serial = next(_serial)
         self.node = node
         self.sources = sources
         self.extras = {e.index: e.extra for e in entries if e.extra is not None and not isinstance(e.extra, Inner)}
+        self.marks = {e.index: e for e in entries if e.index in live and e.node is not None and e.node.key[0] is MARK}
         self.residuals: dict[Position, Val] = {}
         self.origins: dict[int, Origin] = {}
         self.freed: set[int] = set()
@@ -145,12 +146,12 @@ class Segment:
         self.sources[number] = val
         return val
 
-    def pullback(self, low: int, given: Sequence[int], wanted: Sequence[int]) -> Pullback:
+    def pullback(self, low: int, given: Sequence[int], wanted: Sequence[int], opened: tuple | None = None) -> Pullback:
         table = self.node.memo.pullbacks
-        key = (low, tuple(given), tuple(wanted))
+        key = (low, tuple(given), tuple(wanted), opened)
         found = table.get(key)
         if found is None:
-            found = table[key] = Pullback(self.node, low, given, wanted)
+            found = table[key] = Pullback(self.node, low, given, wanted, opened=opened)
         return found
 
     def walk(self, engine: Engine, seeds: Cotangents) -> None:
@@ -171,12 +172,16 @@ class Segment:
             touched.update(pullback.touched)
             if again := self.freed & pullback.touched:
                 raise freed_error(Construction(self.node).builder.ops[min(again)])
-            residuals = [self._residual(p) for p in pullback.residuals]
+            operands = [self._residual(p) for p in pullback.residuals]
+            if engine.create:
+                pullback = self.pullback(low, list(given), wanted, tuple(self.marks))
+                operands = [self._input(e, k) for e, k in pullback.inputs]
             while True:
                 trace = open_trace()
-                refs = [v.index if v.trace is trace else trace.enter(v) for v in residuals]
+                refs = [v.index if v.trace is trace else trace.enter(v) for v in operands]
                 refs += [number_in(trace, t) for t in given.values()]
-                vals = commit(trace, (SEGMENT_BACKWARD, pullback, tuple(refs))) if -1 not in refs else None
+                key = (SEGMENT_BACKWARD, pullback, tuple(refs), engine.create)
+                vals = commit(trace, key) if -1 not in refs else None
                 if vals is not None:
                     return {n: engine.wrap(v) for n, v in zip(pullback.numbers, vals)}
 
@@ -200,10 +205,6 @@ class Segment:
             raise overwritten_error(Construction(self.node).builder.ops[max(position[0], 0)])
         return val
 
-    def replay(self, trace: Trace, numbers: Sequence[int]) -> dict[int, int]:
-        """Records the forward pass again in `trace`; gives the new numbers of these outputs."""
-        refs = tuple([trace.enter(self.source(i)) for i in range(len(self.sources))])
-        vals = commit(trace, (REPLAY, self.node, tuple(numbers), refs)) if -1 not in refs else None
-        if vals is None:
-            raise GradientError("the trace was closed by another thread during backward; call it again")
-        return {n: v.index for n, v in zip(numbers, vals)}
+    def _input(self, entry: int, k: int | None) -> Val:
+        """An input of the path, or a mark, as Construction.inputs names it."""
+        return self.marks[entry] if entry in self.marks else self.source(self.node.memo.inputs.index((entry, k)))

@@ -19,22 +19,25 @@ from duo.dispatch import View
 from duo.eager.autograd import Engine, GradLeaf, Inner
 from duo.eager.flush import flush
 from duo.eager.printing import format_tensor
-from duo.eager.trace import MARK, OVERWRITE, Info, Val, commit, note, open_trace, record, record_pair, settle, state
+from duo.eager.watch import changed
+from duo.eager.trace import MARK, Info, Val, commit, note_overwritten_here, open_trace, record, record_pair, settle, state
 from duo.tensor import Tensor
 from duo_ir.core import Value
 from duo_ir.errors import ArgumentError, DTypeError, GradientError, ShapeError, TraceError
-from duo_ir.ops import stop_gradient
+from duo_ir.ops import stop_gradient, straight_through
 from duo_ir.ops.broadcasting import broadcast_to, cast_to
 from duo_ir.types import DType, Shape, TensorType, dtype
 
 
 class Storage:
-    """What tensors that alias have in common: the base value and how often it was written. `shared`: says whether NumPy can see the memory."""
+    """What tensors that alias have in common: the base value, how often it was written, the leaf that the base is. `shared`: says whether
+    NumPy can see the memory."""
 
-    __slots__ = ("shared", "val", "version")
+    __slots__ = ("leaf", "shared", "val", "version")
 
-    def __init__(self, val: Val) -> None:
+    def __init__(self, val: Val, leaf: GradLeaf | None = None) -> None:
         self.val = val
+        self.leaf = leaf  # of the base, where it is one: its values stay leaves whoever writes them
         self.version = 0
         self.shared: Callable[[], bool] | None = None
 
@@ -44,11 +47,11 @@ def _detach_read(x: Value) -> Value:
 
 
 def _detach_write(x: Value, new: Value) -> Value:
-    return new
+    return straight_through(new, x) if x.type.dtype.is_float else new  # other values, the same history
 
 
 def _data_write(x: Value, new: Value) -> Value:
-    return stop_gradient(new)
+    return _detach_write(x, new)
 
 
 DETACH = View(_detach_read, _detach_write)
@@ -87,7 +90,7 @@ def _binary(name: str) -> Any:
 class EagerTensor(Tensor):
     """A tensor whose ops run when their results are looked at. See `duo.Tensor` for what it can do."""
 
-    __slots__ = ("__weakref__", "_chain", "_leaf", "_seen", "_storage", "_val")
+    __slots__ = ("__weakref__", "_chain", "_kept", "_leaf", "_seen", "_storage", "_val")
     _priority = 0
 
     def __init__(self, val: Val) -> None:
@@ -112,7 +115,7 @@ class EagerTensor(Tensor):
     def _view(view: View, tensor: EagerTensor, attrs: tuple) -> EagerTensor:
         storage = tensor._storage
         if storage is None:
-            storage = tensor._storage = Storage(tensor._val)
+            storage = tensor._storage = Storage(tensor._val, tensor._leaf)
             tensor._seen = 0
         (val,) = record(view.read, (tensor,), attrs)
         out = EagerTensor(val)
@@ -136,6 +139,8 @@ class EagerTensor(Tensor):
         assert storage is not None
         if storage.shared is not None:
             if storage.shared():
+                if state.capture is not None:
+                    state.capture.impure(f"a tensor {self._type} shares its memory with NumPy")
                 return self._snapshot(storage)
             storage.shared = None
         if self._seen != storage.version:
@@ -143,9 +148,14 @@ class EagerTensor(Tensor):
             val = storage.val
             for view, attrs in self._chain:
                 (val,) = record(view.read, (EagerTensor(val),), attrs)
-            self._val = as_leaf(val, self._leaf) if self._leaf is not None else val
+            self._val = self._as_mine(val)
             self._seen = version
         return self._val
+
+    def _as_mine(self, val: Val) -> Val:
+        """`val`, marked as this tensor's leaf if it is one and the value is not yet."""
+        leaf = self._leaf
+        return val if leaf is None or val.extra is leaf else as_leaf(val, leaf)
 
     def _snapshot(self, storage: Storage) -> Val:
         """A copy of memory that NumPy may write to at any time."""
@@ -160,27 +170,34 @@ class EagerTensor(Tensor):
     def _assign(self, new: Any) -> EagerTensor:
         """Writes `new` (a tensor or number, cast and broadcast to this tensor's type) in place."""
         type_ = self._type
+        by = None if not isinstance(new, EagerTensor) else new._value()
         if not isinstance(new, EagerTensor):
             new = full_value(new, type_)
         elif new._type is not type_:
             if len(new._type.shape) > len(type_.shape):
                 raise ShapeError(f"cannot write a tensor {new._type} in place into {type_}: it has more axes")
             new = EagerTensor._apply(_conform, (new,), (type_.dtype, type_.shape))
-        if state.grad and self.requires_grad and self._leaf is not None:
+        based = self._storage is not None and self._storage.leaf is not None
+        if state.grad and self.requires_grad and (self._leaf is not None or based):
+            what = "a leaf" if self._leaf is not None else "a view of a leaf"
             raise GradientError(
-                f"an in-place op on a leaf {type_} that requires grad; do it under duo.no_grad(), or on a clone()"
+                f"an in-place op on {what} {type_} that requires grad; do it under duo.no_grad(), or on a clone()"
             )
-        self._write(new._value())
+        self._write(new._value(), by)
         return self
 
-    def _write(self, val: Val) -> None:
+    def _write(self, val: Val, by: Val | None = None) -> None:
+        """Stores `val`. `by`: what the in-place op computed from the old value."""
+        if state.capture is not None:
+            state.capture.write(self)
         storage = self._storage
         if not any(view is DATA for view, _ in self._chain):
-            _overwrite(self._val)
+            by = val if by is None else by
+            _overwrite(self._val, by)
             if storage is not None and storage.val is not self._val:
-                _overwrite(storage.val)
+                _overwrite(storage.val, by)
         if storage is None:
-            self._val = as_leaf(val, self._leaf) if self._leaf is not None else val
+            self._val = self._as_mine(val)
             return
         base = val
         if self._chain:
@@ -198,12 +215,14 @@ class EagerTensor(Tensor):
             target = runtime.to_numpy(shared, base.info.type)
             target[...] = runtime.to_numpy(settle(base), base.info.type)
             base = material(shared, base.info.type)
+        if storage.leaf is not None:
+            base = as_leaf(base, storage.leaf)
         storage.val = base
         storage.version += 1
         if self._chain:
             self._current()
         else:
-            self._val = as_leaf(base, self._leaf) if self._leaf is not None else base
+            self._val = self._as_mine(base)
             self._seen = storage.version
 
     # ------------------------------------------------------------------------------------------- what it is
@@ -229,11 +248,15 @@ class EagerTensor(Tensor):
         val = self._value()
         if requires_grad == val.info.requires_grad:
             return self
+        if state.capture is not None:
+            state.capture.rebind(self)
         if requires_grad:
             if not val.info.type.dtype.is_float:
                 raise DTypeError(f"only floating-point tensors can require gradients, not {val.info.type}")
             self._leaf = GradLeaf(self)
             self._val = as_leaf(val, self._leaf)
+            if self._storage is not None and not self._chain:
+                self._storage.val, self._storage.leaf = self._val, self._leaf
         else:
             if self._leaf is None:
                 raise GradientError(
@@ -242,7 +265,7 @@ class EagerTensor(Tensor):
             self._leaf = None
             (self._val,) = record(_detach_read, (self,))
             if self._storage is not None and not self._chain:
-                self._storage.val = self._val
+                self._storage.val, self._storage.leaf = self._val, None
         return self
 
     @property
@@ -252,7 +275,9 @@ class EagerTensor(Tensor):
     @property
     def grad(self) -> Any:
         """The gradient that backward passes have added up, or None."""
-        return self._leaf.grad if self._leaf is not None else None
+        if state.capture is not None:
+            state.capture.read_grad(self)
+        return self._leaf.grad if self._leaf is not None else getattr(self, "_kept", None)
 
     @grad.setter
     def grad(self, value: Any) -> None:
@@ -262,6 +287,8 @@ class EagerTensor(Tensor):
             raise GradientError("only a leaf that requires grad has .grad; call requires_grad_() first")
         if value is not None and value._type is not self._type:
             raise ShapeError(f"the gradient of {self._type} cannot be {value._type}")
+        if state.capture is not None:
+            state.capture.write_grad(self._leaf)
         self._leaf.grad = value
 
     @property
@@ -271,6 +298,8 @@ class EagerTensor(Tensor):
 
     @data.setter
     def data(self, value: Any) -> None:
+        if state.capture is not None:
+            state.capture.rebind(self)
         if value._storage is None:
             value._storage = Storage(value._val)
         val = value._value()
@@ -289,8 +318,12 @@ class EagerTensor(Tensor):
 
     def detach_(self) -> EagerTensor:
         """Forgets the history."""
+        if state.capture is not None:
+            state.capture.rebind(self)
         (self._val,) = record(_detach_read, (self,))
         self._leaf = None
+        if self._storage is not None and not self._chain:
+            self._storage.val, self._storage.leaf = self._val, None
         return self
 
     def __deepcopy__(self, memo: dict) -> EagerTensor:
@@ -317,10 +350,10 @@ class EagerTensor(Tensor):
 
     def _array(self, share: bool = True) -> np.ndarray:
         if state.capture is not None:
-            raise TraceError(state.capture.refusal())
+            raise TraceError(state.capture.refusal(self._type))
         storage = self._storage
         if storage is None and share:
-            storage = self._storage = Storage(self._val)
+            storage = self._storage = Storage(self._val, self._leaf)
             self._seen = 0
         if share and storage is not None and all(v in _SAME_MEMORY for v, _ in self._chain):
             base = storage.val
@@ -347,7 +380,7 @@ class EagerTensor(Tensor):
         if val.info.type.size != 1:
             raise ShapeError(f"item() needs exactly one element; this tensor is {val.info.type}")
         if state.capture is not None:
-            raise TraceError(state.capture.refusal())
+            raise TraceError(state.capture.refusal(self._type))
         return runtime.to_numpy(settle(val), val.info.type, copy=True).reshape(()).item()
 
     def tolist(self) -> Any:
@@ -390,9 +423,8 @@ class EagerTensor(Tensor):
         self.register_hook(keep)
 
     def _retained(self, gradient: Any) -> None:
-        leaf = self._leaf if self._leaf is not None else GradLeaf(self)
-        leaf.grad = gradient
-        self._leaf = leaf
+        kept = getattr(self, "_kept", None)
+        self._kept = EagerTensor(gradient._value()) if kept is None else kept + gradient
 
 
 class RemovableHook:
@@ -400,11 +432,19 @@ class RemovableHook:
 
     def __init__(self, hooks: list, hook: Callable) -> None:
         self._hooks, self._hook = hooks, hook
+        _hooks_changed()
         hooks.append(hook)
 
     def remove(self) -> None:
         if self._hook in self._hooks:
+            _hooks_changed()
             self._hooks.remove(self._hook)
+
+
+def _hooks_changed() -> None:
+    changed()
+    if state.capture is not None:
+        state.capture.impure("a hook is registered or removed inside")
 
 
 # ------------------------------------------------------------------------------------------------------ values
@@ -412,6 +452,8 @@ def material(buffer: Any, type: TensorType, requires_grad: bool = False) -> Val:
     """A value that is there."""
     val = Val(None, -1, None, Info(type, requires_grad))
     val.buf = buffer
+    if state.capture is not None:
+        state.capture.made.add(val)
     return val
 
 
@@ -430,16 +472,16 @@ def as_leaf(val: Val, leaf: GradLeaf) -> Val:
         return out
 
 
-def _overwrite(val: Val) -> None:
-    """Notes that an in-place op has replaced `val`, for backward's check."""
+def _overwrite(val: Val, by: Val) -> None:
+    """Notes that an in-place op has replaced `val` by what it computed, `by`, for backward's check."""
     val.overwritten = True
-    trace = open_trace()
+    trace = state.trace
     node = trace.entries[-1].node
     if node is None or not node.tracked:
         return
     number = val.index if val.trace is trace else trace.leaves.get(val)
     if number is not None:
-        note(OVERWRITE, number)
+        note_overwritten_here(trace, number, by.index if by.trace is trace else -1)
 
 
 def full_value(value: Any, type: TensorType) -> EagerTensor:
@@ -500,13 +542,17 @@ def _check_roots(tensors: Sequence[Any], gradients: Sequence[Any]) -> list[tuple
 
 
 def backward(
-    tensors: Sequence[Any],
-    gradients: Sequence[Any],
+    tensors: Any,
+    gradients: Any = None,
     retain_graph: bool | None = None,
     create_graph: bool = False,
     inputs: Any = None,
 ) -> None:
-    """Adds the gradients of sum(tensor * gradient) to `.grad` of the leaves (or of `inputs` only)."""
+    """Adds the gradients of sum(tensor * gradient) to `.grad` of the leaves (or of `inputs` only). One tensor or several."""
+    tensors = [tensors] if isinstance(tensors, Tensor) else list(tensors)
+    gradients = [None] * len(tensors) if gradients is None else [gradients] if isinstance(gradients, Tensor) else list(gradients)
+    if len(gradients) != len(tensors):
+        raise ArgumentError(f"backward got {len(tensors)} tensors and {len(gradients)} gradients")
     retain = create_graph if retain_graph is None else retain_graph
     engine = Engine(EagerTensor, (), retain, create_graph)
     engine.run(_check_roots(tensors, gradients), _ones)
@@ -518,8 +564,10 @@ def backward(
         for hook in list(leaf.hooks):
             new = hook(gradient)
             gradient = gradient if new is None else new
+        if state.capture is not None:
+            state.capture.read_leaf(leaf)
         if leaf.grad is None:
-            leaf.grad = gradient
+            leaf.grad = EagerTensor(gradient._value())  # a tensor of its own: adding to it later changes nobody else's
         elif create_graph:
             leaf.grad = leaf.grad + gradient
         else:

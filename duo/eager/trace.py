@@ -178,7 +178,7 @@ END = Val(None, -1, _END_NODE, NOTHING)
 class Trace:
     """A program under recording. Entry 0 stands for the root."""
 
-    __slots__ = ("__weakref__", "done", "entries", "hooked", "leaf_numbers", "leaves", "lock", "node")
+    __slots__ = ("__weakref__", "done", "entries", "hooked", "leaf_numbers", "leaves", "lock", "node", "program")
 
     def __init__(self, grad: bool) -> None:
         self.entries: list[Val] = [Val(self, 0, _ROOTS[grad], NOTHING)]
@@ -188,9 +188,10 @@ class Trace:
         self.lock = threading.RLock()
         self.node: Node | None = None  # set when closed
         self.done = False
+        self.program: Any = None  # what a flush ran for it
 
-    def enter(self, val: Val) -> int:
-        """The number of a value from outside; -1 when this trace has been closed meanwhile."""
+    def enter(self, val: Val, tensor: Any = None) -> int:
+        """The number of a value from outside, which `tensor` holds; -1 when this trace has been closed meanwhile."""
         number = self.leaves.get(val)
         if number is not None:
             return number
@@ -310,7 +311,7 @@ def record(body: Any, operands: tuple, attrs: tuple = ()) -> list[Val]:
                 scalars = (t,) if scalars is None else (*scalars, t)
                 continue
             val = t._val if t._storage is None else t._current()
-            refs.append(val.index if val.trace is trace else trace.enter(val))
+            refs.append(val.index if val.trace is trace else trace.enter(val, t))
         last = trace.entries[-1]
         if attrs:
             refs.append(attrs)

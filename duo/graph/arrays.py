@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
+import builtins
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from duo import functional as F
+from duo.eager.trace import user_location
 from duo.functional import creation
 from duo.graph.errors import InvalidArgumentError
 from duo.graph.graph import get_default_graph
 from duo.graph.states import Placeholder
 from duo.graph.tensor import GraphTensor, constant, convert_to_tensor, identity_of, named, sizes_tensor
 from duo.tensor import Tensor
-from duo.functional._args import type_of
-from duo.eager.trace import user_location
 from duo_ir.core import Value
 from duo_ir.errors import ArgumentError, DTypeError, ShapeError
 from duo_ir.ops import broadcasting as nd
 from duo_ir.ops import indexing
-from duo_ir.ops import shape as movement
 from duo_ir.types import Dim, DimLike, TensorType, bool_, f32, i32, i64, product
 from duo_ir.types import dtype as as_dtype
 
@@ -193,7 +192,7 @@ def squeeze(input: Any, axis: Any = None, name: Name = None, squeeze_dims: Any =
 def transpose(a: Any, perm: Sequence[int] | None = None, name: Name = None, conjugate: bool = False) -> GraphTensor:
     """Dims in the order `perm`; all reversed without it."""
     x = convert_to_tensor(a)
-    order = tuple(reversed(builtin_range(x.ndim))) if perm is None else tuple(perm)
+    order = tuple(reversed(builtins.range(x.ndim))) if perm is None else tuple(perm)
     return named(x.graph, "transpose", name, lambda: F.permute(x, order))
 
 
@@ -253,7 +252,7 @@ def slice(input_: Any, begin: Any, size: Any, name: Name = None) -> GraphTensor:
     if len(starts) != x.ndim or len(sizes) != x.ndim:
         raise ShapeError(f"slice: begin and size need one number for each dim of {x._type}")
     stops = [d if n == -1 else s + n for s, n, d in zip(starts, sizes, x._type.shape)]
-    index = tuple([builtin_slice(s, e) for s, e in zip(starts, stops)])
+    index = tuple([builtins.slice(s, e) for s, e in zip(starts, stops)])
     return named(x.graph, "Slice", name, lambda: Tensor.__getitem__(x, index))
 
 
@@ -285,7 +284,7 @@ def _gathered(x: Value, i: Value, axis: int) -> Value:
     rank, axis = x.type.rank, axis % x.type.rank
     out = indexing.gather(x, nd.cast_to(i, i64), axes=(axis,))
     n = i.type.rank
-    order = (*builtin_range(n, n + axis), *builtin_range(n), *builtin_range(n + axis, n + rank - 1))
+    order = (*builtins.range(n, n + axis), *builtins.range(n), *builtins.range(n + axis, n + rank - 1))
     return nd.transpose(out, order)
 
 
@@ -301,9 +300,9 @@ def _gathered_nd(x: Value, i: Value) -> Value:
     if not isinstance(depth, int) or depth > x.type.rank:
         raise ShapeError(f"gather_nd: the last axis of {i.type} must be at most {x.type.rank}, the dims of {x.type}")
     places = [
-        nd.reshape(nd.slice_axis(nd.cast_to(i, i64), last, k, k + 1), i.type.shape[:-1]) for k in builtin_range(depth)
+        nd.reshape(nd.slice_axis(nd.cast_to(i, i64), last, k, k + 1), i.type.shape[:-1]) for k in builtins.range(depth)
     ]
-    return indexing.gather(x, *places, axes=tuple(builtin_range(depth)))
+    return indexing.gather(x, *places, axes=tuple(builtins.range(depth)))
 
 
 def where(condition: Any, x: Any = None, y: Any = None, name: Name = None) -> GraphTensor:
@@ -377,8 +376,3 @@ def _tensors(values: Any) -> list[Any]:
     if not parts:
         raise ArgumentError("at least one tensor is needed")
     return parts
-
-
-builtin_range = __builtins__["range"] if isinstance(__builtins__, dict) else __builtins__.range
-builtin_slice = __builtins__["slice"] if isinstance(__builtins__, dict) else __builtins__.slice
-__all__ = ["movement", "type_of"]

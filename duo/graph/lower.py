@@ -13,11 +13,10 @@ import numpy as np
 
 from duo.graph.errors import InvalidArgumentError
 from duo.graph.graph import Assign, Deferred, Graph, Operation, Read, get_default_graph, located
-from duo.graph.states import Number, Placeholder, Source, State, VariableState
+from duo.graph.states import Placeholder, Source, State
 from duo.graph.tensor import GraphElement, array_of
 from duo.lower import canonical, renamed_sizes, sized, sized_type
 from duo_ir.core import Builder, Function, Op, Value
-from duo_ir.errors import DuoError
 from duo_ir.transforms.rewrite import with_operands
 from duo_ir.types import Dim, DimLike, TensorType
 
@@ -114,7 +113,8 @@ class Lowering:
     def place(self, item: Any, variants: Mapping[Deferred, tuple]) -> None:
         """Emits one item."""
         if isinstance(item, Read):
-            self.env.setdefault(item.value, self.read(item.state)) if item.value not in self.env else None
+            if item.value not in self.env:
+                self.env[item.value] = self.read(item.state)
         elif isinstance(item, Assign):
             self.write(item.state, self.value(item.value))
         elif isinstance(item, Deferred):
@@ -275,4 +275,4 @@ def _flat(structure: Any) -> Iterable[Any]:
         yield from _flat(s)
 
 
-__all__ = ["DuoError", "Lowered", "Number", "VariableState", "lower", "lowered", "sizes_of"]
+__all__ = ["Lowered", "lower", "lowered", "sizes_of"]

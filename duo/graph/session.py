@@ -16,14 +16,13 @@ import numpy as np
 from duo import runtime
 from duo.eager.tensor import EagerTensor, material
 from duo.eager.trace import open_trace, settle
-from duo.graph.errors import FailedPreconditionError, InvalidArgumentError, NotFoundError
+from duo.graph.errors import FailedPreconditionError, InvalidArgumentError
 from duo.graph.graph import Deferred, Graph, Operation, get_default_graph, located
 from duo.graph.lower import Needed, deferred_of, lowered, sizes_of
 from duo.graph.states import Constant, Live, Number, SeededState, SharedState, State, number_of
 from duo.graph.tensor import GraphElement, array_of
 from duo.optim.optimizer import take_update
-from duo_ir.core import Value
-from duo_ir.errors import DTypeError, DuoError, ShapeError
+from duo_ir.errors import DuoError, ShapeError
 from duo_ir.types import TensorType
 
 MAX_CALLS = 512  # sets of fetches and feeds that a session remembers
@@ -437,4 +436,4 @@ def _session_for(graph: Graph, session: Session | None, name: str) -> Session:
 
 
 Graph.session_for = _session_for  # type: ignore[assignment]
-__all__ = ["DTypeError", "InteractiveSession", "NotFoundError", "Session", "Value", "get_default_session"]
+__all__ = ["InteractiveSession", "Session", "get_default_session", "store"]

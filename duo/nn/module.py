@@ -13,18 +13,13 @@ from typing import Any, NamedTuple
 
 from duo.eager.tensor import EagerTensor, RemovableHook
 from duo.eager.trace import state
+from duo.eager.watch import Epoch, WatchedDict
 from duo.nn.parameter import Parameter
 from duo.runtime import check_device
 from duo_ir.errors import ArgumentError, DuoError, ShapeError
 from duo_ir.types import dtype as as_dtype
 
 _TABLES = ("_parameters", "_buffers", "_modules")
-
-
-class Epoch:
-    """Bumped whenever a module changes in a way that a compiled function could see."""
-
-    count = 0
 
 
 class IncompatibleKeys(NamedTuple):
@@ -47,7 +42,7 @@ class Module:
     def __init__(self) -> None:
         object.__setattr__(self, "training", True)
         for table in _TABLES:
-            object.__setattr__(self, table, {})
+            object.__setattr__(self, table, WatchedDict())
         object.__setattr__(self, "_forward_hooks", [])
         object.__setattr__(self, "_forward_pre_hooks", [])
         object.__setattr__(self, "_non_persistent", set())

@@ -6,7 +6,6 @@ at the call, then flushes. The same rule makes the update ops of graph mode (`mi
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -14,6 +13,7 @@ from duo.eager.autograd import number_in
 from duo.eager.flush import flush
 from duo.eager.tensor import EagerTensor, full_value
 from duo.eager.trace import Info, Macro, Node, commit, note_overwritten, open_trace, state
+from duo.eager.watch import Group, Slots, WatchedList, changed
 from duo.optim.rules import Rule, apply_rule
 from duo_ir.core import Value
 from duo_ir.errors import ArgumentError, ShapeError
@@ -62,8 +62,8 @@ class Optimizer:
 
     def __init__(self, params: Iterable, defaults: dict[str, Any]) -> None:
         self.defaults = defaults
-        self.state: defaultdict[Any, dict[str, Any]] = defaultdict(dict)
-        self.param_groups: list[dict[str, Any]] = []
+        self.state: dict[Any, dict[str, Any]] = Slots()
+        self.param_groups: list[dict[str, Any]] = WatchedList()
         self._sharing: dict[int, tuple[Any, int]] = {}  # id of a step counter -> it, and how many parameters share it
         groups = list(params)
         if not groups:
@@ -75,11 +75,10 @@ class Optimizer:
 
     def add_param_group(self, group: dict[str, Any]) -> None:
         """Adds a group {'params': [...], 'lr': ...}; what it does not say comes from the defaults."""
-        group = dict(group)
+        group = Group(group)
         params = group["params"]
-        group["params"] = [params] if hasattr(params, "_type") else list(params)
-        if any(isinstance(p, tuple) for p in group["params"]):
-            group["params"] = [p[1] if isinstance(p, tuple) else p for p in group["params"]]
+        params = [params] if hasattr(params, "_type") else list(params)
+        group["params"] = WatchedList([p[1] if isinstance(p, tuple) else p for p in params])
         known = {id(p) for g in self.param_groups for p in g["params"]}
         for p in group["params"]:
             if not isinstance(p, EagerTensor):
@@ -93,6 +92,10 @@ class Optimizer:
             group.setdefault(name, value)
         self.check_group(group)
         self.param_groups.append(group)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        changed()
+        object.__setattr__(self, name, value)
 
     # What a kind of optimiser says of a group's options.
     def check_group(self, group: dict[str, Any]) -> None:
@@ -108,6 +111,8 @@ class Optimizer:
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drops the gradients (or writes zeros into them)."""
+        if state.capture is not None:
+            state.capture.touch_optimizer(self)
         for group in self.param_groups:
             for p in group["params"]:
                 if set_to_none:
@@ -124,6 +129,8 @@ class Optimizer:
                 loss = closure()
             finally:
                 state.grad = grad_mode
+        if state.capture is not None:
+            state.capture.touch_optimizer(self)
         for group in self.param_groups:
             self._step_group(group)
         if state.capture is None:
@@ -173,6 +180,8 @@ class Optimizer:
             vals = commit(trace, (OPTIMIZE, self.rule, options, count, numbers), hyper)
             if vals is not None:
                 break
+        if state.capture is not None:
+            state.capture.hyper[vals[0].index] = (self, group)
         made = iter(vals)
         if step is not None:
             self._advance(step, params, next(made))
@@ -210,7 +219,7 @@ class Optimizer:
         for mine, theirs in zip(self.param_groups, groups):
             by_number.update(zip(theirs["params"], mine["params"]))
             mine.update({k: v for k, v in theirs.items() if k != "params"})
-        self.state = defaultdict(dict)
+        self.state = Slots()
         self._sharing = {}
         counters: dict[int, Any] = {}
         for n, slots in state_dict["state"].items():
@@ -231,6 +240,8 @@ class Optimizer:
 
 def take_update(tensor: Any, val: Any) -> None:
     """Makes `val`, which a step computed from the tensor's value, the tensor's value."""
+    if state.capture is not None:
+        state.capture.write(tensor)
     note_overwritten(tensor._val)
     if tensor._leaf is not None:
         val.extra = tensor._leaf

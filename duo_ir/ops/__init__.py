@@ -53,6 +53,7 @@ from duo_ir.ops.elementwise import (
     sinh,
     sqrt,
     stop_gradient,
+    straight_through,
     sub,
     tan,
     tanh,
@@ -73,5 +74,5 @@ __all__ = [
     "gather", "ge", "gt", "integer_pow", "iota", "is_finite", "le", "log", "log1p", "lt", "matmul", "max", "maximum", "min", "minimum",
     "mul", "ne", "neg", "normal_quantile", "not_", "or_", "pad", "pow", "prod", "random_bits", "remainder", "reshape", "round", "rsqrt",
     "scatter", "shift_left", "shift_right_arithmetic", "shift_right_logical", "sigmoid", "sign", "sin", "sinh", "size", "slice", "sqrt",
-    "stop_gradient", "sub", "sum", "tan", "tanh", "transpose", "trunc", "where", "while_", "xor",
+    "stop_gradient", "straight_through", "sub", "sum", "tan", "tanh", "transpose", "trunc", "where", "while_", "xor",
 ]  # fmt: skip

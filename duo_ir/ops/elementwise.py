@@ -379,3 +379,8 @@ stop_gradient = OpDef(
     canonicalize=lambda op: op.operands,
     doc="x, through which no derivative passes.",
 )  # fmt: skip
+straight_through = OpDef(
+    "straight_through", lambda x, y: same_type("straight_through", x, y), Elementwise(lambda s, x, y: x, widen=False),
+    derivative=lambda op, i, g: g if i == 1 else None, canonicalize=lambda op: op.operands[:1],
+    doc="x, through which derivatives pass as if it were y.",
+)  # fmt: skip

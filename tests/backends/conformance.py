@@ -67,8 +67,8 @@ def differing(got: np.ndarray, want: np.ndarray) -> np.ndarray:
     if got.dtype.kind in "iub":
         return np.asarray(got != want)
     bits = np.dtype(f"u{got.dtype.itemsize}")
-    wrong = np.asarray(np.ascontiguousarray(got).view(bits) != np.ascontiguousarray(want).view(bits))
-    return np.asarray(wrong & ~(np.isnan(got) & np.isnan(want)))
+    raw = [np.ascontiguousarray(x).view(bits).reshape(x.shape) for x in (got, want)]
+    return np.asarray((raw[0] != raw[1]) & ~(np.isnan(got) & np.isnan(want)))
 
 
 def difference(got: np.ndarray, want: np.ndarray, arrays: Sequence[np.ndarray] = ()) -> str:

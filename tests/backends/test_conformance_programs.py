@@ -251,7 +251,7 @@ def test_random(dtype: DType) -> None:
         for shape in ((), (1,), (6,), (0,), (259,)):
             sample, state = draws._uniform(state, shape, dtype)
             made.append(sample)
-        dropped, state = draws._dropout(x, state, 0.3)
+        dropped, state = draws.dropout_with(x, state, 0.3)
         whole, state = draws._randint(state, -5, 9, (17,), i64)
         chosen, state = draws._categorical(state, x)
         return [*made, dropped, whole, chosen, state]

@@ -5,7 +5,7 @@ import gc
 
 import numpy as np
 import pytest
-from eager_modes import POLICIES, agree, flat, flush_policy, in_every_mode, numbers, same
+from tests.frontends.eager_modes import POLICIES, agree, flat, flush_policy, in_every_mode, numbers, same
 
 import duo
 from duo_ir.errors import DuoError, GradientError

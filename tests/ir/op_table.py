@@ -313,6 +313,7 @@ def _table() -> list[Row]:
         Row(o.bitcast, lambda x, dtype: x.view(dtype.numpy), (wild,), (i32,), _with_attrs([{"dtype": i32}, {"dtype": f32}])),
         _unary(o.is_finite, np.isfinite, smooth=False),
         _unary(o.stop_gradient, lambda x: x, dtypes=ALL, smooth=False),
+        _binary(o.straight_through, lambda x, y: x, dtypes=ALL, smooth=()),
         Row(o.constant, lambda value, dtype: np.asarray(value, dtype.numpy), (), (f32,), tuple(
             ((), {"value": v, "dtype": d}) for v, d in ((0.1, f32), (0.1, f64), (0.1, f16), (0.1, bf16), (-0.0, f32), (-3, i8), (True, bool_))
         )),

@@ -103,7 +103,7 @@ def test_every_op_to_order_two(case):
 def test_the_table_covers_every_rule():
     """Every op with a derivative that is not flat is differentiated above, or below for control flow."""
     with_rule = {r.name for r in TABLE if r.op.derivative or r.op.vjp or r.op.jvp or r.op.linear}
-    flat = {"sign", "floor", "ceil", "trunc", "round", "floor_divide", "stop_gradient", "remainder"}
+    flat = {"sign", "floor", "ceil", "trunc", "round", "floor_divide", "stop_gradient", "straight_through", "remainder"}
     assert with_rule - flat <= {case.row.name for case in smooth_cases()}
 
 
@@ -113,6 +113,11 @@ def test_flat_ops_pass_nothing(name):
     arity = 2 if name == "floor_divide" else 1
     f = function_of(lambda x: nd.sum(op(*[x] * arity)), V)
     assert (interpret(grad_function(f), np.array([0.3, 1.2, -2.5]))[0] == 0).all()
+
+
+def test_straight_through_passes_to_its_second_operand():
+    f = function_of(lambda x: nd.sum(ops.straight_through(ops.exp(x), x * x)), V)
+    assert interpret(grad_function(f), np.array([1.0, -2.0]))[0].tolist() == [2, -4]
 
 
 def test_remainder():

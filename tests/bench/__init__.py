@@ -1,0 +1,1 @@
+"""Benchmarks: `python -m tests.bench`. Figures and ratios, no assertions."""

@@ -45,7 +45,9 @@ def _parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser("demo", help="train a classifier in three modes and compare the bits")
     command.add_argument("--epochs", type=_positive, default=8, help="passes over the images (default: %(default)s)")
-    command.add_argument("--seed", type=int, default=0, help="seed of weights, dropout and batches (default: %(default)s)")
+    command.add_argument(
+        "--seed", type=int, default=0, help="seed of weights, dropout and batches (default: %(default)s)"
+    )
     command.set_defaults(run=lambda options: demo(options.epochs, options.seed))
 
     command = commands.add_parser("info", help="versions, CPU, threads, cache")
@@ -73,7 +75,9 @@ def facts() -> dict[str, Any]:
     return {
         "duo": duo.__version__,
         "python": f"{platform.python_implementation()} {platform.python_version()}",
-        "packages": {name: _version(name) for name in ("numpy", "llvmlite", "ml_dtypes", "safetensors", "scikit-learn")},
+        "packages": {
+            name: _version(name) for name in ("numpy", "llvmlite", "ml_dtypes", "safetensors", "scikit-learn")
+        },
         "platform": platform.platform(),
         "cpu": {
             "name": backend.machine.cpu,
@@ -106,7 +110,10 @@ def _info(options: argparse.Namespace) -> int:
     cpu, cache = found["cpu"], found["cache"]
     rows = [
         ("duo", f"{found['duo']} on {found['python']}"),
-        ("packages", ", ".join(f"{name} {version or '(not installed)'}" for name, version in found["packages"].items())),
+        (
+            "packages",
+            ", ".join(f"{name} {version or '(not installed)'}" for name, version in found["packages"].items()),
+        ),
         ("platform", found["platform"]),
         ("cpu", f"{cpu['name']} ({cpu['architecture']}), vectors of {cpu['vector_bits']} bits"),
         ("threads", str(found["threads"])),

@@ -14,6 +14,7 @@ import numpy as np
 
 from duo.dispatch import apply
 from duo.eager.tensor import EagerTensor, tensor_of
+from duo.eager.trace import state as tracing
 
 
 class Generator:
@@ -38,6 +39,8 @@ class Generator:
 
     def seed(self) -> int:
         """Starts a stream from the system's entropy; gives the seed."""
+        if tracing.capture is not None:
+            tracing.capture.impure("a generator is seeded from the system's entropy")
         seed = int.from_bytes(os.urandom(8), "little") >> 1
         self.manual_seed(seed)
         return seed

@@ -49,7 +49,7 @@ def main(epochs: int = 10) -> float:
             for rows in rng.permutation(train).reshape(-1, 64):
                 value, _ = session.run([loss, step], {x: images[rows], y: labels[rows], keep: 0.9})
                 total += value * len(rows)
-            score = float(session.run("accuracy:0", {x: images[test], y: labels[test]}))
+            score = float(session.run(accuracy, {x: images[test], y: labels[test]}))
             print(f"epoch {epoch:2}  loss {total / len(train):.4f}  accuracy {score:.1%}")
     return score
 

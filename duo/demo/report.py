@@ -105,7 +105,9 @@ def _show_program(trainer: Trainer) -> bool:
         from_graph = tf.lower(model(images), [images])
     model.train()
     same = from_eager.hash == from_graph.hash
-    print(f"The forward pass, from eager mode (hash {from_eager.hash[:12]}) and from graph mode ({from_graph.hash[:12]}):")
+    print(
+        f"The forward pass, from eager mode (hash {from_eager.hash[:12]}) and from graph mode ({from_graph.hash[:12]}):"
+    )
     print(_indented(_short(from_eager)))
     kernels = [item.kernel for item in _program(from_eager).items if isinstance(item, Step)]
     kernel = next((k for k in kernels if isinstance(k, ContractKernel)), kernels[0])

@@ -17,7 +17,7 @@ from duo.eager.build import Construction, Watch
 from duo.eager.trace import NOTHING, Info, Macro, Node, Trace, Val, commit, hooks, open_trace, settle, state
 from duo_ir.core import Value
 from duo_ir.errors import GradientError
-from duo_ir.ops import stop_gradient
+from duo_ir.ops import add, stop_gradient
 from duo_ir.ops.broadcasting import ones_like
 
 
@@ -68,12 +68,13 @@ class Backward(Macro):
             start: dict[Value, Value] = {}
             for number, cotangent in seeds:
                 value = construction.value(number)
-                start[value] = construction.value(cotangent) if cotangent >= 0 else ones_like(value)
+                seed = construction.value(cotangent) if cotangent >= 0 else ones_like(value)
+                start[value] = add(start[value], seed) if value in start else seed
             return construction.backward(low, start, wanted, watch)
 
 
 BACKWARD = Backward()
-Cotangents = dict[int, Any]  # value number -> eager Tensor, or None for ones
+Cotangents = dict[Any, Any]  # value number (in a segment also a Position) -> eager Tensor, or None for ones
 
 
 def walk_back(
@@ -82,15 +83,17 @@ def walk_back(
     wanted: Sequence[int],
     extra_of: Callable[[int], Any],
     stage: Callable[[int, Cotangents, Sequence[int]], Cotangents],
+    time: Callable[[Any], float] = float,
 ) -> tuple[Cotangents, Cotangents]:
     """(cotangents of leaves, gradients of wanted values) of one path. `stage(low, seeds, wanted)` differentiates the entries after `low`;
-    the values `hooked` are where Python looks at the gradient."""
+    the values `hooked` are where Python looks at the gradient. `time` orders what seeds are keyed by."""
     found: Cotangents = {}
     pending = dict(seeds)
     for low in [*sorted(hooked, reverse=True), 0]:
-        if any(n > low for n in pending):
-            results = stage(low, pending, wanted)
-            pending = {}
+        if any(time(n) > low for n in pending):
+            inner = {p: g for p, g in pending.items() if p.__class__ is tuple and time(p) <= low}
+            results = stage(low, {p: g for p, g in pending.items() if p not in inner}, wanted)
+            pending = inner
             for n, gradient in results.items():
                 if n in wanted and n > low:
                     found[n] = gradient

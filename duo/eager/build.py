@@ -6,7 +6,7 @@ and whether one would read a value that has been overwritten or freed.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Container, Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 
 from duo.eager.trace import Info, Macro, Node, scalar_types
 from duo_ir.core import Builder, Function, Op, Value
@@ -20,12 +20,10 @@ class Construction:
     """The Function of the path to `node`, under construction.
 
     values[n] is value number n (None for the root and notes). inputs lists where the parameters come from, in order:
-    (entry number, None) for a leaf, (entry number, k) for the k-th Python number of that entry. `opened`: numbers of marks that are to be
-    parameters too, rather than what was computed for them.
+    (entry number, None) for a leaf, (entry number, k) for the k-th Python number of that entry.
     """
 
-    def __init__(self, node: Node, opened: Collection[int] = ()) -> None:
-        self.opened = opened
+    def __init__(self, node: Node) -> None:
         self.builder = Builder("eager")
         self.values: list[Value | None] = [None]
         self.infos: list[Info] = [node.infos[0]]
@@ -76,6 +74,19 @@ class Construction:
         assert value is not None
         return value
 
+    def at(self, point: int | tuple[int, int]) -> Value:
+        """The SSA value of that number, or result r of op i for (i, r)."""
+        return self.value(point) if isinstance(point, int) else self.builder.ops[point[0]].results[point[1]]
+
+    def number_at(self, position: tuple[int, int]) -> int | None:
+        """The number of the value that is result r of op i, if it has one."""
+        value = self.at(position)
+        return next((n for n, v in enumerate(self.values) if v is value), None)
+
+    def entry_of(self, op: int) -> int:
+        """The number of the entry that emitted that op."""
+        return next(n for n, end in enumerate(self.ends) if op < end)
+
     def leaf(self, type: TensorType) -> Value:
         self.inputs.append((len(self.values), None))
         return self.builder.parameter(type)
@@ -91,9 +102,7 @@ class Construction:
         return stop_gradient(value) if value.type.dtype.is_float else value
 
     def cut(self, number: int) -> Value:
-        """Value `number` as a leaf of its own, the value that is to be made next."""
-        if len(self.values) in self.opened:
-            return self.leaf(self.value(number).type)
+        """Value `number` as a leaf of its own."""
         return stop_gradient(self.value(number))
 
     def stale(self) -> dict[Value, frozenset[Op]]:
@@ -149,6 +158,7 @@ class Watch:
     def __init__(self, freed: Container[Op] = (), stale: Mapping[Value, Container[Op]] | None = None) -> None:
         self.freed, self.stale = freed, stale or {}
         self.touched: list[Op] = []
+        self.readers: dict[Value, Op] = {}
 
     def visit(self, op: Op, emitted: list[Op]) -> None:
         mine = set(op.operands) | set(op.results)
@@ -160,6 +170,7 @@ class Watch:
         if any(v in self.stale and op not in self.stale[v] for v in reads):
             raise overwritten_error(op)
         self.touched.append(op)
+        self.readers.update((v, op) for v in reads)
 
 
 def freed_error(op: Op) -> GradientError:

@@ -17,7 +17,7 @@ from typing import Any
 from duo import runtime
 from duo.eager.autograd import Inner
 from duo.eager.build import Construction, Watch
-from duo.eager.segments import Origin, Position, Pullback, Segment
+from duo.eager.segments import Origin, Position, Pullback, Segment, unmarked
 from duo.eager.trace import END, NOTHING, Info, Macro, Node, Trace, Val, forget, hooks, settle, state
 from duo_ir.core import Value
 from duo_ir.errors import GradientError, TraceError
@@ -82,7 +82,7 @@ class Program:
         kept: list[Value] = []
         self.alive = [n for n in outs if n not in self.errors]
         if self.alive:
-            pullback = Pullback(plan.node, 0, self.alive, (), check=False)
+            pullback = Pullback(plan.node, 0, self.alive, ())
             plan.saving |= pullback.touched
             self.residuals = tuple(p for p in pullback.residuals if p[0] >= 0)
             kept = [construction.builder.ops[i].results[r] for i, r in self.residuals]
@@ -224,7 +224,7 @@ def _segment(trace: Trace, plan: FlushPlan, program: Program, buffers: list[Any]
     entries = trace.entries
     outside = {number: val for val, number in trace.leaves.items()}
     sources = [_saved(outside.get(e, entries[e])) if k is None else entries[e].scalars[k] for e, k in plan.inputs]  # type: ignore[index]
-    segment = Segment(plan.node, entries[:-1], sources, set(program.order))
+    segment = Segment(plan.node, entries[:-1], sources)
     for position, buffer in zip(program.residuals, buffers[len(program.order) :]):
         number = program.same.get(position)
         if number is not None and not entries[number].overwritten:
@@ -242,11 +242,7 @@ def _segment(trace: Trace, plan: FlushPlan, program: Program, buffers: list[Any]
 
 def _saved(val: Val) -> Val:
     """`val`, whose mark from now on tells of in-place ops after this flush; the path knows of those before."""
-    if not val.overwritten:
-        return val
-    out = Val(None, -1, None, val.info)
-    out.buf, out.extra = val.buf, val.extra
-    return out
+    return unmarked(val) if val.overwritten else val
 
 
 def _type_at(program: Program, position: Position) -> Any:

@@ -8,14 +8,14 @@ residuals and cotangents, made when a backward pass asks for it and kept with th
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from duo.eager.autograd import Cotangents, Engine, Inner, number_in, walk_back
 from duo.eager.build import Construction, Watch, freed_error, overwritten_error
-from duo.eager.trace import MARK, NOTHING, Info, Macro, Node, Val, commit, open_trace
+from duo.eager.trace import NOTHING, Info, Macro, Node, Val, commit, open_trace
 from duo.runtime import from_numpy
 from duo_ir.core import Builder, Function, Op, Value
 from duo_ir.ops import add
@@ -23,14 +23,16 @@ from duo_ir.types import TensorType
 
 # A forward value by position in the Construction of its path: (-1, parameter number) or (op number, result number).
 Position = tuple[int, int]
+Point = int | Position  # where a cotangent enters a segment
 
 
 class Origin:
-    """Where a value came from: value `number` of the path that `segment` ran. `error`: its gradient was freed before the flush."""
+    """Where a value came from: value `number` (or the inner value at that Position) of the path that `segment` ran. `error`: its gradient was
+    freed before the flush."""
 
     __slots__ = ("error", "hooks", "number", "segment")
 
-    def __init__(self, segment: Segment | None, number: int, error: Exception | None) -> None:
+    def __init__(self, segment: Segment | None, number: Point, error: Exception | None) -> None:
         self.segment, self.number, self.error = segment, number, error
         self.hooks: list[Callable] = []
 
@@ -38,48 +40,38 @@ class Origin:
 class Pullback:
     """The backward Function of one path for one set of cotangents: (residuals..., cotangents...) -> gradients of `numbers`.
 
-    With `opened` (numbers of marks) it is a Function of the path's inputs and those marks instead, which computes the forward values itself, so
-    that its results can be differentiated again; `inputs` says what they are, as Construction.inputs does."""
+    touched: numbers of the ops whose rules read forward values; readers: residual -> number of an op whose rule reads it."""
 
     def __init__(
-        self,
-        node: Node,
-        low: int,
-        given: Sequence[int],
-        wanted: Sequence[int],
-        check: bool = True,
-        opened: Collection[int] | None = None,
+        self, node: Node, low: int, given: Sequence[Point], wanted: Sequence[int], overwritten: Mapping[int, int] | None = None
     ) -> None:
-        construction = Construction(node, opened or ())
+        construction = Construction(node)
         forward = list(construction.builder.ops)
-        self.inputs = list(construction.inputs)
-        watch = Watch(stale=construction.stale() if check else None)
+        stale = None
+        if overwritten is not None:
+            construction.overwritten.update(overwritten)
+            stale = construction.stale()
+        watch = Watch(stale=stale)
         with construction.builder as builder:
-            seeds = {n: builder.parameter(construction.value(n).type) for n in given}
+            seeds = {p: builder.parameter(construction.at(p).type) for p in given}
             start: dict[Value, Value] = {}
-            for n, seed in seeds.items():
-                value = construction.value(n)
+            for p, seed in seeds.items():
+                value = construction.at(p)
                 start[value] = add(start[value], seed) if value in start else seed
             self.numbers, gradients = construction.backward(low, start, wanted, watch)
-        self.touched = frozenset(_op_numbers(forward, watch.touched))
+        number_of = {op: i for i, op in enumerate(forward)}
+        self.touched = frozenset(number_of[op] for op in watch.touched)
         new_ops = builder.ops[len(forward) :]
-        self.residuals: tuple[Position, ...] = ()
-        if opened is not None:
-            self.function = construction.builder.build(gradients, "backward")
-        else:
-            self.residuals, self.function = _outline(construction, forward, new_ops, list(seeds.values()), gradients)
+        position, self.residuals, self.function = _outline(construction, forward, new_ops, list(seeds.values()), gradients)
+        self.readers = {position[v]: number_of[op] for v, op in watch.readers.items()}
         self.types = tuple(g.type for g in gradients)
-
-
-def _op_numbers(forward: list[Op], ops: Iterable[Op]) -> Iterable[int]:
-    numbers = {id(op): i for i, op in enumerate(forward)}
-    return (numbers[id(op)] for op in ops)
 
 
 def _outline(
     construction: Construction, forward: list[Op], ops: list[Op], seeds: list[Value], results: Sequence[Value]
-) -> tuple[tuple[Position, ...], Function]:
-    """The part of `ops` that `results` need, as a Function of the forward values it reads and the seeds."""
+) -> tuple[dict[Value, Position], tuple[Position, ...], Function]:
+    """The part of `ops` that `results` need, as a Function of the forward values it reads and the seeds. Gives (position of each forward value,
+    positions of those read, the Function)."""
     position: dict[Value, Position] = {}
     for i, param in enumerate(construction.builder.params):
         position[param] = (-1, i)
@@ -100,7 +92,7 @@ def _outline(
         for op in reversed(kept):
             builder.loc = op.loc
             env.update(zip(op.results, builder.emit(op.definition, tuple([env[v] for v in op.operands]), op.attrs)))
-    return tuple(position[v] for v in reads), builder.build([env[r] for r in results])
+    return position, tuple(position[v] for v in reads), builder.build([env[r] for r in results])
 
 
 class SegmentBackward(Macro):
@@ -123,15 +115,17 @@ _serial = itertools.count()
 class Segment:
     """What one flush left: the path it ran, what it read, residuals by position, and the op numbers whose residuals are freed.
 
-    sources: per parameter of the path, the value outside (or the number) that was given for it. marks: the leaves that the path itself made."""
+    sources: per parameter of the path, the value outside (or the number) that was given for it. late: what an in-place op of the path has
+    replaced, number by number, when the op itself was the last thing that the path computed and so could not note it there."""
 
-    def __init__(self, node: Node, entries: Sequence[Val], sources: list[Any], live: Collection[int]) -> None:
+    def __init__(self, node: Node, entries: Sequence[Val], sources: list[Any]) -> None:
         self.serial = next(_serial)
         self.node = node
         self.sources = sources
         self.extras = {e.index: e.extra for e in entries if e.extra is not None and not isinstance(e.extra, Inner)}
-        self.marks = {e.index: e for e in entries if e.index in live and e.node is not None and e.node.key[0] is MARK}
         self.residuals: dict[Position, Val] = {}
+        self.inner: dict[Position, Val] = {}  # residuals that a gradient can go back to, for derivatives of higher order
+        self.late: dict[int, int] = {}
         self.origins: dict[int, Origin] = {}
         self.freed: set[int] = set()
 
@@ -146,13 +140,24 @@ class Segment:
         self.sources[number] = val
         return val
 
-    def pullback(self, low: int, given: Sequence[int], wanted: Sequence[int], opened: tuple | None = None) -> Pullback:
+    def pullback(self, low: int, given: Sequence[Point], wanted: Sequence[int]) -> Pullback:
         table = self.node.memo.pullbacks
-        key = (low, tuple(given), tuple(wanted), opened)
+        key = (low, tuple(given), tuple(wanted), tuple(self.late.items()))
         found = table.get(key)
         if found is None:
-            found = table[key] = Pullback(self.node, low, given, wanted, opened=opened)
+            found = table[key] = Pullback(self.node, low, given, wanted, self.late)
         return found
+
+    def note_overwritten(self, val: Val, by: int) -> None:
+        """`by`, a result of this segment that an in-place op computed, has replaced `val`."""
+        for i, source in enumerate(self.sources):
+            if source is val:
+                self.late[self.node.memo.inputs[i][0]] = by
+                self.sources[i] = unmarked(val)
+        for position, kept in self.residuals.items():
+            if kept is val:
+                self.late[val.index] = by
+                self.residuals[position] = unmarked(val)
 
     def walk(self, engine: Engine, seeds: Cotangents) -> None:
         """Takes the cotangents of its outputs to its leaves."""
@@ -172,10 +177,7 @@ class Segment:
             touched.update(pullback.touched)
             if again := self.freed & pullback.touched:
                 raise freed_error(Construction(self.node).builder.ops[min(again)])
-            operands = [self._residual(p) for p in pullback.residuals]
-            if engine.create:
-                pullback = self.pullback(low, list(given), wanted, tuple(self.marks))
-                operands = [self._input(e, k) for e, k in pullback.inputs]
+            operands = [self._residual(p, pullback, engine.create) for p in pullback.residuals]
             while True:
                 trace = open_trace()
                 refs = [v.index if v.trace is trace else trace.enter(v) for v in operands]
@@ -185,7 +187,7 @@ class Segment:
                 if vals is not None:
                     return {n: engine.wrap(v) for n, v in zip(pullback.numbers, vals)}
 
-        leaves, found = walk_back(seeds, hooked, list(wanted.values()), extra_of, stage)
+        leaves, found = walk_back(seeds, hooked, list(wanted.values()), extra_of, stage, self._time)
         engine.found.update((v, found[n]) for v, n in wanted.items() if n in found)
         engine.cotangents.update((self.extras[n], g) for n, g in leaves.items() if n in self.extras)
         if not engine.retain:
@@ -193,18 +195,27 @@ class Segment:
             if self.freed >= self.node.memo.saving:
                 self.residuals.clear()
 
-    def _residual(self, position: Position) -> Val:
-        if position[0] < 0:
-            val = self.source(position[1])
-        else:
-            found = self.residuals.get(position)
-            if found is None:
-                raise freed_error(Construction(self.node).builder.ops[position[0]])
-            val = found
-        if val.overwritten:
-            raise overwritten_error(Construction(self.node).builder.ops[max(position[0], 0)])
-        return val
+    def _residual(self, position: Position, pullback: Pullback, tracked: bool) -> Val:
+        val = self.source(position[1]) if position[0] < 0 else self.residuals.get(position)
+        if val is None or val.overwritten:
+            op = Construction(self.node).builder.ops[pullback.readers.get(position, max(position[0], 0))]
+            raise freed_error(op) if val is None else overwritten_error(op)
+        if not tracked or position[0] < 0 or val.info.requires_grad or not val.info.type.dtype.is_float:
+            return val
+        inner = self.inner.get(position)
+        if inner is None:
+            inner = self.inner[position] = unmarked(val, True)
+            number = Construction(self.node).number_at(position)
+            inner.extra = self.extras.get(number) or Origin(self, position if number is None else number, None)
+        return inner
 
-    def _input(self, entry: int, k: int | None) -> Val:
-        """An input of the path, or a mark, as Construction.inputs names it."""
-        return self.marks[entry] if entry in self.marks else self.source(self.node.memo.inputs.index((entry, k)))
+    def _time(self, point: Point) -> float:
+        """When the value at a point was made, as a number of an entry; an inner value of an entry comes before its results."""
+        return point if isinstance(point, int) else Construction(self.node).entry_of(point[0]) - 0.5
+
+
+def unmarked(val: Val, requires_grad: bool | None = None) -> Val:
+    """The same value, not marked as overwritten."""
+    out = Val(None, -1, None, val.info if requires_grad is None else Info(val.info.type, requires_grad))
+    out.buf, out.extra = val.buf, val.extra
+    return out

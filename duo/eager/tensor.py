@@ -19,6 +19,7 @@ from duo.dispatch import View
 from duo.eager.autograd import Engine, GradLeaf, Inner
 from duo.eager.flush import flush
 from duo.eager.printing import format_tensor
+from duo.eager.segments import Origin
 from duo.eager.watch import changed
 from duo.eager.trace import MARK, Info, Val, commit, note_overwritten_here, open_trace, record, record_pair, settle, state
 from duo.tensor import Tensor
@@ -474,6 +475,8 @@ def as_leaf(val: Val, leaf: GradLeaf) -> Val:
 
 def _overwrite(val: Val, by: Val) -> None:
     """Notes that an in-place op has replaced `val` by what it computed, `by`, for backward's check."""
+    if by.buf is not None and isinstance(by.extra, Origin) and by.extra.segment is not None:
+        by.extra.segment.note_overwritten(val, by.extra.number)
     val.overwritten = True
     trace = state.trace
     node = trace.entries[-1].node

@@ -337,14 +337,14 @@ def record_pair(body: Any, a: Any, b: Any) -> Val:
     while True:
         trace = state.trace
         val = a._val if a._storage is None else a._current()
-        first = val.index if val.trace is trace else trace.enter(val)
+        first = val.index if val.trace is trace else trace.enter(val, a)
         cls = b.__class__
         if cls is float or cls is int:
             key: tuple = (body, first, cls)
             scalars = (b,)
         else:
             val = b._val if b._storage is None else b._current()
-            key = (body, first, val.index if val.trace is trace else trace.enter(val))
+            key = (body, first, val.index if val.trace is trace else trace.enter(val, b))
             scalars = None
         last = trace.entries[-1]
         node = last.node.next.get(key)  # type: ignore[union-attr]

@@ -193,11 +193,16 @@ def _check_labels(name: str, input: Any, target: Any, weight: Any) -> None:
     if x.rank == 0:
         raise ShapeError(f"{name}: the input needs a class dim, got {x}")
     want = (x.shape[0], *x.shape[2:]) if x.rank > 1 else ()
-    if t.shape != want:
+    if not _may_agree(t.shape, want):
         raise ShapeError(f"{name}: input {x} takes labels of shape {list(want)}, got {t}")
     if not t.dtype.is_integer:
         raise DTypeError(f"{name}: labels are integers, not {t.dtype.name}")
     _check_weight(name, input, weight)
+
+
+def _may_agree(a: tuple, b: tuple) -> bool:
+    """Whether the shapes are equal, or can be once sizes that a graph does not know yet are known."""
+    return len(a) == len(b) and all(d == e or not (isinstance(d, int) and isinstance(e, int)) for d, e in zip(a, b))
 
 
 def _check_weight(name: str, input: Any, weight: Any) -> None:
@@ -243,7 +248,7 @@ def cross_entropy(
         tensors.append(float(label_smoothing))
     t = type_of(target)
     if t.dtype.is_float:
-        if t.shape != type_of(input).shape:
+        if not _may_agree(t.shape, type_of(input).shape):
             raise ShapeError(f"cross_entropy: target probabilities need input's shape, {type_of(input)}, got {t}")
         _check_weight("cross_entropy", input, weight)
         return apply(_cross_entropy_of_probabilities, tuple(tensors), (weight is not None, smoothed, reduction))

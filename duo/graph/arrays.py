@@ -34,7 +34,9 @@ def placeholder(dtype: Any, shape: Any = None, name: Name = None) -> GraphTensor
             "a placeholder needs the number of its dims; give a shape with None for unknown sizes, such as [None, 784]"
         )
     graph = get_default_graph()
-    sizes = tuple([graph.new_size(d if isinstance(d, str) else None) if d is None or isinstance(d, str) else d for d in shape])
+    sizes = tuple(
+        [graph.new_size(d if isinstance(d, str) else None) if d is None or isinstance(d, str) else d for d in shape]
+    )
     full = graph.unique_name(name or "Placeholder")
     value = graph.source(Placeholder(full, user_location()), TensorType(as_dtype(dtype), sizes))
     out = graph.wrap(value)
@@ -141,7 +143,9 @@ def linspace(start: float, stop: float, num: int, name: Name = None) -> GraphTen
 lin_space = linspace
 
 
-def eye(num_rows: int, num_columns: int | None = None, batch_shape: Any = None, dtype: Any = f32, name: Name = None) -> GraphTensor:
+def eye(
+    num_rows: int, num_columns: int | None = None, batch_shape: Any = None, dtype: Any = f32, name: Name = None
+) -> GraphTensor:
     if batch_shape is not None:
         raise ArgumentError("eye: batch_shape is not supported; broadcast with tf.tile")
     return _of(creation._eye, "eye", name, num_rows, num_columns or num_rows, as_dtype(dtype))
@@ -209,7 +213,9 @@ def concat(values: Any, axis: int, name: Name = None) -> GraphTensor:
 def stack(values: Any, axis: int = 0, name: Name = None) -> GraphTensor:
     parts = _tensors(values)
     out = named(parts[0].graph, "stack", name, lambda: F.stack(parts, axis))
-    known = [v.known if isinstance(v, GraphTensor) else v for v in values] if isinstance(values, (list, tuple)) else [None]
+    known = (
+        [v.known if isinstance(v, GraphTensor) else v for v in values] if isinstance(values, (list, tuple)) else [None]
+    )
     if axis == 0 and all(isinstance(k, (int, Dim)) and not isinstance(k, bool) for k in known):
         out.known = tuple(known)
     return out
@@ -261,7 +267,9 @@ def reverse(tensor: Any, axis: Any, name: Name = None) -> GraphTensor:
     return named(x.graph, "ReverseV2", name, lambda: F.flip(x, *([axis] if isinstance(axis, int) else axis)))
 
 
-def pad(tensor: Any, paddings: Any, mode: str = "CONSTANT", name: Name = None, constant_values: float = 0) -> GraphTensor:
+def pad(
+    tensor: Any, paddings: Any, mode: str = "CONSTANT", name: Name = None, constant_values: float = 0
+) -> GraphTensor:
     """paddings: [before, after] for each dim."""
     x = convert_to_tensor(tensor)
     pairs = np.asarray(paddings.known if isinstance(paddings, GraphTensor) else paddings).tolist()
@@ -322,14 +330,25 @@ def _selected(c: Value, x: Value, y: Value) -> Value:
 
 
 def one_hot(
-    indices: Any, depth: Any, on_value: Any = None, off_value: Any = None, axis: int | None = None, dtype: Any = None, name: Name = None
+    indices: Any,
+    depth: Any,
+    on_value: Any = None,
+    off_value: Any = None,
+    axis: int | None = None,
+    dtype: Any = None,
+    name: Name = None,
 ) -> GraphTensor:
     """A new last axis (or `axis`) of size depth: on_value (1) at the index, off_value (0) elsewhere; nothing for an index out of range."""
     i = convert_to_tensor(indices)
     wanted = as_dtype(dtype) if dtype is not None else f32
     on, off = 1 if on_value is None else on_value, 0 if off_value is None else off_value
     (n,) = shape_of(depth)
-    return named(i.graph, "one_hot", name, lambda: i.graph.apply(_one_hot, (i, on, off), (n, -1 if axis is None else axis, wanted)))
+    return named(
+        i.graph,
+        "one_hot",
+        name,
+        lambda: i.graph.apply(_one_hot, (i, on, off), (n, -1 if axis is None else axis, wanted)),
+    )
 
 
 def _one_hot(i: Value, on: Value, off: Value, depth: DimLike, axis: int, dtype: Any) -> Value:
@@ -376,3 +395,11 @@ def _tensors(values: Any) -> list[Any]:
     if not parts:
         raise ArgumentError("at least one tensor is needed")
     return parts
+
+
+__all__ = [
+    "boolean_mask", "broadcast_to", "concat", "expand_dims", "eye", "fill", "gather", "gather_nd", "identity",
+    "lin_space", "linspace", "matrix_transpose", "meshgrid", "one_hot", "ones", "ones_like", "pad", "placeholder",
+    "placeholder_with_default", "range", "rank", "reshape", "reverse", "sequence_mask", "shape", "size", "slice",
+    "split", "squeeze", "stack", "stop_gradient", "tile", "transpose", "unstack", "where", "zeros", "zeros_like",
+]  # fmt: skip

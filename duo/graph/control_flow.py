@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 
 from duo.eager.tensor import EagerTensor
+from duo.eager.trace import user_location
 from duo.graph.errors import InvalidArgumentError
 from duo.graph.graph import Frame, Graph, Operation, get_default_graph, graph_of
 from duo.graph.states import State
 from duo.graph.tensor import GraphElement, GraphTensor, convert_to_tensor, quiet
 from duo.tensor import Tensor
-from duo.eager.trace import user_location
 from duo_ir.core import Builder, Function, Value
 from duo_ir.errors import DTypeError, GradientError, ShapeError
 from duo_ir.ops import broadcasting as nd
@@ -30,8 +30,12 @@ from duo_ir.types import bool_
 class _Branch:
     """One of the user's functions, traced in a frame of its own. structure: what it returned, values: the tensors in it."""
 
-    def __init__(self, graph: Graph, function: Callable[..., Any], parameters: Sequence[Value] = (), name: str = "branch") -> None:
+    def __init__(
+        self, graph: Graph, function: Callable[..., Any], parameters: Sequence[Value] = (), name: str = "branch"
+    ) -> None:
         self.frame = frame = Frame(graph, graph.frame, name)
+        if graph.frame is graph.root:
+            graph.branch_reads = graph._known[-1]
         graph.frame = frame
         try:
             given = []
@@ -71,7 +75,9 @@ def _rebuild(structure: Any, tensors: Any) -> Any:
     return next(tensors)
 
 
-def _closed(branch: _Branch, operands: Sequence[Value], results: Sequence[Value], lead: Sequence[Value] = ()) -> Function:
+def _closed(
+    branch: _Branch, operands: Sequence[Value], results: Sequence[Value], lead: Sequence[Value] = ()
+) -> Function:
     """The branch as a Function of `lead` (its own parameters) and of the outer values `operands`."""
     frame = branch.frame
     captured = branch.outer()
@@ -111,7 +117,9 @@ def cond(
     if p.dtype is not bool_:
         raise DTypeError(f"cond: the predicate is a bool, not {p.dtype.name}; compare it with zero")
     if p.ndim:
-        raise ShapeError(f"cond: the predicate is one bool, not {p._type}; reduce it with reduce_any or reduce_all, or use tf.where")
+        raise ShapeError(
+            f"cond: the predicate is one bool, not {p._type}; reduce it with reduce_any or reduce_all, or use tf.where"
+        )
     graph = p.graph
     graph.frame.loc = user_location()
     branches = [_Branch(graph, f, name=n) for f, n in ((true_fn, "then"), (false_fn, "orelse"))]
@@ -139,7 +147,14 @@ def cond(
 
 
 def _finish(
-    graph: Graph, type: str, name: str | None, structure: Any, count: int, states: Sequence[State], values: Sequence[Value], inputs: tuple
+    graph: Graph,
+    type: str,
+    name: str | None,
+    structure: Any,
+    count: int,
+    states: Sequence[State],
+    values: Sequence[Value],
+    inputs: tuple,
 ) -> Any:
     tensors = [graph.wrap(v) for v in values[:count]]
     op = graph.name_results(type, name, tensors, inputs)
@@ -153,7 +168,9 @@ def _finish(
     return _rebuild(structure, iter(tensors))
 
 
-def case(pred_fn_pairs: Any, default: Callable[[], Any] | None = None, exclusive: bool = False, name: str | None = None) -> Any:
+def case(
+    pred_fn_pairs: Any, default: Callable[[], Any] | None = None, exclusive: bool = False, name: str | None = None
+) -> Any:
     """The function of the first predicate that holds, else `default`."""
     pairs = list(pred_fn_pairs.items()) if isinstance(pred_fn_pairs, dict) else list(pred_fn_pairs)
     if default is None:
@@ -209,7 +226,9 @@ def while_loop(
     tested = _Branch(graph, test, given, "test")
     stepped = _Branch(graph, step, given, "body")
     if tested.frame.current:
-        raise InvalidArgumentError("while_loop: cond must not assign variables or draw random numbers; do it in the body")
+        raise InvalidArgumentError(
+            "while_loop: cond must not assign variables or draw random numbers; do it in the body"
+        )
     for v, before, after in zip(start, given, stepped.values):
         if before.type != after.type:
             raise ShapeError(

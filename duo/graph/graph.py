@@ -8,6 +8,7 @@ built in a `Frame` of their own, which captures what it uses from outside.
 
 from __future__ import annotations
 
+import difflib
 import itertools
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -24,8 +25,8 @@ from duo.lower import sized, sized_type
 from duo.random import default_generator
 from duo_ir.core import Builder, Loc, Op, Value
 from duo_ir.errors import DuoError, ShapeError
-from duo_ir.ops import shape as movement
 from duo_ir.opdef import OpDef
+from duo_ir.ops import shape as movement
 from duo_ir.types import Dim, DimLike, TensorType, substitute
 from duo_ir.types import dtype as as_dtype
 
@@ -63,8 +64,8 @@ class Deferred:
         """Emits into the lowering (a `lower.Lowering`)."""
         raise NotImplementedError
 
-    def finish(self, variant: tuple) -> None:
-        """Called after each run."""
+    def cancel(self, variant: tuple) -> None:
+        """Called when a run failed: undoes what `variant` prepared."""
 
 
 class Operation:
@@ -152,6 +153,7 @@ class Graph:
         self._scope = ""
         self._control: list[tuple[Operation, ...]] = []
         self._known: list[dict[State, Value]] = [{}]  # reads that still hold, per control context
+        self.branch_reads: dict[State, Value] = self._known[0]  # what branches under construction have read
         self._quiet = 0
         self._sizes = itertools.count()
         self._renamed: dict[str, DimLike] = {}  # sizes that turned out to be others
@@ -235,9 +237,8 @@ class Graph:
         return obj
 
     def _close_names(self, name: str) -> str:
-        wanted = name.lower()
-        near = [n for n in self.operations if wanted in n.lower() or n.lower().rsplit("/", 1)[-1] == wanted]
-        return f"; did you mean {', '.join(map(repr, near[:5]))}?" if near else "; see graph.get_operations()"
+        near = difflib.get_close_matches(name, self.operations, 3)
+        return f"; did you mean {', '.join(map(repr, near))}?" if near else "; see graph.get_operations()"
 
     # ------------------------------------------------------------------------------------------------ collections
     def add_to_collection(self, name: str, value: Any) -> None:
@@ -294,7 +295,7 @@ class Graph:
     def _placed(self, item: Any) -> None:
         """Takes an item of the root frame into program order."""
         self.items.append(item)
-        if self._control:
+        if self._control and self.frame is self.root:  # a branch waits as a whole
             self.waits[item] = self._waiting()
 
     # ------------------------------------------------------------------------------------------------ values
@@ -344,7 +345,7 @@ class Graph:
             if state in frame.current:
                 return self.frame.resolve(frame.current[state])
             frame = frame.parent
-        known = self._known[-1]
+        known = self._known[-1] if self.frame is self.root else self.branch_reads
         value = known.get(state)
         if value is None:
             value = self.root.parameter(state.type, state.name)
@@ -430,7 +431,9 @@ class Graph:
         if frame.parent is None:
             del self.items[first:]
 
-    def name_results(self, type: str, name: str | None, results: Sequence[Any], inputs: Iterable[Any] = ()) -> Operation:
+    def name_results(
+        self, type: str, name: str | None, results: Sequence[Any], inputs: Iterable[Any] = ()
+    ) -> Operation:
         """An operation with these tensors as outputs."""
         op = self.operation(type, name, [t for t in inputs if getattr(t, "graph", None) is self])
         for i, r in enumerate(results):
@@ -457,7 +460,9 @@ class Graph:
         """A size not known yet; equal names given by the user are equal sizes."""
         return Dim.symbol(name if name is not None else f"n{next(self._sizes)}")
 
-    def _fitting_sizes(self, body: Callable[..., Any], operands: Sequence[Value], attrs: tuple) -> dict[str, DimLike] | None:
+    def _fitting_sizes(
+        self, body: Callable[..., Any], operands: Sequence[Value], attrs: tuple
+    ) -> dict[str, DimLike] | None:
         """Which unknown sizes must be one for the body to accept its operands."""
         shapes = [v.type.shape for v in operands]
         for sizes in _guesses(shapes):

@@ -79,6 +79,7 @@ class Lowering:
         self.origins: list[int | State | Source] = []  # of each parameter: the number of a feed, a state, a source
         self.initial: dict[State, int] = {}  # number of the parameter that a state starts as
         self.written: dict[State, None] = {}
+        self.memo: dict[Any, State] = {}  # states that deferred items made for this lowering
         for k, v in enumerate(feeds):
             self.env[v] = self._parameter(k, sized_type(v.type, sizes), _label(graph, v))
 
@@ -106,7 +107,11 @@ class Lowering:
         """What stands for a value of the graph."""
         found = self.env.get(value)
         if found is None:
-            source = self.graph.sources[value]
+            source = self.graph.sources.get(value)
+            if source is None:
+                raise InvalidArgumentError(
+                    f"a value {value.type} made inside tf.cond or tf.while_loop is used outside; return it from the function"
+                )
             found = self.env[value] = self.source(source, sized_type(value.type, self.sizes))
         return found
 
@@ -198,7 +203,11 @@ def _check_sizes(graph: Graph, needed: Needed, sizes: Sizes) -> None:
         for r in item.results if isinstance(item, Op) else ():
             missing = [n for n in r.type.names if n not in sizes]
             if missing:
-                owners = [s.name for v, s in graph.sources.items() if isinstance(s, Placeholder) and missing[0] in v.type.names]
+                owners = [
+                    s.name
+                    for v, s in graph.sources.items()
+                    if isinstance(s, Placeholder) and missing[0] in v.type.names
+                ]
                 raise InvalidArgumentError(
                     f"size {missing[0]} of {' and '.join(map(repr, owners)) or 'a tensor'} is needed by {item!r}{located(item.loc)} "
                     "and not known: feed that placeholder too"

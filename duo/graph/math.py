@@ -18,8 +18,8 @@ from duo_ir.core import Value
 from duo_ir.errors import ArgumentError, DTypeError
 from duo_ir.ops import broadcasting as nd
 from duo_ir.ops import elementwise as ew
-from duo_ir.types import i64, product
 from duo_ir.types import dtype as as_dtype
+from duo_ir.types import i64, product
 
 Name = str | None
 _NUMBERS = (bool, int, float)
@@ -145,7 +145,11 @@ expm1 = _unary("Expm1", F.expm1, "e^x - 1.")
 log = _unary("Log", F.log, "The natural logarithm.")
 log1p = _unary("Log1p", F.log1p, "log(1 + x).")
 sin, cos, tan = _unary("Sin", F.sin, "sin(x)."), _unary("Cos", F.cos, "cos(x)."), _unary("Tan", F.tan, "tan(x).")
-asin, acos, atan = _unary("Asin", F.asin, "asin(x)."), _unary("Acos", F.acos, "acos(x)."), _unary("Atan", F.atan, "atan(x).")
+asin, acos, atan = (
+    _unary("Asin", F.asin, "asin(x)."),
+    _unary("Acos", F.acos, "acos(x)."),
+    _unary("Atan", F.atan, "atan(x)."),
+)
 sinh, cosh = _unary("Sinh", F.sinh, "sinh(x)."), _unary("Cosh", F.cosh, "cosh(x).")
 tanh = _unary("Tanh", F.tanh, "tanh(x).")
 sigmoid = _unary("Sigmoid", F.sigmoid, "1 / (1 + e^-x).")
@@ -229,7 +233,9 @@ def clip_by_global_norm(t_list: Any, clip_norm: Any, use_norm: Any = None, name:
     norm = use_norm if use_norm is not None else global_norm(t_list)
     graph = norm.graph
     out = [
-        None if t is None else named(graph, "clip_by_global_norm", name, lambda t=t: graph.apply(_scaled_to, (t, norm, clip_norm)))
+        None
+        if t is None
+        else named(graph, "clip_by_global_norm", name, lambda t=t: graph.apply(_scaled_to, (t, norm, clip_norm)))
         for t in t_list
     ]
     return out, norm
@@ -303,12 +309,16 @@ reduce_variance = _reduction("Variance", _variance, "The mean squared distance f
 reduce_std = _reduction("Std", _deviation, "The square root of reduce_variance.")
 
 
-def argmax(input: Any, axis: int | None = None, name: Name = None, dimension: int | None = None, output_type: Any = i64) -> Any:
+def argmax(
+    input: Any, axis: int | None = None, name: Name = None, dimension: int | None = None, output_type: Any = i64
+) -> Any:
     """The index of the largest element along `axis` (0), the first among equals."""
     return _position("ArgMax", F.argmax, input, axis, dimension, name, output_type)
 
 
-def argmin(input: Any, axis: int | None = None, name: Name = None, dimension: int | None = None, output_type: Any = i64) -> Any:
+def argmin(
+    input: Any, axis: int | None = None, name: Name = None, dimension: int | None = None, output_type: Any = i64
+) -> Any:
     """The index of the smallest element along `axis` (0), the first among equals."""
     return _position("ArgMin", F.argmin, input, axis, dimension, name, output_type)
 
@@ -337,7 +347,13 @@ def cumsum(x: Any, axis: int = 0, exclusive: bool = False, reverse: bool = False
 
 # ------------------------------------------------------------------------------------------------ products
 def matmul(
-    a: Any, b: Any, transpose_a: bool = False, transpose_b: bool = False, adjoint_a: bool = False, adjoint_b: bool = False, name: Name = None
+    a: Any,
+    b: Any,
+    transpose_a: bool = False,
+    transpose_b: bool = False,
+    adjoint_a: bool = False,
+    adjoint_b: bool = False,
+    name: Name = None,
 ) -> Any:
     """The matrix product over the last two dims (two at least), either transposed first."""
     x, y, graph = _pair("matmul", a, b)
@@ -373,3 +389,18 @@ def trace(x: Any, name: Name = None) -> Any:
 def count_nonzero(input_tensor: Any, axis: Any = None, dtype: Any = i64, name: Name = None) -> Any:
     x = convert_to_tensor(input_tensor)
     return named(x.graph, "count_nonzero", name, lambda: F.cast(F.count_nonzero(x, axis), as_dtype(dtype)), (x,))
+
+
+__all__ = [
+    "abs", "accumulate_n", "acos", "add", "add_n", "arg_max", "arg_min", "argmax", "argmin", "asin", "atan",
+    "batch_matmul", "cast", "ceil", "clip_by_global_norm", "clip_by_norm", "clip_by_value", "cos", "cosh",
+    "count_nonzero", "cumsum", "div", "div_no_nan", "divide", "divide_no_nan", "einsum", "equal", "erf", "erfc",
+    "exp", "expm1", "floor", "floor_div", "floor_mod", "floordiv", "floormod", "global_norm", "greater",
+    "greater_equal", "is_finite", "is_inf", "is_nan", "less", "less_equal", "log", "log1p", "log_sigmoid",
+    "logical_and", "logical_not", "logical_or", "logical_xor", "matmul", "maximum", "minimum", "mod", "mul",
+    "multiply", "neg", "negative", "not_equal", "pow", "realdiv", "reciprocal", "reduce_all", "reduce_any",
+    "reduce_logsumexp", "reduce_max", "reduce_mean", "reduce_min", "reduce_prod", "reduce_std", "reduce_sum",
+    "reduce_variance", "rint", "round", "rsqrt", "sigmoid", "sign", "sin", "sinh", "softplus", "sqrt", "square",
+    "squared_difference", "sub", "subtract", "tan", "tanh", "tensordot", "to_double", "to_float", "to_int32",
+    "to_int64", "trace", "truediv", "truncatemod",
+]  # fmt: skip

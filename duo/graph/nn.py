@@ -63,14 +63,24 @@ def _last(axis: int | None, dim: int | None) -> int:
 
 # ------------------------------------------------------------------------------------------------ losses
 def softmax_cross_entropy_with_logits(
-    _sentinel: Any = None, labels: Any = None, logits: Any = None, dim: int = -1, name: Name = None, axis: int | None = None
+    _sentinel: Any = None,
+    labels: Any = None,
+    logits: Any = None,
+    dim: int = -1,
+    name: Name = None,
+    axis: int | None = None,
 ) -> Any:
     """-sum(labels * log_softmax(logits)) along `axis`, without a gradient for the labels."""
     return _soft_cross_entropy(_sentinel, labels, logits, dim if axis is None else axis, name, True)
 
 
 def softmax_cross_entropy_with_logits_v2(
-    _sentinel: Any = None, labels: Any = None, logits: Any = None, axis: int | None = None, name: Name = None, dim: int | None = None
+    _sentinel: Any = None,
+    labels: Any = None,
+    logits: Any = None,
+    axis: int | None = None,
+    name: Name = None,
+    dim: int | None = None,
 ) -> Any:
     """-sum(labels * log_softmax(logits)) along `axis` (the last)."""
     return _soft_cross_entropy(_sentinel, labels, logits, _last(axis, dim), name, False)
@@ -80,16 +90,24 @@ def _soft_cross_entropy(sentinel: Any, labels: Any, logits: Any, axis: int, name
     x, t = _named_arguments("softmax_cross_entropy_with_logits", sentinel, labels, logits)
     t = convert_to_tensor(t, like=x)
     if t.dtype is not x.dtype:
-        raise DTypeError(f"softmax_cross_entropy_with_logits: labels are {t.dtype.name}, logits {x.dtype.name}; use tf.cast")
+        raise DTypeError(
+            f"softmax_cross_entropy_with_logits: labels are {t.dtype.name}, logits {x.dtype.name}; use tf.cast"
+        )
     inputs = (t, x)
     return named(
-        x.graph, "softmax_cross_entropy_with_logits", name, lambda: x.graph.apply(_soft_loss, inputs, (axis, stop)), inputs
+        x.graph,
+        "softmax_cross_entropy_with_logits",
+        name,
+        lambda: x.graph.apply(_soft_loss, inputs, (axis, stop)),
+        inputs,
     )
 
 
 def _soft_loss(labels: Value, logits: Value, axis: int, stop: bool) -> Value:
     if labels.type.shape != logits.type.shape:
-        raise ShapeError(f"softmax_cross_entropy_with_logits: labels {labels.type} and logits {logits.type} need one shape")
+        raise ShapeError(
+            f"softmax_cross_entropy_with_logits: labels {labels.type} and logits {logits.type} need one shape"
+        )
     at = axis % logits.type.rank
     target = wide(stop_gradient(labels) if stop else labels)
     terms = target * log_softmax_of(wide(logits), at)
@@ -138,12 +156,16 @@ def sigmoid_cross_entropy_with_logits(
 
 def _logistic_loss(labels: Value, logits: Value) -> Value:
     if labels.type != logits.type:
-        raise ShapeError(f"sigmoid_cross_entropy_with_logits: labels {labels.type} and logits {logits.type} need one type")
+        raise ShapeError(
+            f"sigmoid_cross_entropy_with_logits: labels {labels.type} and logits {logits.type} need one type"
+        )
     x, z = wide(logits), wide(labels)
     return nd.cast_to(softplus_of(x) - x * z, float_dtype(logits))
 
 
-def weighted_cross_entropy_with_logits(labels: Any = None, logits: Any = None, pos_weight: Any = 1.0, name: Name = None) -> Any:
+def weighted_cross_entropy_with_logits(
+    labels: Any = None, logits: Any = None, pos_weight: Any = 1.0, name: Name = None
+) -> Any:
     """(1 - z)*x + (1 + (w - 1)*z) * log(1 + e^-x) for logits x, labels z and the weight w of positive ones."""
     x, t = _named_arguments("weighted_cross_entropy_with_logits", None, labels, logits)
     inputs = (convert_to_tensor(t, like=x), x, pos_weight)
@@ -207,7 +229,12 @@ def xw_plus_b(x: Any, weights: Any, biases: Any, name: Name = None) -> Any:
 
 
 def embedding_lookup(
-    params: Any, ids: Any, partition_strategy: str = "mod", name: Name = None, validate_indices: bool = True, max_norm: Any = None
+    params: Any,
+    ids: Any,
+    partition_strategy: str = "mod",
+    name: Name = None,
+    validate_indices: bool = True,
+    max_norm: Any = None,
 ) -> Any:
     """The rows of `params` that `ids` names."""
     if isinstance(params, (list, tuple)):
@@ -219,7 +246,9 @@ def embedding_lookup(
     return gather(params, ids, name=name or "embedding_lookup")
 
 
-def dropout(x: Any, keep_prob: Any = None, noise_shape: Any = None, seed: int | None = None, name: Name = None, rate: Any = None) -> Any:
+def dropout(
+    x: Any, keep_prob: Any = None, noise_shape: Any = None, seed: int | None = None, name: Name = None, rate: Any = None
+) -> Any:
     """x / keep_prob with probability keep_prob (1 - rate), else 0; drawn anew at each run. Either may be a tensor."""
     t = convert_to_tensor(x)
     if noise_shape is not None:
@@ -235,7 +264,9 @@ def dropout(x: Any, keep_prob: Any = None, noise_shape: Any = None, seed: int | 
     return named(t.graph, "dropout", name, lambda: _draw_dropout(t, rate, seed), (t,))
 
 
-def moments(x: Any, axes: Any, shift: Any = None, name: Name = None, keep_dims: bool = False, keepdims: bool | None = None) -> Any:
+def moments(
+    x: Any, axes: Any, shift: Any = None, name: Name = None, keep_dims: bool = False, keepdims: bool | None = None
+) -> Any:
     """(mean, variance) over `axes`."""
     keep = keep_dims if keepdims is None else keepdims
     return math.reduce_mean(x, axes, keep), math.reduce_variance(x, axes, keep)
@@ -264,7 +295,7 @@ def in_top_k(predictions: Any, targets: Any, k: int, name: Name = None) -> Any:
 
 
 def _in_top_k(x: Value, t: Value, k: int) -> Value:
-    rows, classes = x.type.shape
+    rows = x.type.shape[0]
     label = nd.cast_to(t, i64)
     own = indexing.gather(x, nd.iota((rows,), 0, i64), label, axes=(0, 1))
     larger = nd.gt(x, nd.reshape(own, (rows, 1)))

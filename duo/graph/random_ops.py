@@ -14,8 +14,8 @@ from duo.random import default_generator
 from duo_ir.core import Value
 from duo_ir.ops import broadcasting as nd
 from duo_ir.ops import indexing
-from duo_ir.types import f32, f64, i64
 from duo_ir.types import dtype as as_dtype
+from duo_ir.types import f32, f64, i64
 
 
 def set_random_seed(seed: int) -> None:
@@ -34,7 +34,14 @@ def draw(graph: Graph, body: Callable[..., Any], tensors: tuple, attrs: tuple, s
 
 
 def _sampled(
-    type: str, name: str | None, body: Callable[..., Any], numbers: tuple, attrs: tuple, shape: Any, dtype: Any, seed: Any
+    type: str,
+    name: str | None,
+    body: Callable[..., Any],
+    numbers: tuple,
+    attrs: tuple,
+    shape: Any,
+    dtype: Any,
+    seed: Any,
 ) -> Any:
     graph = get_default_graph()
     wanted = as_dtype(dtype)
@@ -57,7 +64,9 @@ def truncated_normal(
     shape: Any, mean: Any = 0.0, stddev: Any = 1.0, dtype: Any = f32, seed: int | None = None, name: str | None = None
 ) -> Any:
     """Normal samples within two standard deviations of the mean."""
-    return _sampled("truncated_normal", name, samples._truncated_normal, (mean, stddev), (-2.0, 2.0), shape, dtype, seed)
+    return _sampled(
+        "truncated_normal", name, samples._truncated_normal, (mean, stddev), (-2.0, 2.0), shape, dtype, seed
+    )
 
 
 def random_uniform(

@@ -9,21 +9,20 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from duo import runtime
 from duo.eager.tensor import EagerTensor, material
-from duo.eager.trace import open_trace, settle
 from duo.graph.errors import FailedPreconditionError, InvalidArgumentError
 from duo.graph.graph import Deferred, Graph, Operation, get_default_graph, located
 from duo.graph.lower import Needed, deferred_of, lowered, sizes_of
 from duo.graph.states import Constant, Live, Number, SeededState, SharedState, State, number_of
 from duo.graph.tensor import GraphElement, array_of
-from duo.optim.optimizer import take_update
+from duo.lower import without_unread
 from duo_ir.errors import DuoError, ShapeError
-from duo_ir.types import TensorType
+from duo_ir.types import DType, TensorType
 
 MAX_CALLS = 512  # sets of fetches and feeds that a session remembers
 
@@ -31,18 +30,20 @@ MAX_CALLS = 512  # sets of fetches and feeds that a session remembers
 class Program:
     """One compiled run: where its inputs come from, and where its results go."""
 
-    def __init__(self, session: Session, call: Call, shapes: Sequence[tuple[int, ...]], variants: dict[Deferred, tuple]) -> None:
+    def __init__(
+        self, session: Session, call: Call, shapes: Sequence[tuple[int, ...]], variants: dict[Deferred, tuple]
+    ) -> None:
         sizes = sizes_of(session.graph, call.feeds, shapes)
         low = lowered(session.graph, call.targets, [f._value for f in call.feeds], sizes, variants)
-        function = low.function
+        function, kept = without_unread(low.function)  # a state that is only written needs no value
         self.function, self.states = function, low.states
-        self.deferred = tuple([(d, variants[d]) for d in low.deferred])
+        self.fed = [i for i in kept if i < len(call.feeds)]  # the feeds that are read
         self.template: list[Any] = [None] * len(function.params)
         self.owned: list[tuple[int, State]] = []
         self.cells: list[tuple[int, SharedState]] = []
         live: dict[Callable[[], tuple], list[tuple[int, int]]] = {}
         scalars = []
-        for i, origin in enumerate(low.origins):
+        for i, origin in enumerate([low.origins[k] for k in kept]):
             if isinstance(origin, Number):
                 scalars.append(i)
                 self.template[i] = number_of(origin.value, function.params[i].type.dtype)
@@ -65,10 +66,10 @@ class Program:
         """A fetched value that is also an input or the next value of a state is copied, so that nobody else sees it change."""
         results = self.function.results
         params, after = set(self.function.params), set(results[fetched:])
-        self.fetched: list[tuple[TensorType, bool, bool]] = []
+        self.fetched: list[tuple[DType, tuple[int, ...], bool]] = []
         for k, r in enumerate(results[:fetched]):
             copy = r in params or r in after or r in results[:k]
-            self.fetched.append((r.type, r.type.rank == 0, copy))
+            self.fetched.append((r.type.dtype, r.type.static_shape(), copy))
         self.writes: list[tuple[int, State, SharedState | None, TensorType, bool]] = []
         for k, state in enumerate(self.states):
             r = results[fetched + k]
@@ -170,7 +171,7 @@ class Session:
         buffers: list[Any] = []
         shapes: list[tuple[int, ...]] = []
         if feed_dict:
-            for (name, value), dtype in zip(feed_dict.items(), call.dtypes):
+            for value, dtype in zip(feed_dict.values(), call.dtypes):
                 if value.__class__ is not np.ndarray or value.dtype != dtype or not value.flags.carray:
                     value = self._fed(call.feeds[len(buffers)], value)
                 buffers.append(runtime.from_numpy(value, False))
@@ -181,13 +182,18 @@ class Session:
         else:
             variants = {}
             program = call.recent if call.recent_shapes == shapes else call.programs.get((tuple(shapes), ()))
-        if program is None:
-            program = self._program(call, shapes, variants)
-        outs = self._execute(program, buffers)
-        values = []
-        for (type_, scalar, copy), buffer in zip(program.fetched, outs):
-            array = runtime.to_numpy(buffer, type_, copy)
-            values.append(array[()] if scalar else array)
+        try:
+            if program is None:
+                program = self._program(call, shapes, variants)
+            outs = self._execute(program, buffers)
+        except BaseException:
+            for d, variant in variants.items():
+                d.cancel(variant)
+            raise
+        values: list[Any] = []
+        for (dtype, shape, copy), buffer in zip(program.fetched, outs):
+            array = buffer.read(dtype, shape) if copy else buffer.numpy(dtype, shape)
+            values.append(array if shape else array[()])
         if call.single:
             return values[0]
         return values if call.flat_list else call.shape(values)
@@ -195,15 +201,14 @@ class Session:
     def _execute(self, program: Program, buffers: list[Any]) -> list[Any]:
         """Runs the program on fed buffers and its other inputs; writes states back."""
         inputs = program.template.copy()
-        inputs[: len(buffers)] = buffers
+        for i, k in enumerate(program.fed):
+            inputs[i] = buffers[k]
         values = self._values
         for i, state in program.owned:
             found = values.get(state)
             inputs[i] = found if found is not None else self._first(state)
         for i, cell in program.cells:
-            tensor = cell.tensor
-            val = tensor._val if tensor._storage is None else tensor._current()
-            inputs[i] = val.buf if val.buf is not None else settle(val)
+            inputs[i] = cell.load()
         for read, places in program.live:
             numbers = read()
             for i, k in places:
@@ -216,9 +221,7 @@ class Session:
             if cell is None:
                 values[state] = buffer
             else:
-                store(cell.tensor, buffer, type_)
-        for deferred, variant in program.deferred:
-            deferred.finish(variant)
+                cell.store(buffer)
         return outs
 
     def _call(self, key: Any, fetches: Any, feed_dict: Mapping | None) -> Call:
@@ -317,7 +320,7 @@ class Session:
         if cell is None:
             self._values[state] = buffer
         else:
-            store(cell.tensor, buffer, state.type)
+            cell.store(buffer)
 
     def get(self, state: State) -> np.ndarray | None:
         """A copy of the state's value; None when it has none yet."""
@@ -346,6 +349,12 @@ class Session:
             self._calls.clear()
             self._structures.clear()
         return cell.tensor
+
+    def as_function(self, inputs: Sequence[Any], outputs: Any) -> Any:
+        """`outputs` as a function of `inputs` on eager tensors: a layer of an eager model that uses this Session's variables."""
+        return Session.function_maker(self, inputs, outputs)
+
+    function_maker: ClassVar[Callable[..., Any]]  # set by function.py
 
     # ------------------------------------------------------------------------------------------------ its life
     def _check_open(self) -> None:
@@ -404,15 +413,6 @@ def _holds(array: np.ndarray, wanted: np.dtype) -> bool:
     return have == want or (have == 1 and want == 2)
 
 
-def store(tensor: EagerTensor, buffer: Any, type: TensorType) -> None:
-    """Makes `buffer` the value of an eager tensor, as a write in place does."""
-    node = open_trace().entries[-1].node
-    if tensor._storage is not None or (node is not None and node.tracked):
-        tensor._write(material(buffer, type))
-    else:
-        take_update(tensor, material(buffer, type, tensor._leaf is not None))
-
-
 class _Sessions(threading.local):
     def __init__(self) -> None:
         self.sessions: list[Session] = []
@@ -436,4 +436,4 @@ def _session_for(graph: Graph, session: Session | None, name: str) -> Session:
 
 
 Graph.session_for = _session_for  # type: ignore[assignment]
-__all__ = ["InteractiveSession", "Session", "get_default_session", "store"]
+__all__ = ["InteractiveSession", "Session", "get_default_session"]

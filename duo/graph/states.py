@@ -13,6 +13,9 @@ from typing import Any
 import numpy as np
 
 from duo import runtime
+from duo.eager.tensor import material
+from duo.eager.trace import open_trace, settle
+from duo.optim.optimizer import take_update
 from duo_ir.core import Loc
 from duo_ir.types import DType, TensorType, i64
 
@@ -58,6 +61,20 @@ class SharedState(State):
     @property
     def tensor(self) -> Any:
         return self._tensor
+
+    def load(self) -> Any:
+        """Its buffer."""
+        val = self.tensor._value()
+        return val.buf if val.buf is not None else settle(val)
+
+    def store(self, buffer: Any) -> None:
+        """Makes `buffer` the tensor's value, as a write in place does."""
+        tensor = self.tensor
+        node = open_trace().entries[-1].node
+        if tensor._storage is not None or (node is not None and node.tracked):
+            tensor._write(material(buffer, self.type))
+        else:
+            take_update(tensor, material(buffer, self.type, tensor._leaf is not None))
 
 
 class Source:

@@ -230,7 +230,9 @@ def identity_of(x: Any, graph: Graph | None = None) -> GraphTensor:
 
 def sizes_tensor(graph: Graph, known: Any, dtype: DType) -> GraphTensor:
     """A tensor of sizes (ints and Dims): `known` is one or a tuple of them."""
-    out = graph.apply(_sizes, (), (known if isinstance(known, tuple) else (known,), isinstance(known, tuple), dtype), "Shape")
+    out = graph.apply(
+        _sizes, (), (known if isinstance(known, tuple) else (known,), isinstance(known, tuple), dtype), "Shape"
+    )
     out.known = known
     return out
 
@@ -286,7 +288,9 @@ def convert_to_tensor(value: Any, dtype: Any = None, name: str | None = None, li
     runs, anything else as a constant (of `like`'s dtype, where that can hold it)."""
     if isinstance(value, GraphElement):
         if dtype is not None and value.dtype is not as_dtype(dtype):
-            raise DTypeError(f"tensor {value.name!r} has dtype {value.dtype.name}, not {as_dtype(dtype).name}; use tf.cast")
+            raise DTypeError(
+                f"tensor {value.name!r} has dtype {value.dtype.name}, not {as_dtype(dtype).name}; use tf.cast"
+            )
         return value
     if isinstance(value, EagerTensor):
         return named(get_default_graph(), "Read", name, lambda: identity_of(value))
@@ -313,5 +317,3 @@ def _leaves(value: Any) -> list[Any]:
 
 def _packed(*parts: Value) -> Value:
     return movement.concat(*[nd.expand_dims(p, 0) for p in parts], axis=0)
-
-

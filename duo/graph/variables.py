@@ -5,6 +5,7 @@ A Variable is a name and a type in the graph; its value belongs to a Session. Ea
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -14,7 +15,7 @@ import numpy as np
 from duo.eager.trace import user_location
 from duo.functional import elementwise as elem
 from duo.graph.errors import InvalidArgumentError
-from duo.graph.graph import Graph, Operation, get_default_graph
+from duo.graph.graph import Graph, Operation, get_default_graph, located
 from duo.graph.initializers import glorot_uniform_initializer, zeros_initializer
 from duo.graph.states import VariableState
 from duo.graph.tensor import GraphElement, GraphTensor, array_of, convert_to_tensor, identity_of, named, quiet
@@ -59,7 +60,9 @@ class Variable(GraphElement):
         **ignored: Any,
     ) -> None:
         if initial_value is None:
-            raise InvalidArgumentError("a Variable needs an initial_value; tf.get_variable takes a shape and an initializer")
+            raise InvalidArgumentError(
+                "a Variable needs an initial_value; tf.get_variable takes a shape and an initializer"
+            )
         graph = self.graph = get_default_graph()
         if graph.frame is not graph.root:
             raise InvalidArgumentError("a Variable is made outside tf.cond and tf.while_loop; move it before them")
@@ -68,7 +71,9 @@ class Variable(GraphElement):
         op.outputs.append(self)
         self.trainable = trainable
         with graph.name_scope(op.name + "/"), graph.control_dependencies(None):
-            given = initial_value() if callable(initial_value) and not isinstance(initial_value, Tensor) else initial_value
+            given = (
+                initial_value() if callable(initial_value) and not isinstance(initial_value, Tensor) else initial_value
+            )
             if not isinstance(given, Tensor):
                 given = array_of(given, dtype)
             self._initial = convert_to_tensor(given, dtype, name="initial_value")
@@ -109,14 +114,20 @@ class Variable(GraphElement):
 
     read_value = value
 
-    def assign(self, value: Any, use_locking: bool = False, name: str | None = None, read_value: bool = True) -> GraphTensor:
+    def assign(
+        self, value: Any, use_locking: bool = False, name: str | None = None, read_value: bool = True
+    ) -> GraphTensor:
         """Gives it a new value; the result is that value, and computing it performs the assignment."""
         return assign(self, value, name=name)
 
-    def assign_add(self, delta: Any, use_locking: bool = False, name: str | None = None, read_value: bool = True) -> GraphTensor:
+    def assign_add(
+        self, delta: Any, use_locking: bool = False, name: str | None = None, read_value: bool = True
+    ) -> GraphTensor:
         return assign_add(self, delta, name=name)
 
-    def assign_sub(self, delta: Any, use_locking: bool = False, name: str | None = None, read_value: bool = True) -> GraphTensor:
+    def assign_sub(
+        self, delta: Any, use_locking: bool = False, name: str | None = None, read_value: bool = True
+    ) -> GraphTensor:
         return assign_sub(self, delta, name=name)
 
     def load(self, value: Any, session: Any = None) -> None:
@@ -136,12 +147,16 @@ def _conformed(new: Any, like: TensorType) -> Any:
     return nd.broadcast_to(new, like.shape) if not new.type.shape and like.shape else new
 
 
-def assign(ref: Variable, value: Any, validate_shape: bool = True, use_locking: Any = None, name: str | None = None) -> GraphTensor:
+def assign(
+    ref: Variable, value: Any, validate_shape: bool = True, use_locking: Any = None, name: str | None = None
+) -> GraphTensor:
     """ref = value, when the result or what depends on it runs. Raises DTypeError and ShapeError when the types differ."""
     graph = ref.graph
     new = convert_to_tensor(value, like=ref)
     if new.dtype is not ref.dtype:
-        raise DTypeError(f"assign: variable {ref.name!r} has dtype {ref.dtype.name}, the value {new.dtype.name}; use tf.cast")
+        raise DTypeError(
+            f"assign: variable {ref.name!r} has dtype {ref.dtype.name}, the value {new.dtype.name}; use tf.cast"
+        )
     if new._type.shape != ref._type.shape:
         known = {
             d.names[0]: n for d, n in zip(new._type.shape, ref._type.shape) if isinstance(d, Dim) and len(d.names) == 1
@@ -249,7 +264,6 @@ class VariableScope:
         return f"{self.name}/"
 
 
-
 def get_variable_scope() -> VariableScope:
     scopes = get_default_graph().variable_scopes
     if not scopes:
@@ -329,7 +343,7 @@ def get_variable(
     if found is not None:
         if not scope.reuse:
             raise InvalidArgumentError(
-                f"variable {full!r} exists already (made at {found._state.loc}); use reuse=True or reuse=tf.AUTO_REUSE in "
+                f"variable {full!r} exists already{located(found._state.loc)}; use reuse=True or reuse=tf.AUTO_REUSE in "
                 "variable_scope to share it"
             )
         if shape is not None and tuple(_ints(shape)) != found._type.shape:
@@ -351,7 +365,7 @@ def get_variable(
         if shape is None:
             raise ShapeError(f"get_variable({name!r}) needs a shape, as its initializer is a function of it")
         sizes = tuple(_ints(shape))
-        initial: Any = lambda: made(sizes, wanted)
+        initial: Any = functools.partial(made, sizes, wanted)
     elif isinstance(made, Tensor):
         initial = made
     else:
@@ -360,7 +374,9 @@ def get_variable(
             initial = np.full(tuple(_ints(shape)), initial)
     before, graph._scope = graph._scope, ""
     try:
-        variable = Variable(initial, trainable, collections, name=full, dtype=None if isinstance(made, Tensor) else dtype)
+        variable = Variable(
+            initial, trainable, collections, name=full, dtype=None if isinstance(made, Tensor) else dtype
+        )
     finally:
         graph._scope = before
     graph.variables[full] = variable
@@ -371,3 +387,11 @@ def get_variable(
 
 def _ints(shape: Any) -> list[int]:
     return [int(d) for d in (shape if isinstance(shape, (list, tuple)) else (shape,))]
+
+
+__all__ = [
+    "AUTO_REUSE", "GraphKeys", "Variable", "VariableScope", "add_to_collection", "all_variables", "assign",
+    "assign_add", "assign_sub", "get_collection", "get_variable", "get_variable_scope", "global_variables",
+    "global_variables_initializer", "group", "initialize_all_variables", "local_variables",
+    "local_variables_initializer", "no_op", "trainable_variables", "variable_scope", "variables_initializer",
+]  # fmt: skip

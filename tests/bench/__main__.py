@@ -26,7 +26,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.bench", description="duo beside NumPy and PyTorch")
     parser.add_argument("--only", help=f"names, with commas between: {', '.join(every)}")
     parser.add_argument("--threads", type=int, default=1, help="for duo and for PyTorch (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=15, help="samples of each case, taken in turn (default: %(default)s)")
+    parser.add_argument(
+        "--rounds", type=int, default=15, help="samples of each case, taken in turn (default: %(default)s)"
+    )
     parser.add_argument("--quick", action="store_true", help="two short rounds: shows that it runs, not how fast")
     parser.add_argument("--json", metavar="FILE", help="also write the figures there")
     options = parser.parse_args()

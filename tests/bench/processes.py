@@ -32,10 +32,9 @@ print(time.perf_counter() - start)
 
 
 def run(arguments: list[str], **environment: str) -> str:
-    """The output of Python with these arguments, in an environment with these variables."""
-    done = subprocess.run(
-        [sys.executable, *arguments], env={**os.environ, **environment}, capture_output=True, text=True, check=False
-    )
+    """The output of Python with these arguments and these variables. Byte code is kept, as it is for a user."""
+    settings = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"} | environment
+    done = subprocess.run([sys.executable, *arguments], env=settings, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"python {arguments} failed:\n{done.stdout}{done.stderr}")
     return done.stdout
@@ -59,10 +58,11 @@ def imports(rounds: int, threads: int) -> list[Row]:
     alone = "import time; s = time.perf_counter(); import numpy; print(time.perf_counter() - s)"
     names = ["duo", "duo.graph", *(["torch"] if installed("torch") else [])]
     taken: dict[str, list[float]] = {name: [] for name in [*names, "numpy"]}
-    for _ in range(rounds):
-        taken["numpy"].append(float(run(["-c", alone])))
-        for name in names:
-            taken[name].append(float(run(["-c", code.format(name)])))
+    for warm in [False] + [True] * rounds:  # the first time writes the byte code
+        for name, text in {**{n: code.format(n) for n in names}, "numpy": alone}.items():
+            seconds = float(run(["-c", text]))
+            if warm:
+                taken[name].append(seconds)
     rows = [row_of("import, beyond numpy's", name, "ms", taken[name]) for name in names]
     return [*rows, row_of("import", "numpy", "ms", taken["numpy"])]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -58,7 +59,7 @@ def chain(threads: int) -> Iterator[Case]:
 
 def _mlp(t: Any, sizes: tuple[int, ...]) -> Any:
     layers: list[Any] = []
-    for i, (n, m) in enumerate(zip(sizes, sizes[1:])):
+    for i, (n, m) in enumerate(itertools.pairwise(sizes)):
         layers += ([t.nn.ReLU()] if i else []) + [t.nn.Linear(n, m)]
     return t.nn.Sequential(*layers)
 
@@ -121,7 +122,7 @@ def mlp(threads: int) -> Iterator[Case]:
 
 # --------------------------------------------------------------------------------------------------------- large things
 def gemm(threads: int) -> Iterator[Case]:
-    """Square f32 products, 64 to 1024. NumPy's BLAS uses the threads it likes unless `--threads` is the number of cores."""
+    """Square f32 products, 64 to 1024."""
     rng = np.random.default_rng(0)
     for n in (64, 128, 256, 512, 1024):
         a, b = rng.standard_normal((n, n), "f4"), rng.standard_normal((n, n), "f4")

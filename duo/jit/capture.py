@@ -1,0 +1,186 @@
+"""A capture: one run of a Python function recorded as one program, and everything it did to tensors that were there before.
+
+While it is on (`state.capture`), looking at a value raises TraceError, nothing flushes, and the eager frontend reports what tells a
+program's state: in-place writes, gradients set, hyperparameters used, leaves made of Python data. `undo` puts all of that back.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+from duo.eager.autograd import GradLeaf
+from duo.eager.flush import flush
+from duo.eager.tensor import EagerTensor
+from duo.eager.trace import END, Trace, Val, state, user_frame
+from duo.eager.watch import Epoch
+from duo.jit import nests
+from duo.optim.optimizer import Optimizer
+from duo_ir.core import Loc
+
+
+class CaptureTrace(Trace):
+    """A trace that remembers which tensor held each value from outside."""
+
+    __slots__ = ("holders",)
+
+    def __init__(self, grad: bool) -> None:
+        super().__init__(grad)
+        self.holders: dict[Val, Any] = state.capture.holders
+
+    def enter(self, val: Val, tensor: Any = None) -> int:
+        if tensor is not None:
+            self.holders.setdefault(val, weakref.ref(tensor))
+        return super().enter(val, tensor)
+
+
+class Before:
+    """A tensor as it was when the capture first met a change of it."""
+
+    __slots__ = ("attributes", "overwritten", "storage", "tensor")
+
+    def __init__(self, tensor: EagerTensor) -> None:
+        self.tensor = tensor
+        self.attributes = (tensor._val, tensor._storage, tensor._chain, tensor._seen, tensor._leaf)
+        self.overwritten = tensor._val.overwritten
+        s = tensor._storage
+        self.storage = None if s is None else (s, s.val, s.version, s.val.overwritten, s.leaf)
+
+    @property
+    def val(self) -> Val:
+        return self.attributes[0]
+
+    def restore(self) -> None:
+        t = self.tensor
+        t._val, t._storage, t._chain, t._seen, t._leaf = self.attributes
+        t._val.overwritten = self.overwritten
+        if self.storage is not None:
+            s, val, version, overwritten, leaf = self.storage
+            s.val, s.version, s.leaf = val, version, leaf
+            val.overwritten = overwritten
+
+
+class Capture:
+    """Recording of one call. tensors: the eager tensors among its arguments, in order."""
+
+    def __init__(self, name: str, tensors: list[EagerTensor]) -> None:
+        self.name = name
+        self.tensors = tensors
+        for t in tensors:
+            t._value()  # views that are behind are read again before anything is recorded
+        if len(state.trace.entries) > 1:
+            flush()
+        self.arguments: dict[Val, int] = {}
+        for i, t in enumerate(tensors):
+            self.arguments.setdefault(t._val, i)
+        self.given = [Before(t) for t in tensors]
+        self.holders: dict[Val, Any] = {}  # weak references: a tensor made here must not seem alive
+        self.made: set[Val] = set()
+        self.written: dict[int, Before] = {}
+        self.begun: dict[int, tuple[Any, Val]] = {}  # tensors made here of Python data and written then, with their first value
+        self.grads: dict[GradLeaf, tuple[Any, bool]] = {}  # leaf -> its gradient before, whether it was read before it was set
+        self.plain: list[EagerTensor] = []  # tensors without a leaf whose .grad was read
+        self.hyper: dict[int, tuple[Optimizer, dict]] = {}  # entry -> where its scalars come from
+        self.optimizers: dict[int, tuple[Optimizer, Any]] = {}
+        self.reasons: dict[str, None] = {}
+        self.epoch = Epoch.count
+        self.grad_mode = state.grad
+        self.trace: Any = None
+
+    # --------------------------------------------------------------------------------------------------- on and off
+    def __enter__(self) -> Capture:
+        state.capture = self
+        self.trace = state.trace = CaptureTrace(state.grad)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        state.capture = None
+
+    @property
+    def whole(self) -> bool:
+        """Whether everything was recorded in one trace, which is still open."""
+        return state.trace.__class__ is CaptureTrace and state.trace.entries[-1] is not END
+
+    # ------------------------------------------------------------------------------------- reports of the eager frontend
+    def refusal(self, type: Any = None) -> str:
+        """What to say to someone who looks at a value."""
+        frame = user_frame()
+        where = f" at {Loc(frame.f_code, frame.f_lasti).full()}" if frame is not None else ""
+        what = f"of a tensor {type} " if type is not None else ""
+        return (
+            f"the value {what}is needed{where}, but {self.name} is being compiled, where only types are known; "
+            "use duo.where or duo.cond, return it, or move it out of the compiled function"
+        )
+
+    def impure(self, what: str) -> None:
+        """Something that a replay could not repeat."""
+        frame = user_frame()
+        where = f" ({Loc(frame.f_code, frame.f_lasti)})" if frame is not None else ""
+        self.reasons[what + where] = None
+
+    def outside(self, tensor: EagerTensor) -> bool:
+        """Whether the tensor was there before the capture."""
+        if id(tensor) in self.written:
+            return self.outside_val(self.written[id(tensor)].val)
+        return self.outside_val(tensor._val)
+
+    def outside_val(self, val: Val) -> bool:
+        return val.trace is not state.trace and val not in self.made
+
+    def write(self, tensor: EagerTensor) -> None:
+        """`tensor` is about to be written in place."""
+        if id(tensor) in self.written:
+            return
+        storage = tensor._storage
+        if self.outside_val(tensor._val) or (storage is not None and self.outside_val(storage.val)):
+            self.written[id(tensor)] = Before(tensor)
+        elif tensor._val in self.made and id(tensor) not in self.begun:
+            self.begun[id(tensor)] = (weakref.ref(tensor), tensor._val)
+
+    def rebind(self, tensor: EagerTensor) -> None:
+        """`tensor` is about to get another storage, or to become or stop being a leaf."""
+        if self.outside(tensor):
+            self.impure("a tensor from outside gets other data, or starts or stops to require grad")
+        self.write(tensor)
+
+    def read_grad(self, tensor: EagerTensor) -> None:
+        if tensor._leaf is not None:
+            self.read_leaf(tensor._leaf)
+        elif self.outside(tensor):
+            self.plain.append(tensor)
+
+    def read_leaf(self, leaf: GradLeaf) -> None:
+        self.grads.setdefault(leaf, (leaf.grad, True))
+
+    def write_grad(self, leaf: GradLeaf) -> None:
+        self.grads.setdefault(leaf, (leaf.grad, False))
+
+    def touch_optimizer(self, optimizer: Optimizer) -> None:
+        if id(optimizer) not in self.optimizers:
+            saved = {p: dict(slots) for p, slots in optimizer.state.items()}, dict(optimizer._sharing)
+            self.optimizers[id(optimizer)] = (optimizer, saved)
+
+    # ------------------------------------------------------------------------------------------------------------ undo
+    def undo(self) -> None:
+        """Takes back what the recorded function did to tensors, gradients and optimisers."""
+        for before in reversed([*self.given, *self.written.values()]):
+            before.restore()
+        for leaf, (grad, _) in self.grads.items():
+            leaf.grad = grad
+        for optimizer, (slots, sharing) in self.optimizers.values():
+            optimizer.state.clear()
+            for p, mine in slots.items():
+                optimizer.state[p].update(mine)
+            optimizer._sharing = sharing
+
+    def refresh(self) -> None:
+        """Brings tensors from outside up to date with their storages, while still recording."""
+        held = [ref() for ref in self.holders.values()]
+        for t in [*self.tensors, *held, *[b.tensor for b in self.written.values()]]:
+            if t is not None and t._storage is not None:
+                t._value()
+
+
+def tensors_in(value: Any) -> list[EagerTensor]:
+    """The eager tensors in nested lists, tuples and dicts, in order."""
+    return [x for x in nests.leaves(value) if isinstance(x, EagerTensor)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 import duo
+import duo.graph as tf
 import duo.nn as nn
 import duo.nn.functional as F
 
@@ -94,6 +95,47 @@ def train_eager(name: str, steps: int, look: bool = False):
         optimizer.step()
         if not look:
             losses.append(loss.item())
+    return np.array(losses, np.float32), gradients(model), weights(model)
+
+
+def graph_of(model, optimizer, x, y):
+    """(loss, train op, placeholders) of the model in a fresh default graph."""
+    kind = tf.float32 if x.dtype == np.float32 else tf.int64
+    inputs = tf.placeholder(kind, [None, *x.shape[1:]], name="x")
+    labels = tf.placeholder(tf.int64, [None, *y.shape[1:]], name="y")
+    loss = loss_of(model, inputs, labels)
+    return loss, optimizer.minimize(loss), (inputs, labels)
+
+
+def train_graph(name: str, steps: int):
+    """(losses, last gradients, weights) of graph-mode training of the same module by the same optimiser."""
+    model, optimizer, (x, y) = make(name)
+    losses = []
+    with tf.Graph().as_default(), tf.Session() as session:
+        loss, train, (inputs, labels) = graph_of(model, optimizer, x, y)
+        parameters = dict(model.named_parameters())
+        grads = tf.gradients(loss, list(parameters.values()))
+        feed = {inputs: x, labels: y}
+        for _ in range(steps):
+            value, _, last = session.run([loss, train, grads], feed)
+            losses.append(value)
+    return np.array(losses, np.float32), dict(zip(parameters, last)), weights(model)
+
+
+def train_compiled(name: str, steps: int):
+    """(losses, last gradients, weights) of training by a compiled step."""
+    model, optimizer, (x, y) = make(name)
+    x, y = duo.tensor(x), duo.tensor(y)
+
+    @duo.compile
+    def step(x, y):
+        optimizer.zero_grad()
+        loss = loss_of(model, x, y)
+        loss.backward()
+        optimizer.step()
+        return loss
+
+    losses = [step(x, y).item() for _ in range(steps)]
     return np.array(losses, np.float32), gradients(model), weights(model)
 
 

@@ -6,8 +6,19 @@ import numpy as np
 import pytest
 
 import duo
+import duo.graph as tf
 from duo import runtime
-from tests.frontends.models import MODELS, assert_same, make, train_eager, weights
+from tests.frontends.models import (
+    MODELS,
+    assert_same,
+    graph_of,
+    loss_of,
+    make,
+    train_compiled,
+    train_eager,
+    train_graph,
+    weights,
+)
 
 STEPS = 100
 
@@ -38,6 +49,23 @@ def test_threads(reference, threads):
     name, want = reference
     duo.set_num_threads(threads)
     assert_same(train_eager(name, STEPS), want)
+
+
+def test_graph_mode(reference):
+    name, want = reference
+    assert_same(train_graph(name, STEPS), want)
+
+
+def test_compiled_step(reference):
+    name, want = reference
+    assert_same(train_compiled(name, STEPS), want)
+
+
+@pytest.mark.parametrize("run", [train_graph, train_compiled])
+def test_other_modes_by_the_interpreter(reference, run):
+    name, want = reference
+    runtime.set_backend("interpret")
+    assert_same(run(name, STEPS), want)
 
 
 def test_fusion_off(reference):
@@ -87,32 +115,39 @@ def test_rows_do_not_depend_on_the_batch(name):
             assert np.array_equal(model(x[:k]).numpy(), whole[:k]), k
 
 
-def test_checkpoint_resumes_to_the_bit(reference, tmp_path):
+@pytest.mark.parametrize("first", ["eager", "graph"])
+@pytest.mark.parametrize("second", ["eager", "graph"])
+def test_checkpoint_resumes_in_either_mode(reference, tmp_path, first, second):
     name, want = reference
     half = STEPS // 2
     model, optimizer, (x, y) = make(name)
-    x, y = duo.tensor(x), duo.tensor(y)
-    _steps(model, optimizer, x, y, half)
+    STEP[first](model, optimizer, x, y, half)
     path = tmp_path / "half.safetensors"
-    duo.save(
-        {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "rng": duo.get_rng_state()},
-        path,
-    )
+    duo.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "rng": duo.get_rng_state()}, path)
     again, optimizer, _ = make(name)
     duo.manual_seed(123)
     saved = duo.load(path)
     again.load_state_dict(saved["model"])
     optimizer.load_state_dict(saved["optimizer"])
     duo.set_rng_state(saved["rng"])
-    _steps(again, optimizer, x, y, STEPS - half)
+    STEP[second](again, optimizer, x, y, STEPS - half)
     got = weights(again)
     assert all(np.array_equal(got[k], want[2][k]) for k in got)
 
 
-def _steps(model, optimizer, x, y, count):
-    from tests.frontends.models import loss_of
-
+def _eager_steps(model, optimizer, x, y, count):
+    x, y = duo.tensor(x), duo.tensor(y)
     for _ in range(count):
         optimizer.zero_grad()
         loss_of(model, x, y).backward()
         optimizer.step()
+
+
+def _graph_steps(model, optimizer, x, y, count):
+    with tf.Graph().as_default(), tf.Session() as session:
+        _, train, (inputs, labels) = graph_of(model, optimizer, x, y)
+        for _ in range(count):
+            session.run(train, {inputs: x, labels: y})
+
+
+STEP = {"eager": _eager_steps, "graph": _graph_steps}

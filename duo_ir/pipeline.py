@@ -4,6 +4,7 @@
     simplify        canonical forms, folding, common subexpressions, dead code          transforms/simplify.py
     fuse            values that need memory, their loops, and which loops are one kernel  kernels/fuse.py
     plan            slots, lifetimes, donations, control flow                             kernels/plan.py
+    generalize      without fusion: kernels for any sizes, so that new shapes compile nothing  kernels/generic.py
     compile         machine code, by the backend that the caller passes in
 
 `DUO_DUMP=stage[,stage]` ('input', 'simplify', 'fuse', 'plan', or 'all') prints the program after a stage to stderr; `DUO_VERIFY=1` verifies
@@ -21,6 +22,7 @@ from duo_ir.core import Function
 from duo_ir.errors import ArgumentError
 from duo_ir.kernels.assemble import Built
 from duo_ir.kernels.fuse import Fused, fuse
+from duo_ir.kernels.generic import generalize_program
 from duo_ir.kernels.plan import plan
 from duo_ir.kernels.program import Program
 from duo_ir.kernels.text import print_kernel, print_program
@@ -52,6 +54,8 @@ def lower(function: Function, fusion: bool = True) -> Program:
     fused = fuse(function, fusion)
     _show_kernels(fused)
     program = plan(fused, fusion=fusion)
+    if not fusion:
+        program = generalize_program(program)
     _show("plan", program)
     return program
 

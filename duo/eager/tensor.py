@@ -540,7 +540,8 @@ def _check_roots(tensors: Sequence[Any], gradients: Sequence[Any]) -> list[tuple
                 raise ShapeError(f"the gradient given has shape {list(g._type.shape)}, the tensor is {t._type}")
             if g._type.dtype is not t._type.dtype:
                 g = EagerTensor._apply(_conform, (g,), (t._type.dtype, t._type.shape))
-        roots.append((t, g))
+            g = EagerTensor(g._value())
+        roots.append((EagerTensor(t._value()), g))
     return roots
 
 

@@ -298,6 +298,16 @@ def note_overwritten_here(trace: Trace, number: int, by: int) -> None:
     commit(trace, (OVERWRITE, number, by))
 
 
+class Operand:
+    """What a tensor holds now. Reading a tensor again may record and flush (a view, memory that NumPy shares): a retry must not."""
+
+    __slots__ = ("_storage", "_val")
+
+    def __init__(self, tensor: Any) -> None:
+        self._val: Val = tensor._val if tensor._storage is None else tensor._current()
+        self._storage = None
+
+
 def record(body: Any, operands: tuple, attrs: tuple = ()) -> list[Val]:
     """Records `body(*operands, *attrs)`; operands are eager tensors and Python numbers. Gives its result Vals."""
     while True:
@@ -320,6 +330,7 @@ def record(body: Any, operands: tuple, attrs: tuple = ()) -> list[Val]:
         node = last.node.next.get(key)  # type: ignore[union-attr]
         if node is None:
             if last is END:
+                operands = tuple([t if t.__class__ in (float, int, bool) else Operand(t) for t in operands])
                 open_trace()
                 continue
             node = _miss(last, key, attrs)
@@ -350,6 +361,7 @@ def record_pair(body: Any, a: Any, b: Any) -> Val:
         node = last.node.next.get(key)  # type: ignore[union-attr]
         if node is None:
             if last is END:
+                a, b = Operand(a), b if cls is float or cls is int else Operand(b)
                 open_trace()
                 continue
             node = _miss(last, key, ())

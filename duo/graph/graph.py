@@ -133,7 +133,7 @@ class Graph:
 
     tensor_class: ClassVar[Any]  # set by tensor.py
     variable_class: ClassVar[Any]  # set by variables.py
-    session_for: ClassVar[Callable[[Any, str], Any]]  # set by session.py
+    default_session: ClassVar[Callable[[], Any]]  # set by session.py
 
     def __init__(self) -> None:
         self.root = self.frame = Frame(self)
@@ -157,10 +157,13 @@ class Graph:
         self._quiet = 0
         self._sizes = itertools.count()
         self._renamed: dict[str, DimLike] = {}  # sizes that turned out to be others
+        self.fixed_sizes: list[tuple[int, Loc | None]] = []  # those that an operand of known size decided, and where
         self.variables: dict[str, Any] = {}  # what get_variable made, by name
         self.variable_scopes: list[Any] = []
         self.finalized = False
-        self.version = 0
+        self.version = (
+            0  # moves when what exists changes (sizes turn out to be equal); new ops change nothing that was prepared
+        )
 
     # ------------------------------------------------------------------------------------------------------ names
     def unique_name(self, name: str, mark_as_used: bool = True) -> str:
@@ -207,7 +210,6 @@ class Graph:
             full = self.unique_name(name or type)
         op = Operation(self, full, type, inputs, self._waiting())
         self.operations[full] = op
-        self.version += 1
         return op
 
     def get_operations(self) -> list[Operation]:
@@ -239,6 +241,15 @@ class Graph:
     def _close_names(self, name: str) -> str:
         near = difflib.get_close_matches(name, self.operations, 3)
         return f"; did you mean {', '.join(map(repr, near))}?" if near else "; see graph.get_operations()"
+
+    def session_for(self, session: Any, name: str) -> Any:
+        """The session given, or the default one, in which `name` is to run."""
+        found = session if session is not None else Graph.default_session()
+        if found is None:
+            raise InvalidArgumentError(
+                f"{name!r} has no Session to run in: use it inside `with tf.Session():`, or pass session=..."
+            )
+        return found
 
     # ------------------------------------------------------------------------------------------------ collections
     def add_to_collection(self, name: str, value: Any) -> None:
@@ -369,7 +380,6 @@ class Graph:
         for known in self._known:
             known.pop(state, None)
         self.follows.setdefault(after or value.op, []).append(item)  # type: ignore[arg-type]
-        self.version += 1
         return value
 
     def value_of(self, tensor: Any) -> Value:
@@ -410,6 +420,7 @@ class Graph:
             if sizes is None:
                 raise
             self.set_sizes(sizes)
+            self.fixed_sizes += [(d, loc) for d in sizes.values() if isinstance(d, int)]
             with frame:
                 out = body(*operands, *sized(attrs, sizes))  # type: ignore[misc]
         except BaseException:

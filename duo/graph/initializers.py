@@ -136,7 +136,7 @@ class Identity(Initializer):
         self.gain = gain
 
     def make(self, shape: tuple[int, ...], dtype: Any) -> Any:
-        return constant((self.gain * np.eye(*shape)).astype(dtype.numpy))
+        return constant((self.gain * np.eye(shape[0], shape[-1])).astype(dtype.numpy))
 
 
 def fans(shape: tuple[int, ...]) -> tuple[float, float]:

@@ -109,9 +109,7 @@ class Lowering:
         if found is None:
             source = self.graph.sources.get(value)
             if source is None:
-                raise InvalidArgumentError(
-                    f"a value {value.type} made inside tf.cond or tf.while_loop is used outside; return it from the function"
-                )
+                raise _inside(value)
             found = self.env[value] = self.source(source, sized_type(value.type, self.sizes))
         return found
 
@@ -170,7 +168,9 @@ def lowered(
     """The program that computes `fetches` (tensors and variables of the graph, and operations, which give no result)."""
     needed = Needed(graph, fetches, feeds)
     for value in needed.sources:
-        source = graph.sources[value]
+        source = graph.sources.get(value)
+        if source is None:
+            raise _inside(value)
         if isinstance(source, Placeholder):
             raise InvalidArgumentError(
                 f"placeholder {source.name!r}{located(source.loc)}, {value.type}, must be fed: pass feed_dict={{{source.name}: ...}}"
@@ -189,6 +189,12 @@ def lowered(
         state = getattr(fetch, "_state", None)
         results.append(lowering.value(fetch._value) if state is None else lowering.read(state))
     return Lowered(lowering, results, len(feeds), deferred_of(needed))
+
+
+def _inside(value: Value) -> InvalidArgumentError:
+    return InvalidArgumentError(
+        f"a value {value.type} made inside tf.cond or tf.while_loop is used outside; return it from the function"
+    )
 
 
 def deferred_of(needed: Needed) -> list[Deferred]:
@@ -249,9 +255,11 @@ def sizes_of(graph: Graph, feeds: Sequence[Any], shapes: Sequence[tuple[int, ...
 
 
 def _misfit(tensor: Any, shape: Sequence[int]) -> str:
+    fixed = [f"{n}{located(loc)}" for n, loc in tensor.graph.fixed_sizes if n in tensor._type.shape]
+    why = f" (sizes left open that other operands have fixed: {', '.join(fixed)})" if fixed else ""
     return (
         f"cannot feed an array of shape {tuple(shape)} for {tensor.name!r}{located(tensor.op.loc)}, which has shape "
-        f"{tensor.shape!r}; reshape the array, or declare that size as None"
+        f"{tensor.shape!r}{why}; reshape the array, or declare that size as None"
     )
 
 

@@ -7,6 +7,7 @@ one dtype, as in TensorFlow: mixing them raises DTypeError rather than promoting
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from duo import functional as F
@@ -235,7 +236,7 @@ def clip_by_global_norm(t_list: Any, clip_norm: Any, use_norm: Any = None, name:
     out = [
         None
         if t is None
-        else named(graph, "clip_by_global_norm", name, lambda t=t: graph.apply(_scaled_to, (t, norm, clip_norm)))
+        else named(graph, "clip_by_global_norm", name, partial(graph.apply, _scaled_to, (t, norm, clip_norm)))
         for t in t_list
     ]
     return out, norm

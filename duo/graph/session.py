@@ -7,6 +7,7 @@ the inputs, the program, and writing results and states back.
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar
@@ -15,8 +16,9 @@ import numpy as np
 
 from duo import runtime
 from duo.eager.tensor import EagerTensor, material
+from duo.eager.trace import state as recording
 from duo.graph.errors import FailedPreconditionError, InvalidArgumentError
-from duo.graph.graph import Deferred, Graph, Operation, get_default_graph, located
+from duo.graph.graph import Assign, Deferred, Graph, Operation, get_default_graph, located
 from duo.graph.lower import Needed, deferred_of, lowered, sizes_of
 from duo.graph.states import Constant, Live, Number, SeededState, SharedState, State, number_of
 from duo.graph.tensor import GraphElement, array_of
@@ -59,7 +61,7 @@ class Program:
                 else:
                     self.owned.append((i, origin))
         self.live = list(live.items())
-        self.run = runtime.runnable(function, True, scalars).run
+        self.executable = runtime.runnable(function, True, scalars)
         self._plan_results(session, low.fetched)
 
     def _plan_results(self, session: Session, fetched: int) -> None:
@@ -131,6 +133,7 @@ class Call:
         self.dtypes = [f.dtype.numpy for f in self.feeds]
         needed = Needed(graph, self.targets, [f._value for f in self.feeds])
         self.deferred = deferred_of(needed)
+        self.writes = any(isinstance(item, (Assign, Deferred)) for item in needed.items)
         self.version = graph.version
         self.programs: dict[Any, Program] = {}
         self.recent: Program | None = None
@@ -152,6 +155,7 @@ class Session:
         self._structures: dict[Any, Call] = {}
         self._closed = False
         self._lock = threading.RLock()
+        _sessions.add(self)
 
     # ------------------------------------------------------------------------------------------------ running
     def run(self, fetches: Any, feed_dict: Mapping | None = None, options: Any = None, run_metadata: Any = None) -> Any:
@@ -160,6 +164,8 @@ class Session:
         Tensors, variables and operations may be given by name ("loss:0", "train"). feed_dict: tensor or name -> array. Values are NumPy
         arrays, 0-d ones NumPy scalars. A variable that is fetched has the value it has at the end of the run.
         """
+        if recording.capture is not None:
+            recording.capture.impure("a Session ran a graph")
         kind = fetches.__class__
         ids = tuple(map(id, fetches)) if kind is list or kind is tuple else id(fetches)
         key = (kind, ids, tuple(map(id, feed_dict)) if feed_dict else None)
@@ -176,20 +182,11 @@ class Session:
                     value = self._fed(call.feeds[len(buffers)], value)
                 buffers.append(runtime.from_numpy(value, False))
                 shapes.append(value.shape)
-        if call.deferred:
-            variants = {d: d.variant() for d in call.deferred}
-            program = call.programs.get((tuple(shapes), tuple(variants.values())))
+        if call.writes:
+            with self._lock:  # reading, computing and writing a state is one step to other threads
+                program, outs = self._compute(call, shapes, buffers)
         else:
-            variants = {}
-            program = call.recent if call.recent_shapes == shapes else call.programs.get((tuple(shapes), ()))
-        try:
-            if program is None:
-                program = self._program(call, shapes, variants)
-            outs = self._execute(program, buffers)
-        except BaseException:
-            for d, variant in variants.items():
-                d.cancel(variant)
-            raise
+            program, outs = self._compute(call, shapes, buffers)
         values: list[Any] = []
         for (dtype, shape, copy), buffer in zip(program.fetched, outs):
             array = buffer.read(dtype, shape) if copy else buffer.numpy(dtype, shape)
@@ -197,6 +194,24 @@ class Session:
         if call.single:
             return values[0]
         return values if call.flat_list else call.shape(values)
+
+    def _compute(self, call: Call, shapes: list[tuple[int, ...]], buffers: list[Any]) -> tuple[Program, list[Any]]:
+        """Finds or prepares the program, and runs it."""
+        if not call.deferred:
+            program = call.recent if call.recent_shapes == shapes else call.programs.get((tuple(shapes), ()))
+            if program is None:
+                program = self._program(call, shapes, {})
+            return program, self._execute(program, buffers)
+        variants = {d: d.variant() for d in call.deferred}
+        try:
+            program = call.programs.get((tuple(shapes), tuple(variants.values())))
+            if program is None:
+                program = self._program(call, shapes, variants)
+            return program, self._execute(program, buffers)
+        except BaseException:
+            for d, variant in variants.items():
+                d.cancel(variant)
+            raise
 
     def _execute(self, program: Program, buffers: list[Any]) -> list[Any]:
         """Runs the program on fed buffers and its other inputs; writes states back."""
@@ -207,13 +222,13 @@ class Session:
         for i, state in program.owned:
             found = values.get(state)
             inputs[i] = found if found is not None else self._first(state)
-        for i, cell in program.cells:
-            inputs[i] = cell.load()
+        for i, shared_cell in program.cells:
+            inputs[i] = shared_cell.load()
         for read, places in program.live:
             numbers = read()
             for i, k in places:
                 inputs[i] = numbers[k]
-        outs = program.run(inputs)
+        outs = program.executable.run(inputs)
         for k, state, cell, type_, shared in program.writes:
             buffer = outs[k]
             if shared:
@@ -346,8 +361,7 @@ class Session:
                 tensor.requires_grad_()
             cell = self._exposed[state] = SharedState(state.name, tensor, state.loc)
             self._values.pop(state, None)
-            self._calls.clear()
-            self._structures.clear()
+            self._forget()
         return cell.tensor
 
     def as_function(self, inputs: Sequence[Any], outputs: Any) -> Any:
@@ -365,6 +379,10 @@ class Session:
         """Drops the variables' values; it cannot run afterwards."""
         self._closed = True
         self._values.clear()
+        self._forget()
+
+    def _forget(self) -> None:
+        """Drops what was prepared: the next run prepares it again."""
         self._calls.clear()
         self._structures.clear()
 
@@ -426,14 +444,12 @@ def get_default_session() -> Session | None:
     return _stack.sessions[-1] if _stack.sessions else None
 
 
-def _session_for(graph: Graph, session: Session | None, name: str) -> Session:
-    found = session or get_default_session()
-    if found is None:
-        raise InvalidArgumentError(
-            f"{name!r} has no Session to run in: use it inside `with tf.Session():`, or pass session=..."
-        )
-    return found
+def _forget_programs() -> None:
+    for session in list(_sessions):
+        session._forget()
 
 
-Graph.session_for = _session_for  # type: ignore[assignment]
+_sessions: weakref.WeakSet[Session] = weakref.WeakSet()
+runtime.cache_listeners.append(_forget_programs)
+Graph.default_session = staticmethod(get_default_session)
 __all__ = ["InteractiveSession", "Session", "get_default_session"]

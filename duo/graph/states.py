@@ -14,8 +14,8 @@ import numpy as np
 
 from duo import runtime
 from duo.eager.tensor import material
-from duo.eager.trace import open_trace, settle
-from duo.optim.optimizer import take_update
+from duo.eager.trace import Info, Val, note_overwritten, settle
+from duo.eager.trace import state as recording
 from duo_ir.core import Loc
 from duo_ir.types import DType, TensorType, i64
 
@@ -52,11 +52,12 @@ class SeededState(State):
 class SharedState(State):
     """An eager tensor, read and written where it is."""
 
-    __slots__ = ("_tensor",)
+    __slots__ = ("_infos", "_tensor")
 
     def __init__(self, name: str, tensor: Any, loc: Loc | None = None) -> None:
         super().__init__(name, tensor._type, loc)
         self._tensor = tensor
+        self._infos = (Info(self.type), Info(self.type, True))
 
     @property
     def tensor(self) -> Any:
@@ -64,17 +65,23 @@ class SharedState(State):
 
     def load(self) -> Any:
         """Its buffer."""
-        val = self.tensor._value()
+        tensor = self.tensor
+        val = tensor._val if tensor._storage is None else tensor._current()
         return val.buf if val.buf is not None else settle(val)
 
     def store(self, buffer: Any) -> None:
         """Makes `buffer` the tensor's value, as a write in place does."""
         tensor = self.tensor
-        node = open_trace().entries[-1].node
-        if tensor._storage is not None or (node is not None and node.tracked):
+        node = recording.trace.entries[-1].node
+        if tensor._storage is not None or recording.capture is not None or node is None or node.tracked:
             tensor._write(material(buffer, self.type))
-        else:
-            take_update(tensor, material(buffer, self.type, tensor._leaf is not None))
+            return
+        # What `_write` comes to when nothing recorded can have read the old value: a run writes dozens of cells.
+        leaf = tensor._leaf
+        val = Val(None, -1, None, self._infos[leaf is not None])
+        val.buf, val.extra = buffer, leaf
+        note_overwritten(tensor._val)
+        tensor._val = val
 
 
 class Source:

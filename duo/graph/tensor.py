@@ -159,7 +159,7 @@ class GraphTensor(GraphElement):
         self.known: Any = None
 
     @property
-    def _type(self) -> TensorType:
+    def _type(self) -> TensorType:  # type: ignore[override]
         return self._value.type
 
     @property

@@ -147,7 +147,7 @@ class Optimizer:
         out = []
         targets = [[v, *own] for (_, v), own in zip(pairs, slots)]
         written = [(t, value) for row, new in zip(targets, made) for t, value in zip(row, new)]
-        if counter is not None:
+        if counter is not None and count is not None:
             written.append((counter, count))
         for target, value in written:
             state: State = graph.share(target) if isinstance(target, EagerTensor) else target._state

@@ -89,7 +89,7 @@ class Variable(GraphElement):
             graph.add_to_collection(key, self)
 
     @property
-    def _type(self) -> TensorType:
+    def _type(self) -> TensorType:  # type: ignore[override]
         return self._state.type
 
     @property
@@ -137,7 +137,12 @@ class Variable(GraphElement):
     def __hash__(self) -> int:
         return id(self) >> 4
 
-    __eq__ = Tensor.__eq__
+    def __eq__(self, other: Any) -> Any:
+        """With another variable, whether they are the same one (so that `v in list` works); else element by element."""
+        return self is other if isinstance(other, Variable) else Tensor.__eq__(self, other)  # type: ignore[call-arg]
+
+    def __ne__(self, other: Any) -> Any:
+        return self is not other if isinstance(other, Variable) else Tensor.__ne__(self, other)  # type: ignore[call-arg]
 
 
 Graph.variable_class = Variable
@@ -202,12 +207,16 @@ def tuple_(tensors: Sequence[Any], name: str | None = None, control_inputs: Iter
     """The tensors, each available only once all of them (and `control_inputs`) have been computed."""
     graph = get_default_graph()
     with graph.control_dependencies([*tensors, *control_inputs]):
-        return [named(graph, "tuple", name, lambda t=t: identity_of(t)) for t in tensors]
+        return [named(graph, "tuple", name, functools.partial(identity_of, t)) for t in tensors]
 
 
 # ------------------------------------------------------------------------------------------------ collections
-def _collection(key: str) -> Callable[[str | None], list[Any]]:
-    return lambda scope=None: get_default_graph().get_collection(key, scope)
+def _collection(key: str) -> Callable[..., list[Any]]:
+    def members(scope: str | None = None) -> list[Any]:
+        """What the collection holds, of those whose name begins with `scope`."""
+        return get_default_graph().get_collection(key, scope)
+
+    return members
 
 
 global_variables = _collection(GraphKeys.GLOBAL_VARIABLES)

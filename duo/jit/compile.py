@@ -42,10 +42,11 @@ class Compiled:
         self._last: Replay | None = None
         self._keys: dict[Any, int] = {}  # argument types -> recordings in a row without a replay
         self._log: list[str] = []
+        self._described = ""
         self._culprits: dict[str, None] = {}
         self._backend: Any = None
         self._serial = 0
-        self.statistics = {"recorded": 0, "replayed": 0}
+        self.recordings = 0
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if state.capture is not None:
@@ -98,6 +99,10 @@ class Compiled:
     # -------------------------------------------------------------------------------------------------------- recording
     def _record(self, args: tuple, kwargs: dict) -> Any:
         key = nests.key((args, tuple(sorted(kwargs.items(), key=lambda kv: kv[0]))), _leaf_key)
+        if any(replay.used[0] for replay in self._replays.values()):
+            for replay in self._replays.values():
+                replay.used[0] = False
+            self._keys = dict.fromkeys(self._keys, 0)
         misses = self._keys.get(key, 0)
         known = key in self._keys
         if not known and len(self._keys) > 1024:
@@ -113,7 +118,7 @@ class Compiled:
     def _captured(self, args: tuple, kwargs: dict, watched: bool) -> tuple[Any, Recording | None, Capture, Observer | None]:
         capture = Capture(self._name, tensors_in((args, kwargs)))
         observer = Observer(self._function, capture.outside) if watched else None
-        self.statistics["recorded"] += 1
+        self.recordings += 1
         with capture:
             started = False
             try:
@@ -182,23 +187,22 @@ class Compiled:
 
     def _explain_call(self, key: Any, known: bool, args: tuple, kwargs: dict) -> None:
         call = f"recorded ({', '.join(_describe(args, kwargs))}): "
+        described = ", ".join(_describe(args, kwargs))
+        before, self._described = self._described, described
         if not self._log:
             self._say(call + "first call")
-            return
-        if not known:
-            before = getattr(self, "_described", "")
-            self._say(call + f"new argument types {before} -> {', '.join(_describe(args, kwargs))}")
+        elif not known:
+            self._say(call + f"new argument types {before} -> {described}")
         elif self._culprits:
             self._say(call + "it cannot be replayed")
         elif self._last is not None:
             self._say(call + self._last.why(args, kwargs))
         else:
             self._say(call + "no replay was kept")
-        self._described = ", ".join(_describe(args, kwargs))
 
     def explain(self) -> str:
         """What was recorded and compiled, with the reason for each, and what keeps the function from being replayed."""
-        lines = [f"{self._name}: {self.statistics['recorded']} recordings, {len(self._replays)} replays kept", *self._log]
+        lines = [f"{self._name}: {self.recordings} recordings, {len(self._replays)} replays kept", *self._log]
         if self._culprits:
             lines.append("It is recorded at every call, because of:")
             lines += [f"  {c}" for c in self._culprits]

@@ -280,7 +280,7 @@ class Observer:
         elif isinstance(value, Module):
             self.touch(value)
         elif isinstance(value, (list, dict, set)):
-            if id(value) not in self.fresh and not isinstance(value, type(sys.modules)) or value is os.environ:
+            if id(value) not in self.fresh:
                 self._see_container(value, frame, what)
         elif isinstance(value, tuple):
             for x in value:
@@ -291,6 +291,10 @@ class Observer:
         elif isinstance(value, functools.partial):
             self.see((value.func, *value.args, *value.keywords.values()), frame, what)
         return value
+
+    def see_argument(self, value: Any) -> None:
+        """A value that the function was called with."""
+        self.see(value, None, "an argument")
 
     def _see_container(self, value: Any, frame: Any, what: str) -> None:
         if ("contents", id(value)) in self.guards:
@@ -361,7 +365,7 @@ class Observer:
             return self._class_attribute(owner, cls, name, frame)
         if isinstance(owner, (types.FunctionType, types.MethodType, types.BuiltinFunctionType, list, dict, set, tuple, frozenset)):
             return getattr(owner, name, UNKNOWN) if not isinstance(owner, types.FunctionType) else self._plain(owner, name, frame)
-        if cls.__getattribute__ is not object.__getattribute__:
+        if cls.__getattribute__ not in _GENERIC_READS:
             self.culprit(f".{name} of a {cls.__qualname__}, which has its own way to find attributes", frame)
             return UNKNOWN
         on_class = inspect.getattr_static(cls, name, MISSING)
@@ -539,8 +543,11 @@ def _c_name(function: Any) -> str:
 
 
 def _where(frame: Any) -> str:
+    if frame is None:
+        return "the call"
     return f"{os.path.basename(frame.f_code.co_filename)}:{frame.f_lineno}"
 
 
+_GENERIC_READS = (object.__getattribute__, types.SimpleNamespace.__getattribute__)
 _MODULE_CALL = Module.__call__.__code__
 _HANDLERS: dict[str, Callable[[Observer, _Frame, Any, Any], None]] = {}

@@ -109,6 +109,16 @@ class Same:
         return repr(_comparable(self.source))
 
 
+def is_shared(storage: Storage) -> bool:
+    """Whether NumPy sees the memory now."""
+    if storage.shared is None:
+        return False
+    if storage.shared():
+        return True
+    storage.shared = None
+    return False
+
+
 def run(capture: Capture) -> tuple[list[Val], dict[int, Val]]:
     """Runs the capture's program as a whole; gives its entries and, by number, the outside values that entered.
     Raises the program's error after taking everything back."""
@@ -201,7 +211,7 @@ class _Analysis:
             storage = tensor._storage
             if storage is None:
                 continue
-            if storage.shared is not None:
+            if is_shared(storage):
                 self.reason("a tensor whose memory NumPy shares")
             written = tensor._val is not self.initial[key]
             if written and tensor._chain:
@@ -334,7 +344,7 @@ class _Analysis:
             storage = self.tensors[key]._storage
             if storage is not None:
                 rows.setdefault(id(storage), []).append((self.r.made[number], storage))
-                if storage.shared is not None:
+                if is_shared(storage):
                     self.reason("a result whose memory NumPy shares")
         for key, members in rows.items():
             storage = members[0][1]

@@ -19,7 +19,7 @@ from duo.eager.segments import Origin
 from duo.eager.watch import Epoch
 from duo.jit import guards, nests
 from duo.jit.guards import Guard, brief
-from duo.jit.recording import Fresh, Recording, Same, Source
+from duo.jit.recording import Fresh, Recording, Same, Source, is_shared
 from duo.nn.module import Module
 from duo.optim.optimizer import Optimizer
 
@@ -103,6 +103,8 @@ class Replay:
         self.metas = metas
         self.numbers = [tuple(hyper) for *_, hyper in recording.groups]
         self.source = ""
+        self.used = [False]
+        self.check: Any = None  # like `run`, without running
         self.run: Any = _Writer(self, name, args, kwargs, tensors).function()
 
     # ------------------------------------------------------------------------------------------- rare paths of the code
@@ -130,16 +132,14 @@ class Replay:
         """Keeps what a backward pass from outside will need, as a flush does."""
         node = self.recording.node
         count = node.first + len(node.infos)
-        entries = [Val(None, n, None, NOTHING) for n in range(count)]
+        entries = [vals[n] if n in vals else Val(None, n, None, NOTHING) for n in range(count)]
         leaves = {}
         for (e, k), given in zip(node.memo.inputs, inputs):
-            if k is not None:
+            if k is not None:  # numbers of one entry come in order
                 entries[e].scalars = (*(entries[e].scalars or ()), given)
                 continue
             leaves[given] = e
             entries[e].info, entries[e].buf, entries[e].extra = given.info, given.buf, given.extra
-        for n, val in vals.items():
-            entries[n] = val
         for n, extra in self.recording.extras.items():
             entries[n].extra = extra
         trace = SimpleNamespace(entries=[*entries, END], leaves=leaves)
@@ -178,7 +178,7 @@ def stale(tensor: EagerTensor) -> bool:
     """Whether a tensor with a storage must be read (or written) by recorded ops."""
     storage = tensor._storage
     assert storage is not None
-    return storage.shared is not None or tensor._seen != storage.version
+    return is_shared(storage) or tensor._seen != storage.version
 
 
 def aliased(tensors: tuple, written: tuple) -> bool:
@@ -253,11 +253,14 @@ class _Writer:
             self._program()
         self._effects()
         self._result()
-        text = "def replay_of(args, kwargs):\n    try:\n" + textwrap.indent("\n".join(self.lines[: self.checked]), " " * 8)
-        text += "\n    except LOOKS: return MISS\n" + textwrap.indent("\n".join(self.lines[self.checked :]), " " * 4)
+        looks = "    try:\n" + textwrap.indent("\n".join(self.lines[: self.checked]), " " * 8) + "\n    except LOOKS: return MISS\n"
+        text = "def replay_of(args, kwargs):\n" + looks + "    used[0] = True\n"
+        text += textwrap.indent("\n".join(self.lines[self.checked :]), " " * 4)
+        text += "\n\ndef check_of(args, kwargs):\n" + looks + "    return None\n"
         self.replay.source = text
         self.names["LOOKS"] = (LookupError, TypeError, AttributeError, ValueError)
         exec(compile(text, f"<replay of {self.title}>", "exec"), self.names)
+        replay.check = self.names["check_of"]
         return self.names["replay_of"]
 
     # ------------------------------------------------------------------------------------------------------ the checks
@@ -376,6 +379,7 @@ class _Writer:
         self.replay.versions = [group.version for _, group, *_ in self.r.groups]
         self.names["versions"] = self.replay.versions
         self.names["hyper"] = self.replay.numbers
+        self.names["used"] = self.replay.used
         for i, (_, group, *_) in enumerate(self.r.groups):
             self.miss_if(f"{self.const(group, 'G')}.version != versions[{i}] and not replay.regroup({i})")
         self.checked = len(self.lines)

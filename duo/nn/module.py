@@ -11,8 +11,8 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
+from duo.eager.mode import no_grad
 from duo.eager.tensor import EagerTensor, RemovableHook
-from duo.eager.trace import state
 from duo.eager.watch import Epoch, WatchedDict
 from duo.nn.parameter import Parameter
 from duo.runtime import check_device
@@ -251,16 +251,13 @@ class Module:
 
     def _convert(self, fn: Callable[[Any], Any]) -> None:
         Epoch.count += 1
-        grad, state.grad = state.grad, False
-        try:
+        with no_grad():
             for tensor in [*self.parameters(), *self.buffers()]:
                 new = fn(tensor.detach())
                 if new._type is not tensor._type:
                     tensor.data = new
                     if tensor.grad is not None:
                         tensor.grad = fn(tensor.grad)
-        finally:
-            state.grad = grad
 
     def float(self) -> Module:
         return self.to("f32")

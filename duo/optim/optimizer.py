@@ -11,6 +11,7 @@ from typing import Any
 
 from duo.eager.autograd import number_in
 from duo.eager.flush import flush
+from duo.eager.mode import enable_grad
 from duo.eager.tensor import EagerTensor, full_value
 from duo.eager.trace import Info, Macro, Node, commit, note_overwritten, open_trace, state
 from duo.eager.watch import Group, Slots, WatchedList, changed
@@ -124,11 +125,8 @@ class Optimizer:
         """One update of every parameter that has a gradient. `closure` recomputes the loss first."""
         loss = None
         if closure is not None:
-            grad_mode, state.grad = state.grad, True
-            try:
+            with enable_grad():
                 loss = closure()
-            finally:
-                state.grad = grad_mode
         if state.capture is not None:
             state.capture.touch_optimizer(self)
         for group in self.param_groups:

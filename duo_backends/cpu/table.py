@@ -161,8 +161,7 @@ class _Coder:
                 self.loop(item, places, start + layout.nested[number])
 
     def step(self, step: Step, places: list[int]) -> None:
-        loaded, kernel = self.kernels[step.kernel], step.kernel
-        sizes = {name: self.sizes[name] for name in kernel.dims}
+        loaded, sizes = self.kernels[step.kernel], step.bind(self.sizes)
         units = [phase.units(sizes) for phase in loaded.code.phases]
         if not any(units):
             return

@@ -64,12 +64,12 @@ def run(
     slots += temps
     for item in program.items:
         if isinstance(item, Step):
-            buffers = []
+            buffers, own = [], item.bind(sizes)
             for slot, arg in zip(item.slots, item.kernel.args):
                 if slots[slot] is None:
-                    slots[slot] = _poison(TensorType(arg.dtype, (arg.size,)), sizes)
+                    slots[slot] = _poison(TensorType(arg.dtype, (arg.size,)), own)
                 buffers.append(slots[slot])
-            execute(item.kernel, buffers, sizes)
+            execute(item.kernel, buffers, own)
         elif isinstance(item, Copy):
             slots[item.target][...] = slots[item.source]
         elif isinstance(item, Cond):

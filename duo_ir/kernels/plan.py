@@ -126,7 +126,7 @@ class _Planner:
 
 def _item_dims(item: Item) -> tuple[str, ...]:
     if isinstance(item, Step):
-        return item.kernel.dims
+        return item.dims()
     if isinstance(item, Cond):
         return item.then.dims + item.orelse.dims
     return item.test.dims + item.body.dims if isinstance(item, While) else ()

@@ -7,6 +7,7 @@ first are bound to slots of the parent. Sizes may be symbolic; a backend binds t
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -16,11 +17,23 @@ from duo_ir.types import DimLike, TensorType
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """Runs `kernel` with its argument number i in slot `slots[i]`. `where` is the user's line, for errors and profiles."""
+    """Runs `kernel` with its argument number i in slot `slots[i]`. `where` is the user's line, for errors and profiles.
+
+    `sizes` gives the values of `kernel.dims`, in order, where the kernel is a template (`generic.py`) with names of its own; without it
+    the kernel's names are the program's."""
 
     kernel: Kernel
     slots: tuple[int, ...]
     where: str = ""
+    sizes: tuple[tuple[str, int], ...] = ()
+
+    def dims(self) -> tuple[str, ...]:
+        """Named sizes of the program that the kernel depends on."""
+        return () if self.sizes else self.kernel.dims
+
+    def bind(self, sizes: Mapping[str, int]) -> Mapping[str, int]:
+        """The values of `kernel.dims`, in order, for the program's `sizes`."""
+        return dict(self.sizes) if self.sizes else {name: sizes[name] for name in self.kernel.dims}
 
 
 @dataclass(frozen=True, slots=True)

@@ -54,6 +54,8 @@ def _slots(slots: Sequence[int]) -> str:
 def _item(item: Item, seen: dict[Kernel, int]) -> list[str]:
     if isinstance(item, Step):
         where = f"   # {item.where}" if item.where else ""
+        if item.sizes:
+            where = f" with {', '.join([f'{name} = {size}' for name, size in item.sizes])}{where}"
         known = seen.get(item.kernel)
         if known is not None:
             return [f"run k{known}({_slots(item.slots)}){where}"]

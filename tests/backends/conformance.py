@@ -7,18 +7,21 @@ element nobody writes shows.
 
 from __future__ import annotations
 
+import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from duo_backends.cpu import table
 from duo_backends.cpu.backend import CpuBackend
 from duo_backends.cpu.threads import get_num_threads, set_num_threads
+from duo_ir import ops
 from duo_ir.core import Function, Value, bind_dims, current_builder, function_of
 from duo_ir.interpret import interpret
 from duo_ir.pipeline import compile as compile_function
@@ -68,7 +71,8 @@ def differing(got: np.ndarray, want: np.ndarray) -> np.ndarray:
         return np.asarray(got != want)
     bits = np.dtype(f"u{got.dtype.itemsize}")
     raw = [np.ascontiguousarray(x).view(bits).reshape(x.shape) for x in (got, want)]
-    return np.asarray((raw[0] != raw[1]) & ~(np.isnan(got) & np.isnan(want)))
+    with np.errstate(all="ignore"):
+        return np.asarray((raw[0] != raw[1]) & ~(np.isnan(got) & np.isnan(want)))
 
 
 def difference(got: np.ndarray, want: np.ndarray, arrays: Sequence[np.ndarray] = ()) -> str:
@@ -77,7 +81,9 @@ def difference(got: np.ndarray, want: np.ndarray, arrays: Sequence[np.ndarray] =
     where = np.argwhere(differing(got, want))
     first = tuple(where[0])
     inputs = [a[first] for a in arrays if a.shape == got.shape]
-    text = f"{len(where)} of {got.size} elements differ; at {[int(i) for i in first]}: {got[first]!r}, not {want[first]!r}"
+    text = (
+        f"{len(where)} of {got.size} elements differ; at {[int(i) for i in first]}: {got[first]!r}, not {want[first]!r}"
+    )
     return text + (f" for {inputs}" if inputs else "")
 
 
@@ -98,18 +104,24 @@ def outcomes(
         for n in threads:
             with thread_count(n):
                 for k, (bound, arrays) in enumerate(zip(bounds, runs)):
-                    buffers = [machine.from_numpy(a) for a in arrays]
-                    sizes = bound.sizes
-                    types = [t.static_shape(sizes) for t in function.result_types]
-                    poison = [machine.from_numpy(np.full(_bytes(t, sizes), POISON, np.uint8)) for t in function.result_types]
-                    del poison
-                    results = bound.run(buffers)
-                    made = [machine.to_numpy(b, t.dtype, s) for b, t, s in zip(results, function.result_types, types)]
-                    yield f"{cpu or 'native'}, {'fused' if fusion else 'unfused'}, {n} threads", k, made
+                    how = f"{cpu or 'native'}, {'fused' if fusion else 'unfused'}, {n} threads"
+                    yield how, k, run_once(machine, function, bound, arrays)
+                    if k == 0 and n == threads[-1]:
+                        given_away = run_once(machine, function, bound, arrays, donated=range(len(arrays)))
+                        yield f"{how}, inputs given away", k, given_away
 
 
-def _bytes(t: TensorType, sizes: Any) -> int:
-    return int(np.prod(t.static_shape(sizes), dtype=np.int64)) * t.dtype.itemsize
+def run_once(
+    machine: CpuBackend, function: Function, bound: Any, arrays: Sequence[Any], donated: Collection[int] = ()
+) -> list[np.ndarray]:
+    """The results of one run on arrays (Python numbers where the program takes scalars), in memory that held poison."""
+    buffers = [a if type(a) in (int, float, bool) else machine.from_numpy(np.asarray(a)) for a in arrays]
+    shapes = [t.static_shape(bound.sizes) for t in function.result_types]
+    sizes = [math.prod(s) * t.dtype.itemsize for s, t in zip(shapes, function.result_types)]
+    poison = [machine.from_numpy(np.full(n, POISON, np.uint8)) for n in sizes]
+    del poison  # the allocator hands these blocks out again
+    results = bound.run(buffers, donated)
+    return [machine.to_numpy(b, t.dtype, s) for b, t, s in zip(results, function.result_types, shapes)]
 
 
 def mismatches(
@@ -146,10 +158,21 @@ def specials(dtype: DType) -> np.ndarray:
         return np.array([False, True])
     if dtype.is_integer:
         limits = np.iinfo(dtype.numpy)
-        near = {0, 1, 2, 3, 7, limits.max, limits.max - 1, limits.min, limits.min + 1, limits.max // 2, dtype.bits, dtype.bits - 1}
+        near = {
+            0,
+            1,
+            2,
+            3,
+            7,
+            limits.max,
+            limits.max - 1,
+            limits.min,
+            limits.min + 1,
+            limits.max // 2,
+            dtype.bits,
+            dtype.bits - 1,
+        }
         return np.array(sorted(near | ({-1, -2, -3, -7} if limits.min else set())), dtype.numpy)
-    import ml_dtypes
-
     info: Any = ml_dtypes.finfo(dtype.numpy)
     tiny, least, most, eps = (float(v) for v in (info.tiny, info.smallest_subnormal, info.max, info.eps))
     positive = [0.0, np.inf, np.nan, tiny, least, 3 * least, most, most / 2, 1.0, 1 + eps, 1 - eps / 2, 0.5, 1.5, 2.5, 3.0, 10.0, 88.7, 127.5, 300.0, 2.0**31, 2.0**63]  # fmt: skip
@@ -167,13 +190,15 @@ def salted(array: np.ndarray, rng: np.random.Generator, share: float = 0.4) -> n
 def as_view(array: np.ndarray, kind: int) -> tuple[np.ndarray, np.ndarray, Callable[[Value], Value]]:
     """(what to pass, what the op then sees, how to get there): the operand behind a transpose, a strided slice, a flip or a
     broadcast, by `kind` modulo 4. The third is applied to the parameter; for a broadcast what is seen is not `array`."""
-    from duo_ir import ops
-
     rank = array.ndim
     axes = tuple(range(rank))
     kind %= 4
     if rank == 0:
-        return np.stack([array, array]), array, lambda v: ops.reshape(ops.slice(v, start=(1,), stop=(2,), step=(1,)), shape=())
+        return (
+            np.stack([array, array]),
+            array,
+            lambda v: ops.reshape(ops.slice(v, start=(1,), stop=(2,), step=(1,)), shape=()),
+        )
     if kind == 0:
         order = axes[::-1]
         return np.ascontiguousarray(array.transpose(order)), array, lambda v: ops.transpose(v, permutation=order)

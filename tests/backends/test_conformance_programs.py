@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import conformance as c
 import numpy as np
@@ -92,7 +91,13 @@ def test_rows(shape: tuple[int, ...], dtype: DType) -> None:
 
     def everything(x: Value, g: Value, b: Value) -> Value:
         d = x.type.shape[-1:]
-        made = [F.softmax(x, -1), F.log_softmax(x, 0), F.layer_norm(x, d, g, b), F.rms_norm(x, d, g), F.logsumexp(x, -1)]
+        made = [
+            F.softmax(x, -1),
+            F.log_softmax(x, 0),
+            F.layer_norm(x, d, g, b),
+            F.rms_norm(x, d, g),
+            F.logsumexp(x, -1),
+        ]
         made += [F.var(x, 0, correction=0), F.softmax(x, 0), F.std(x, -1, correction=0, keepdim=True)]
         total = scalar(made[0])
         for v in made[1:]:
@@ -112,7 +117,7 @@ def test_reductions_along_every_axis(dtype: DType) -> None:
         axes = [(), (0,), (1,), (2,), (0, 1), (0, 2), (1, 2), (0, 1, 2)]
         made = [getattr(nd, name)(x * 2.0 - 0.5, a) for a in axes for name in ("sum", "prod", "max", "min")]
         made += [op(x, axes=(a,)) for a in (0, 1, 2) for op in (ops.argmax, ops.argmin)]
-        return made + [nd.sum(ops.transpose(x, permutation=(2, 0, 1)), (0,)), nd.sum(ops.flip(x, axes=(0, 2)), (1,))]
+        return [*made, nd.sum(ops.transpose(x, permutation=(2, 0, 1)), (0,)), nd.sum(ops.flip(x, axes=(0, 2)), (1,))]
 
     rng = np.random.default_rng(6)
     c.check(everything, [x], [c.salted(x, rng, 0.02)], [np.zeros_like(x)], [-np.zeros_like(x)])
@@ -126,7 +131,16 @@ def test_long_reductions(n: int) -> None:
     def everything(x: Value, y: Value, a: Value, b: Value) -> list[Value]:
         column = nd.reshape(y, (n, 1))
         made = [nd.sum(x), nd.sum(ops.exp(x) * y), nd.matmul(nd.reshape(x, (1, n)), column), nd.matmul(a, column)]
-        return [*made, nd.max(x), nd.sum(b, (0,)), nd.sum(a, (0,)), nd.sum(a, (1,)), nd.sum(a), nd.prod(x), ops.argmax(x, axes=(0,))]
+        return [
+            *made,
+            nd.max(x),
+            nd.sum(b, (0,)),
+            nd.sum(a, (0,)),
+            nd.sum(a, (1,)),
+            nd.sum(a),
+            nd.prod(x),
+            ops.argmax(x, axes=(0,)),
+        ]
 
     c.check(everything, [x, y, *wide])
 
@@ -151,7 +165,14 @@ def test_contraction_tiles(m: int, n: int, dtype: DType) -> None:
         right = nd.slice_axis(b, 0, 0, k - 2, 2)
         turned = ops.transpose(nd.matmul(nd.swap_last(b), nd.swap_last(a)), permutation=(1, 0))
         biased = nd.maximum(plain + bias, 0)
-        return [plain, nd.matmul(left, right), turned, biased, nd.sum(biased, (0,)), nd.matmul(a + 1, b * 2) * a.type.shape[0]]
+        return [
+            plain,
+            nd.matmul(left, right),
+            turned,
+            biased,
+            nd.sum(biased, (0,)),
+            nd.matmul(a + 1, b * 2) * a.type.shape[0],
+        ]
 
     c.check(everything, [a, b, bias], [c.salted(a, rng, 0.03), c.salted(b, rng, 0.03), bias])
 
@@ -200,7 +221,9 @@ def test_embedding(dtype: DType) -> None:
     """The gradient is a scatter in which indices repeat."""
     table, mix = numbers((11, 9), (9, 5), dtype=dtype)
     index = labels(3 * 14, 11).reshape(3, 14)
-    c.check(with_gradients(lambda i, t, w: scalar(nd.matmul(F.embedding(i, t), w)), index, table, mix), [index, table, mix])
+    c.check(
+        with_gradients(lambda i, t, w: scalar(nd.matmul(F.embedding(i, t), w)), index, table, mix), [index, table, mix]
+    )
     c.check(with_gradients(lambda i, t: scalar(F.embedding(i, t, padding_idx=2)), index, table), [index, table])
 
 
@@ -213,8 +236,21 @@ def test_joins_and_cuts(dtype: DType) -> None:
         a, b, rest = F.split(joined, [4, 9, 10], 1)
         padded = F.pad(b, (1, 2, 0, 3), value=0.5)
         strided = nd.slice_axis(nd.slice_axis(padded, 1, 1, 12, 3), 0, 0, 9, 2)
-        made = [F.softmax(a, -1), strided, F.cumsum(rest, 1), F.roll(joined, 5, 1), F.flip(x, 0), F.tril(x), F.stack([y, y * y], 1)]
-        made += [ops.pad(y, nd.sum(y), low=(1, 0), high=(0, 2), interior=(1, 3)), F.cumsum(x, 0), F.diagonal(x, 2), F.tile(y, (2, 3))]
+        made = [
+            F.softmax(a, -1),
+            strided,
+            F.cumsum(rest, 1),
+            F.roll(joined, 5, 1),
+            F.flip(x, 0),
+            F.tril(x),
+            F.stack([y, y * y], 1),
+        ]
+        made += [
+            ops.pad(y, nd.sum(y), low=(1, 0), high=(0, 2), interior=(1, 3)),
+            F.cumsum(x, 0),
+            F.diagonal(x, 2),
+            F.tile(y, (2, 3)),
+        ]
         total = scalar(made[0])
         for v in made[1:]:
             total = total + scalar(v)
@@ -299,7 +335,9 @@ def test_random_programs(dtype: DType, data: st.DataObject) -> None:
     want = interpret(function, *arrays)
     for fusion in (True, False):
         for got, expected in zip(evaluate(lower(function, fusion), *arrays), want, strict=True):
-            assert c.same(got, expected), f"kernels by NumPy, fusion {fusion}: {c.difference(got, expected)}\n{function}"
+            assert c.same(got, expected), (
+                f"kernels by NumPy, fusion {fusion}: {c.difference(got, expected)}\n{function}"
+            )
     c.check(function, arrays)
 
 
@@ -341,8 +379,20 @@ def test_symbolic_everything() -> None:
         flat = nd.reshape(x, (b * t,))
         both = ops.concat(x, y, axis=1)
         rows = F.softmax(both, -1)
-        made = [nd.sum(x, (0,)), nd.sum(x, (1,)), nd.sum(flat), F.cumsum(x, 1), rows, nd.mean(x, (0, 1)), ops.flip(both, axes=(1,))]
-        made += [nd.matmul(x, nd.swap_last(y)), ops.argmax(flat, axes=(0,)), ops.gather(flat, nd.iota((t,), 0), axes=(0,))]
+        made = [
+            nd.sum(x, (0,)),
+            nd.sum(x, (1,)),
+            nd.sum(flat),
+            F.cumsum(x, 1),
+            rows,
+            nd.mean(x, (0, 1)),
+            ops.flip(both, axes=(1,)),
+        ]
+        made += [
+            nd.matmul(x, nd.swap_last(y)),
+            ops.argmax(flat, axes=(0,)),
+            ops.gather(flat, nd.iota((t,), 0), axes=(0,)),
+        ]
         return [*made, ops.pad(x, nd.constant_of(1, f32), low=(1, 0), high=(0, 2), interior=(0, 1)), nd.max(both, (0,))]
 
     function = function_of(everything, TensorType(f32, (b, t)), TensorType(f32, (b, t)))
@@ -390,8 +440,17 @@ def test_other_machines(cpu: str) -> None:
 
         def functions(x: Value) -> list[Value]:
             names = ["exp", "log", "tanh", "erf", "sin", "sqrt", "expm1", "atan", "round", "sigmoid", "normal_quantile"]
-            made = [getattr(ops, name)(x) for name in names] + [ops.cast(x, dtype=d) for d in (i64, f32, f16, bf16, f64)]
-            made += [F.softmax(x, -1), nd.sum(x, (0,)), nd.sum(x), nd.max(x, (1,)), F.cumsum(x, 1), ops.pow(ops.abs(x), x)]
+            made = [getattr(ops, name)(x) for name in names] + [
+                ops.cast(x, dtype=d) for d in (i64, f32, f16, bf16, f64)
+            ]
+            made += [
+                F.softmax(x, -1),
+                nd.sum(x, (0,)),
+                nd.sum(x),
+                nd.max(x, (1,)),
+                F.cumsum(x, 1),
+                ops.pow(ops.abs(x), x),
+            ]
             return [*made, ops.floor_divide(x, ops.flip(x, axes=(1,))), nd.matmul(x, nd.swap_last(x))]
 
         c.check(functions, [values], [c.salted(values, rng)], cpu=cpu, threads=(1,))

@@ -4,7 +4,7 @@ contractions, several results. DUO_EXAMPLES=1000 tries more of them."""
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import conformance as c
 import numpy as np
@@ -15,12 +15,16 @@ from duo_ir.core import Builder, Function, Value, function_of
 from duo_ir.interpret import interpret
 from duo_ir.kernels.evaluate import evaluate
 from duo_ir.ops import broadcasting as nd
+from duo_ir.pipeline import compile as compile_function
 from duo_ir.pipeline import lower
 from duo_ir.transforms.derivatives import vjp_function
-from duo_ir.types import TensorType, bf16, bool_, f16, f32, f64, i32, i64, product, u8
+from duo_ir.types import Dim, DimLike, Shape, TensorType, bf16, bool_, f16, f32, f64, i32, i64, product, u8
+from duo_ir.types import evaluate as size_of
 
 EXAMPLES = int(os.environ.get("DUO_EXAMPLES", "60"))
-SIZES = [1, 1, 2, 3, 5, 8, 16, 17, 31, 33, 64, 65, 100]
+SIZES: list[DimLike] = [1, 1, 2, 3, 5, 8, 16, 17, 31, 33, 64, 65, 100]
+NAMED: list[DimLike] = [Dim.symbol("n"), Dim.symbol("n"), Dim.symbol("m"), 1, 3, 17]
+BOUND = ({"n": 33, "m": 18}, {"n": 2, "m": 2}, {"n": 16, "m": 5}, {"n": 5, "m": 64})
 MOST = 40_000  # elements of a value
 FLOATS = (f32, f32, f32, f64, bf16, f16)
 UNARY = ["neg", "abs", "exp", "tanh", "sqrt", "sigmoid", "floor", "sin", "erf", "log", "rsqrt"]
@@ -29,9 +33,9 @@ UNARY = ["neg", "abs", "exp", "tanh", "sqrt", "sigmoid", "floor", "sin", "erf", 
 class Maker:
     """Draws one program; the pool holds the values made so far."""
 
-    def __init__(self, seed: int, smooth: bool = False) -> None:
+    def __init__(self, seed: int, smooth: bool = False, sizes: list[DimLike] = SIZES, ranks: int = 3) -> None:
         self.rng = np.random.default_rng(seed)
-        self.smooth = smooth
+        self.smooth, self.sizes, self.ranks = smooth, sizes, ranks
         self.builder = Builder("random")
         self.pool: list[Value] = []
 
@@ -44,24 +48,32 @@ class Maker:
     def pick(self, values: list) -> object:
         return values[self.number(0, len(values) - 1)]
 
-    def function(self, count: int) -> tuple[Function, list[np.ndarray]]:
-        arrays = []
+    def size(self, shape: Shape) -> int:
+        """Number of elements, for the first of the sizes that names stand for."""
+        return size_of(product(shape), BOUND[0])
+
+    def function(self, count: int) -> Function:
         with self.builder:
             for _ in range(self.number(1, 3)):
-                shape = tuple(self.pick(SIZES) for _ in range(self.number(0, 3)))
+                shape = tuple(self.pick(self.sizes) for _ in range(self.number(0, self.ranks)))
                 dtype = f32 if self.smooth else self.pick([*FLOATS, i32, i64, u8])
-                if product(shape) > MOST:
-                    shape = shape[:2]
-                self.pool.append(self.builder.parameter(TensorType(dtype, shape)))
-                values = np.asarray(self.rng.normal(0, 2, shape))
-                array = np.abs(values).astype(dtype.numpy) if dtype is u8 else values.astype(dtype.numpy)
-                arrays.append(array if self.smooth or self.chance(0.6) else c.salted(array, self.rng, 0.1))
+                self.pool.append(
+                    self.builder.parameter(TensorType(dtype, shape if self.size(shape) <= MOST else shape[:2]))
+                )
             while len(self.pool) < count:
                 made = self.step()
-                if made is not None and product(made.type.shape) <= MOST:
+                if made is not None and self.size(made.type.shape) <= MOST:
                     self.pool.append(made)
             results = [self.pool[-1], *[self.pick(self.pool) for _ in range(self.number(0, 3))]]
-        return self.builder.build(results), arrays
+        return self.builder.build(results)
+
+    def arrays(self, types: Sequence[TensorType], sizes: dict[str, int] | None = None) -> list[np.ndarray]:
+        out = []
+        for t in types:
+            values = np.asarray(self.rng.normal(0, 2, t.static_shape(sizes)))
+            array = np.asarray(np.abs(values) if t.dtype is u8 else values).astype(t.dtype.numpy)
+            out.append(array if self.smooth or self.chance(0.6) else c.salted(array, self.rng, 0.1))
+        return out
 
     def step(self) -> Value | None:
         recent = self.pool[-4:] if self.chance(0.7) else self.pool
@@ -94,7 +106,9 @@ class Maker:
         y = self.partner(x)
         if y is None or x.type.dtype is bool_:
             return None
-        names = ["add", "sub", "mul", "maximum"] + ([] if self.smooth else ["minimum", "floor_divide", "remainder", "lt", "eq", "div"])
+        names = ["add", "sub", "mul", "maximum"] + (
+            [] if self.smooth else ["minimum", "floor_divide", "remainder", "lt", "eq", "div"]
+        )
         return getattr(nd, self.pick(names))(x, y if self.chance(0.9) else 3)
 
     def where(self, x: Value) -> Value | None:
@@ -117,14 +131,24 @@ class Maker:
         choices = [(n,), (1, n), (n, 1), (*shape, 1), shape[::-1]]
         if len(shape) >= 2:
             choices += [(shape[0], product(shape[1:])), (product(shape[:-1]), shape[-1])]
-        choices += [(d, n // d) for d in (2, 3, 4) if n and n % d == 0]
+        if isinstance(n, int):
+            choices += [(d, n // d) for d in (2, 3, 4) if n and n % d == 0]
         return nd.reshape(x, self.pick(choices))
 
     def slice(self, x: Value) -> Value | None:
-        start = tuple(self.number(0, d // 2) for d in x.type.shape)
-        stop = tuple(self.number(s + (d > s), d) for s, d in zip(start, x.type.shape))
-        step = tuple(self.pick([1, 1, 2, 3]) for _ in start)
-        return ops.slice(x, start=start, stop=stop, step=step)
+        start: list[DimLike] = []
+        stop: list[DimLike] = []
+        step: list[int] = []
+        for d in x.type.shape:
+            if isinstance(d, int):
+                first = self.number(0, d // 2)
+                last, by = self.number(first + (d > first), d), self.pick([1, 1, 2, 3])
+            else:
+                first, last, by = self.number(0, 1), d - self.number(0, 1), 1
+            start.append(first)
+            stop.append(last)
+            step.append(by)
+        return ops.slice(x, start=tuple(start), stop=tuple(stop), step=tuple(step))
 
     def flip(self, x: Value) -> Value | None:
         return ops.flip(x, axes=tuple(a for a in range(x.type.rank) if self.chance(0.5)))
@@ -174,12 +198,12 @@ class Maker:
         fits = [y for y in self.pool if y.type.rank and y.type.dtype is not bool_
                 and y.type.shape[-2 if y.type.rank > 1 else -1] == x.type.shape[-1] and (y.type.rank < 3 or x.type.rank < 3)]  # fmt: skip
         y = self.pick(fits) if fits else (nd.swap_last(x) if x.type.rank > 1 else x)
-        if product(x.type.shape) * y.type.shape[-1] > 1_000_000 or x.type.rank + y.type.rank > 5:
+        if self.size((*x.type.shape, y.type.shape[-1])) > 1_000_000 or x.type.rank + y.type.rank > 5:
             return None
         return nd.matmul(x, y)
 
-    def index(self, n: int, bound: int) -> Value:
-        return ops.remainder(nd.iota((n,), 0) * self.number(1, 7) + self.number(0, 50), nd.full((n,), bound, i64))
+    def index(self, n: int, bound: DimLike) -> Value:
+        return nd.remainder(nd.iota((n,), 0) * self.number(1, 7) + self.number(0, 50), nd.size_of(bound, i64))
 
     def gather(self, x: Value) -> Value | None:
         if x.type.rank == 0 or 0 in x.type.shape:
@@ -201,12 +225,19 @@ class Maker:
         return ops.cumsum(x, axis=self.number(0, x.type.rank - 1))
 
     def control(self, x: Value) -> Value | None:
+        """A branch on data, or a loop of one or two rounds."""
         if x.type.dtype is bool_:
             return None
-        then = function_of(lambda a: (a * a, a + 1), x.type)
-        orelse = function_of(lambda a: (a, a - 1), x.type)
-        flag = ops.lt(nd.constant_of(self.number(0, 1), i64), nd.constant_of(1, i64))
-        return self.pick(ops.cond(flag, x, then=then, orelse=orelse))
+        flag = nd.gt(nd.sum(nd.cast_to(self.pick(self.pool), f32)), 0.0)
+        if self.smooth or self.chance(0.5):
+            then = function_of(lambda a: (a * a, a + 1), x.type)
+            orelse = function_of(lambda a: (a, a - 1), x.type)
+            return self.pick(ops.cond(flag, x, then=then, orelse=orelse))
+        state = (TensorType(i64), x.type, x.type)
+        test = function_of(lambda i, a, b: nd.lt(i, 2), *state)
+        body = function_of(lambda i, a, b: (i + 1, *((b, a + b) if self.chance(0.5) else (a * 2, b))), *state)
+        start = nd.cast_to(flag, i64)
+        return self.pick(ops.while_(start, x, x, test=test, body=body, carried=3)[1:])
 
 
 def check_kernels(function: Function, arrays: list[np.ndarray]) -> None:
@@ -219,16 +250,47 @@ def check_kernels(function: Function, arrays: list[np.ndarray]) -> None:
 
 @pytest.mark.parametrize("seed", range(EXAMPLES))
 def test_programs(seed: int) -> None:
-    function, arrays = Maker(seed).function(12)
+    maker = Maker(seed)
+    function = maker.function(12)
+    arrays = maker.arrays(function.param_types)
     c.check(function, arrays)
     check_kernels(function, arrays)
 
 
-@pytest.mark.parametrize("seed", range(EXAMPLES // 3))
+@pytest.mark.parametrize("seed", range(EXAMPLES // 2))
 def test_gradients(seed: int) -> None:
-    function, arrays = Maker(seed, smooth=True).function(9)
-    rng = np.random.default_rng(seed)
-    backward = vjp_function(function)
-    cotangents = [np.asarray(rng.normal(size=t.static_shape())).astype(t.dtype.numpy) for t in backward.param_types[len(arrays) :]]
-    c.check(backward, [*arrays, *cotangents])
-    check_kernels(backward, [*arrays, *cotangents])
+    maker = Maker(seed, smooth=True)
+    backward = vjp_function(maker.function(9))
+    arrays = maker.arrays(backward.param_types)
+    c.check(backward, arrays)
+    check_kernels(backward, arrays)
+
+
+@pytest.mark.parametrize("seed", range(EXAMPLES // 2))
+def test_named_sizes(seed: int) -> None:
+    """Compiled once, run at several sizes."""
+    maker = Maker(seed, sizes=NAMED, ranks=2)
+    function = maker.function(9)
+    names = function.dims
+    runs = [maker.arrays(function.param_types, sizes) for sizes in (BOUND if names else BOUND[:1])]
+    c.check(function, *runs)
+
+
+@pytest.mark.parametrize("seed", range(EXAMPLES // 2))
+def test_python_numbers(seed: int) -> None:
+    """0-d parameters given as Python numbers: the bits of 0-d arrays."""
+    maker = Maker(seed, sizes=[1, 3, 33], ranks=2)
+    with maker.builder:
+        dtypes = [f32, f64, f16, bf16, i32, i64, u8, bool_]
+        maker.pool += [maker.builder.parameter(TensorType(d)) for d in dtypes if maker.chance(0.5)]
+    scalars = range(len(maker.pool))
+    function = maker.function(10)
+    arrays = maker.arrays(function.param_types)
+    want = interpret(function, *arrays)
+    machine = c.backend()
+    numbers = [a.astype(np.float64).item() if k in scalars and a.dtype.kind not in "iub" else a.item() if k in scalars else a for k, a in enumerate(arrays)]  # fmt: skip
+    for fusion in (True, False):
+        bound = compile_function(function, machine, fusion=fusion, scalars=scalars).bind()
+        for donated in ((), range(len(arrays))):
+            for got, expected in zip(c.run_once(machine, function, bound, numbers, donated), want):
+                assert c.same(got, expected), f"fusion {fusion}: {c.difference(got, expected)}\n{function}"

@@ -58,7 +58,9 @@ def test_binary(row: op_table.Row) -> None:
         return [row.op(x, y) for x, y in zip(xs[::2], xs[1::2])]
 
     labels = [d.name for d in row.dtypes]
-    wrong = c.mismatches(c.function_of(everything, *c.types_of(runs[0])), *runs, labels=labels, fusions=(True,), threads=(2,))
+    wrong = c.mismatches(
+        c.function_of(everything, *c.types_of(runs[0])), *runs, labels=labels, fusions=(True,), threads=(2,)
+    )
     assert not wrong, "\n".join(wrong)
 
 
@@ -92,10 +94,16 @@ def rounding_points(source: DType, target: DType) -> np.ndarray:
 def test_casts_round_once(source: DType) -> None:
     pairs = [(t, rounding_points(source, t)) for t in FLOATS]
     if source.is_float:
-        edges = np.concatenate([2.0**b + np.array([-2, -1, -0.5, -0.25, 0, 0.25, 0.5, 1, 2]) for b in (0, 7, 8, 15, 31, 32, 63)])
+        edges = np.concatenate(
+            [2.0**b + np.array([-2, -1, -0.5, -0.25, 0, 0.25, 0.5, 1, 2]) for b in (0, 7, 8, 15, 31, 32, 63)]
+        )
         with np.errstate(all="ignore"):
             values = np.concatenate([edges, -edges, any_bits(source, 3000, 4).astype(np.float64)]).astype(source.numpy)
-        beside = [values, np.nextafter(values, source.numpy.type(np.inf)), np.nextafter(values, source.numpy.type(-np.inf))]
+        beside = [
+            values,
+            np.nextafter(values, source.numpy.type(np.inf)),
+            np.nextafter(values, source.numpy.type(-np.inf)),
+        ]
         values = np.concatenate([*beside, c.specials(source)])
     else:
         values = np.concatenate([any_bits(source, 3000, 4), c.specials(source)])
@@ -105,7 +113,9 @@ def test_casts_round_once(source: DType) -> None:
     def everything(*xs: Value) -> list[Value]:
         return [ops.cast(x, dtype=t) for x, (t, _) in zip(xs, pairs)]
 
-    wrong = c.mismatches(c.function_of(everything, *c.types_of(arrays)), arrays, labels=[t.name for t, _ in pairs], threads=(2,))
+    wrong = c.mismatches(
+        c.function_of(everything, *c.types_of(arrays)), arrays, labels=[t.name for t, _ in pairs], threads=(2,)
+    )
     assert not wrong, "\n".join(wrong)
 
 
@@ -129,6 +139,12 @@ def test_every_length(dtype: DType, n: int) -> None:
         row = ops.reshape(ops.slice(x, start=(1, 0), stop=(2, n), step=(1, 1)), shape=(n,))
         halves = [ops.slice(row, start=(s,), stop=(n,), step=(2,)) for s in (0, 1)]
         made = [x + turned, ops.flip(x, axes=(1,)) * turned, *[h + h for h in halves], ops.maximum(turned, x)]
-        return [*made, ops.where(ops.lt(x, turned), x, turned), ops.concat(row, *halves, axis=0), ops.sum(x, axes=(0,)), ops.max(x, axes=(1,))]
+        return [
+            *made,
+            ops.where(ops.lt(x, turned), x, turned),
+            ops.concat(row, *halves, axis=0),
+            ops.sum(x, axes=(0,)),
+            ops.max(x, axes=(1,)),
+        ]
 
     c.check(everything, [x, y], threads=(2,))

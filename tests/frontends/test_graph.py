@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import gc
+import threading
 
 import numpy as np
 import pytest
 
 import duo
 import duo.graph as tf
+from duo import runtime
 from duo_ir.errors import DTypeError, DuoError, ShapeError
 
 
@@ -28,7 +30,15 @@ def test_the_script_that_duo_was_conceived_from():
 
 
 def test_constants_take_tensorflow_dtypes():
-    kinds = [(1, "i32"), (1.5, "f32"), (True, "bool"), ([1, 2], "i32"), (np.arange(2.0), "f64"), (2**40, "i64"), ([], "f32")]
+    kinds = [
+        (1, "i32"),
+        (1.5, "f32"),
+        (True, "bool"),
+        ([1, 2], "i32"),
+        (np.arange(2.0), "f64"),
+        (2**40, "i64"),
+        ([], "f32"),
+    ]
     for value, dtype in kinds:
         assert tf.constant(value).dtype.name == dtype
     assert tf.constant(1, tf.float64).dtype is tf.float64
@@ -127,8 +137,14 @@ def test_sizes_that_meet_become_one():
         assert sess.run(y, {x: np.ones((2, 3)), w: np.ones((3, 4))}).shape == (2, 4)
         with pytest.raises(tf.errors.InvalidArgumentError, match="'x:0' and 'w:0'"):
             sess.run(y, {x: np.ones((2, 3)), w: np.ones((5, 4))})
-    z = tf.placeholder(tf.float32, [None]) + tf.constant(np.ones(4, np.float32))
-    assert z.shape.as_list() == [4]
+    p = tf.placeholder(tf.float32, [None], name="p")
+    z = p + tf.constant(np.ones(4, np.float32))
+    assert p.shape.as_list() == [4]
+    with (
+        tf.Session() as sess,
+        pytest.raises(tf.errors.InvalidArgumentError, match=r"\(3,\) for 'p:0'.*fixed: 4 \(.*test_graph.py"),
+    ):
+        sess.run(z, {p: np.ones(3)})
     named = tf.placeholder(tf.float32, ["n", "n"])
     assert named.shape[0] == named.shape[1]
 
@@ -178,6 +194,19 @@ def test_control_dependencies_and_group():
         assert sess.run([v, w]) == [5, 40]
 
 
+def test_threads_that_share_a_session_lose_no_update():
+    v = tf.Variable(0.0)
+    add = v.assign_add(1.0)
+    sess = tf.Session()
+    sess.run(v.initializer)
+    threads = [threading.Thread(target=lambda: [sess.run(add) for _ in range(100)]) for _ in range(4)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert sess.run(v) == 400
+
+
 def test_get_variable_and_scopes():
     with tf.variable_scope("a"):
         k = tf.get_variable("k", [2, 3])
@@ -204,9 +233,15 @@ def test_initializers():
         "zeros": (tf.zeros_initializer(), lambda a: (a == 0).all()),
         "ones": (tf.ones_initializer(), lambda a: (a == 1).all()),
         "constant": (tf.constant_initializer(2.5), lambda a: (a == 2.5).all()),
-        "normal": (tf.random_normal_initializer(3.0, 0.1), lambda a: abs(a.mean() - 3) < 0.02 and abs(a.std() - 0.1) < 0.02),
+        "normal": (
+            tf.random_normal_initializer(3.0, 0.1),
+            lambda a: abs(a.mean() - 3) < 0.02 and abs(a.std() - 0.1) < 0.02,
+        ),
         "truncated": (tf.truncated_normal_initializer(0.0, 2.0), lambda a: np.abs(a).max() <= 4),
-        "uniform": (tf.random_uniform_initializer(-1, 2), lambda a: a.min() >= -1 and a.max() < 2 and abs(a.mean() - 0.5) < 0.2),
+        "uniform": (
+            tf.random_uniform_initializer(-1, 2),
+            lambda a: a.min() >= -1 and a.max() < 2 and abs(a.mean() - 0.5) < 0.2,
+        ),
         "glorot": (tf.glorot_uniform_initializer(), lambda a: 0.3 < np.abs(a).max() <= np.sqrt(6 / 60)),
         "he": (tf.initializers.he_normal(), lambda a: abs(a.std() - np.sqrt(2 / 20)) < 0.05),
         "orthogonal": (tf.orthogonal_initializer(seed=1), lambda a: np.abs(a @ a.T - np.eye(20)).max() < 1e-5),
@@ -312,3 +347,15 @@ def test_fetching_again_with_fresh_lists_never_confuses_runs():
             assert sess.run({"a": [picked[1]]}, {x: 1.0}) == {"a": [1 + k % 8]}
             if k % 50 == 0:
                 gc.collect()
+
+
+def test_ops_made_between_runs_recompile_nothing():
+    x = tf.placeholder(tf.float32, [None])
+    y = x * 2.0
+    with tf.Session() as sess:
+        sess.run(y, {x: [1.0]})
+        before = runtime.statistics.compiled + runtime.statistics.hits
+        for k in range(5):
+            tf.add(y, float(k))
+            assert sess.run(y, {x: [1.0]}).tolist() == [2]
+        assert runtime.statistics.compiled + runtime.statistics.hits == before

@@ -1,0 +1,241 @@
+"""Static kernels to templates: sizes become named dims, so that equal work on other shapes is one kernel, compiled once.
+
+`generalize(kernel)` gives the template and the values of its names. Each extent of a loop gets a name of its own, also where two happen
+to be equal; a stride that is the extent of a contiguous run (row-major memory) becomes that product, so that backends still see
+which loops are one; every other integer gets its own name. 0, 1 and -1 stay what they are: they decide broadcasting and contiguity. Constants
+of bodies and `Guard.step` are values or change the code, and stay too. The order of every computation depends on run-time sizes alone, so
+the bits are those of the static kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TypeAlias
+
+from duo_ir.kernels.kernel import (
+    Access,
+    Affine,
+    Arg,
+    Body,
+    ContractKernel,
+    Guard,
+    Instr,
+    Kernel,
+    LoopKernel,
+    ScanKernel,
+    ScatterKernel,
+    Stage,
+    Store,
+)  # fmt: skip
+from duo_ir.kernels.program import Cond, Item, Program, Step, While
+from duo_ir.types import Dim, DimLike
+
+Sizes: TypeAlias = tuple[tuple[str, int], ...]
+_LARGEST = 1 << 62  # beyond, a value might not fit the i64 that passes it
+
+
+def generalize(kernel: Kernel) -> tuple[Kernel, Sizes]:
+    """(template, value of each of its `dims` in order). A kernel with named sizes already is its own template."""
+    if kernel.dims:
+        return kernel, ()
+    return _Template(kernel).make()
+
+
+def generalize_program(program: Program) -> Program:
+    """`program` with every static kernel, nested programs' too, as template and sizes (`Step.sizes`)."""
+    known: dict[int, tuple[Kernel, Sizes]] = {}
+    return _program(program, known)
+
+
+def _program(program: Program, known: dict[int, tuple[Kernel, Sizes]]) -> Program:
+    return replace(program, items=tuple([_item(item, known) for item in program.items]))
+
+
+def _item(item: Item, known: dict[int, tuple[Kernel, Sizes]]) -> Item:
+    if isinstance(item, Step):
+        if item.kernel.dims:
+            return item
+        kernel, sizes = generalize(item.kernel)
+        return Step(kernel, item.slots, item.where, sizes)
+    if isinstance(item, Cond):
+        return replace(item, then=_program(item.then, known), orelse=_program(item.orelse, known))
+    if isinstance(item, While):
+        return replace(item, test=_program(item.test, known), body=_program(item.body, known))
+    return item
+
+
+_SYMBOLS = [Dim.symbol(f"d{n}") for n in range(64)]
+
+
+class _Template:
+    """A kernel on its way to a template. `sizes`: names given so far, in order, with their values."""
+
+    def __init__(self, kernel: Kernel) -> None:
+        self.kernel = kernel
+        self.sizes: list[tuple[str, int]] = []
+        self.whole: dict[int, tuple[int, DimLike]] = {}  # buffer -> elements of the contiguous run an access covers
+
+    def make(self) -> tuple[Kernel, Sizes]:
+        kernel = self.kernel
+        made: Kernel
+        if isinstance(kernel, LoopKernel):
+            made = self.loop(kernel)
+        elif isinstance(kernel, ContractKernel):
+            made = self.contract(kernel)
+        elif isinstance(kernel, ScanKernel):
+            made = self.scan(kernel)
+        else:
+            made = self.scatter(kernel)
+        return made, tuple(self.sizes)
+
+    # ----------------------------------------------------------------------------------------------------- the kinds
+    def loop(self, kernel: LoopKernel) -> LoopKernel:
+        outer = self.extents(kernel.axes)
+        # Stages over equal inner axes walk the same elements.
+        inner = {axes: self.extents(axes) for axes in dict.fromkeys([s.axes for s in kernel.stages])}
+        stages = []
+        for stage in kernel.stages:
+            scope = _Scope((*kernel.axes, *stage.axes), (*outer, *inner[stage.axes]))
+            stores = tuple([self.store(s, scope) for s in stage.stores])
+            stages.append(Stage(inner[stage.axes], self.body(stage.body, scope), stores, stage.reduces))
+        args = self.args(kernel.args)
+        return LoopKernel(args, outer, tuple(stages), self.names(), kernel.sites)
+
+    def contract(self, kernel: ContractKernel) -> ContractKernel:
+        axes = (*kernel.batch, kernel.m, kernel.n, kernel.k)
+        extents = self.extents(axes)
+        batch, (m, n, k) = extents[:-3], extents[-3:]
+        *rows, _, depth = range(len(axes))
+        left, right = _Scope.pick(axes, extents, [*rows, depth]), _Scope.pick(axes, extents, [*rows[:-1], depth, rows[-1] + 1])
+        out = _Scope.pick(axes, extents, range(len(axes) - 1))
+        a, b = self.access(kernel.a, left), self.access(kernel.b, right)
+        stores = tuple([self.store(s, out) for s in kernel.stores])
+        body = self.body(kernel.body, out)
+        args = self.args(kernel.args)
+        return replace(kernel, args=args, batch=batch, m=m, n=n, k=k, a=a, b=b, body=body, stores=stores, dims=self.names())
+
+    def scan(self, kernel: ScanKernel) -> ScanKernel:
+        axes = (*kernel.axes, kernel.length)
+        extents = self.extents(axes)
+        scope = _Scope(axes, extents)
+        source, target = self.access(kernel.source, scope), self.access(kernel.target, scope)
+        args = self.args(kernel.args)
+        return replace(
+            kernel, args=args, axes=extents[:-1], length=extents[-1], source=source, target=target, dims=self.names()
+        )
+
+    def scatter(self, kernel: ScatterKernel) -> ScatterKernel:
+        axes = self.extents(kernel.axes)
+        scope = _Scope(kernel.axes, axes)
+        body, store = self.body(kernel.body, scope), self.store(kernel.store, scope)
+        size = self.name(_static(kernel.size))
+        self.whole[0] = self.whole[len(kernel.args) - 1] = _static(kernel.size), size
+        args = self.args(kernel.args)
+        return replace(kernel, args=args, size=size, axes=axes, body=body, store=store, dims=self.names())
+
+    # --------------------------------------------------------------------------------------------------------- parts
+    def name(self, value: int) -> DimLike:
+        """A new name for `value`, or the value itself where it is special; negative ones are the negated name."""
+        size = abs(value)
+        if size <= 1 or size > _LARGEST:
+            return value
+        number = len(self.sizes)
+        symbol = _SYMBOLS[number] if number < len(_SYMBOLS) else Dim.symbol(f"d{number}")
+        self.sizes.append((f"d{number}", size))
+        return symbol if value > 0 else -symbol
+
+    def names(self) -> tuple[str, ...]:
+        return tuple([name for name, _ in self.sizes])
+
+    def extents(self, axes: Sequence[DimLike]) -> tuple[DimLike, ...]:
+        return tuple([self.name(_static(d)) for d in axes])
+
+    def args(self, args: tuple[Arg, ...]) -> tuple[Arg, ...]:
+        out = []
+        for n, arg in enumerate(args):
+            size = _static(arg.size)
+            value, dim = self.whole.get(n, (-1, 0))
+            out.append(Arg(arg.dtype, dim if value == size else self.name(size), arg.output))
+        return tuple(out)
+
+    def body(self, body: Body, scope: _Scope) -> Body:
+        return tuple([self.instruction(i, scope) for i in body])
+
+    def instruction(self, instr: Instr, scope: _Scope) -> Instr:
+        attr: object = instr.attr
+        if isinstance(attr, Access):
+            attr = self.access(attr, scope)
+        elif isinstance(attr, Affine):
+            attr = self.affine(attr, scope)
+        elif instr.op == "dim":
+            assert isinstance(attr, int)
+            attr = self.name(attr)
+        elif instr.op == "check":
+            assert isinstance(attr, tuple)
+            attr = (self.name(attr[0]), attr[1])
+        else:
+            return instr
+        return Instr(instr.op, instr.args, instr.dtype, attr)
+
+    def store(self, store: Store, scope: _Scope) -> Store:
+        return Store(self.access(store.access, scope), store.value, store.indices)
+
+    def access(self, access: Access, scope: _Scope) -> Access:
+        at = self.affine(access.at, scope)
+        if at.offset == 0 and access.buffer not in self.whole:
+            self.whole[access.buffer] = scope.covered[access.at]
+        guards = tuple([Guard(self.affine(g.position, scope), self.name(_static(g.bound)), g.step) for g in access.guards])
+        return Access(access.buffer, at, guards, tuple([self.name(_static(s)) for s in access.index_strides]))
+
+    def affine(self, affine: Affine, scope: _Scope) -> Affine:
+        """The position in names. Strides, smallest first: one that a contiguous walk of the axes before it covers is their product,
+        any other has a name of its own. The offset of a walk backwards is where it starts, plus what is left."""
+        found = scope.known.get(affine)
+        if found is not None:
+            return found
+        values = [_static(s) for s in affine.strides]
+        strides: list[DimLike] = [0] * len(values)
+        order = sorted([k for k, v in enumerate(values) if v], key=lambda k: (abs(values[k]), -k))
+        covered, run = 1, _ONE  # elements, as a number and in names
+        before, same = 0, _ONE
+        low, start = 0, _ZERO
+        for k in order:
+            step = abs(values[k])
+            dim = run if step == covered else same if step == before else self.name(step)
+            strides[k] = dim if values[k] > 0 else -dim
+            if values[k] < 0:
+                low += step * (scope.values[k] - 1)
+                start = start + dim * (scope.extents[k] - 1)
+            covered, run = step * scope.values[k], dim * scope.extents[k]
+            before, same = step, dim
+        offset = start + self.name(_static(affine.offset) - low)
+        made = Affine(offset, tuple(strides))
+        scope.known[affine], scope.covered[affine] = made, (covered, run)
+        return made
+
+
+class _Scope:
+    """Axes in scope: their sizes, these in names, and the positions over them that were met so far."""
+
+    def __init__(self, values: Sequence[DimLike], extents: Sequence[DimLike]) -> None:
+        self.values = [_static(v) for v in values]
+        self.extents = extents
+        self.known: dict[Affine, Affine] = {}
+        self.covered: dict[Affine, tuple[int, DimLike]] = {}
+
+    @staticmethod
+    def pick(values: Sequence[DimLike], extents: Sequence[DimLike], axes: Sequence[int]) -> _Scope:
+        return _Scope([values[k] for k in axes], [extents[k] for k in axes])
+
+
+_ZERO: DimLike = 0
+_ONE: DimLike = 1
+
+
+def _static(d: DimLike) -> int:
+    assert isinstance(d, int), "a kernel without named sizes has integers only"
+    return d
+
+
+__all__ = ["Sizes", "generalize", "generalize_program"]

@@ -68,12 +68,20 @@ def _reflected(body: Callable[..., Any], name: str) -> Any:
     return operator
 
 
+def _kept_kind(self: Any, new: Any, name: str) -> Any:
+    """`new`, if an in-place op may store it in `self`: a float result does not fit integers, nor an integer one bools."""
+    mine, theirs = self._type.dtype, new._type.dtype
+    if (theirs.is_float and not mine.is_float) or (mine is types.bool_ and theirs is not types.bool_):
+        raise DTypeError(f"{name}: the result {new._type} does not fit in place into {self._type}; use the op that returns a new tensor")
+    return new
+
+
 def _augmented(name: str, operator: Any) -> Any:
     def augmented(self: Any, other: Any) -> Any:
         if not self._mutable:
             return NotImplemented
         new = operator(self, other)
-        return new if new is NotImplemented else self._assign(new)
+        return new if new is NotImplemented else self._assign(_kept_kind(self, new, name))
 
     augmented.__name__ = augmented.__qualname__ = name
     return augmented
@@ -84,7 +92,7 @@ def _in_place(function: Callable[..., Any]) -> Any:
 
     @functools.wraps(function)
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return self._assign(function(self, *args, **kwargs))
+        return self._assign(_kept_kind(self, function(self, *args, **kwargs), function.__name__ + "_"))
 
     method.__name__ = method.__qualname__ = function.__name__ + "_"
     method.__doc__ = f"In place: {function.__doc__}"

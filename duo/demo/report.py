@@ -12,16 +12,16 @@ import numpy as np
 import duo
 import duo.graph as tf
 from duo import runtime
-from duo.demo.digits import Classifier, Digits, load_digits
+from duo.demo.digits import Digits, load_digits
 from duo.demo.modes import MODES, Trainer, eager, graph
 from duo_ir import pipeline
-from duo_ir.core import Function
 from duo_ir.kernels.kernel import ContractKernel, Kernel
-from duo_ir.kernels.program import Program, Step
+from duo_ir.kernels.program import Step
 from duo_ir.kernels.text import print_kernel
 from duo_ir.text import to_text
 
-SHOWN_ASSEMBLY = 12  # lines
+SHOWN = 12  # lines of the program, and of machine code
+WIDTH = 120
 
 
 def demo(epochs: int = 8, seed: int = 0) -> int:
@@ -63,14 +63,14 @@ def _table(trainers: Sequence[Trainer]) -> Iterator[str]:
     for number, row in enumerate(zip(*[t.epochs for t in trainers]), 1):
         cells = "".join(f"{e.loss:10.6f}{e.accuracy:10.1%}{e.seconds * 1e3:8.1f}  " for e in row)
         yield f"{number:5} {cells.rstrip()}"
-    yield "first " + "".join(f"{'step, compiling:':>20}{t.first_step * 1e3:8.1f}  " for t in trainers).rstrip()
+    yield "first " + "".join(f"{'step, with compiling':>20}{t.first_step * 1e3:8.1f}  " for t in trainers).rstrip()
 
 
 def _report(what: str, differences: Sequence[str], counted: str) -> bool:
     if differences:
-        print(f"{what} DIFFER: {'; '.join(differences)}")
+        print(f"{what}: DIFFERENT: {'; '.join(differences)}")
         return False
-    print(f"{what} are equal, bit for bit ({counted}).")
+    print(f"{what}: equal, bit for bit ({counted}).")
     return True
 
 
@@ -105,43 +105,44 @@ def _show_program(trainer: Trainer) -> bool:
         from_graph = tf.lower(model(images), [images])
     model.train()
     same = from_eager.hash == from_graph.hash
+    relation = "the same program" if same else "NOT the same program"
     print(
-        f"The forward pass, from eager mode (hash {from_eager.hash[:12]}) and from graph mode ({from_graph.hash[:12]}):"
+        f"The forward pass is {relation} in eager mode (hash {from_eager.hash[:12]}) and in graph mode "
+        f"({from_graph.hash[:12]}):"
     )
-    print(_indented(_short(from_eager)))
-    kernels = [item.kernel for item in _program(from_eager).items if isinstance(item, Step)]
+    lines = to_text(from_eager, locations=False).splitlines()
+    print(_indented([*_first(lines[:-2]), *lines[-2:]]))
+    kernels = [item.kernel for item in pipeline.lower(from_eager).items if isinstance(item, Step)]
     kernel = next((k for k in kernels if isinstance(k, ContractKernel)), kernels[0])
-    print(f"compiles to {len(kernels)} kernels. One of them is a layer: product, bias and ReLU in one pass:")
-    print(_indented(print_kernel(kernel)))
-    lines, count = _inner_loop(kernel)
-    print(f"Its inner loop, of {count} lines of machine code:")
-    print(_indented("\n".join(lines)))
-    return _report("The two programs", [] if same else ["their hashes"], "same canonical text")
+    print(f"It compiles to {len(kernels)} kernels. This one is a layer, its product, bias and ReLU in one pass:")
+    print(_indented(print_kernel(kernel).splitlines()))
+    loop, count = _inner_loop(kernel)
+    print(f"and {count} lines of machine code, with this inner loop:")
+    print(_indented(_first(loop)))
+    return same
 
 
-def _program(function: Function) -> Program:
-    return pipeline.lower(function)
-
-
-def _short(function: Function) -> str:
-    return to_text(function, locations=False)
+def _first(lines: list[str]) -> list[str]:
+    """The first lines, and how many more there are."""
+    more = len(lines) - SHOWN
+    return [*lines[:SHOWN], f"  ... {more} more"] if more > 1 else lines
 
 
 def _inner_loop(kernel: Kernel) -> tuple[list[str], int]:
-    """The first lines of the basic block with most fused multiply-adds, and how many lines the kernel has in all."""
-    lines = [line for line in runtime.backend().assembly(kernel).splitlines() if not line.lstrip().startswith(".cfi")]
+    """The basic block with most fused multiply-adds, and how many lines the kernel has in all."""
+    lines = runtime.backend().assembly(kernel).splitlines()
     blocks: list[list[str]] = [[]]
     for line in lines:
         if line and not line[0].isspace():
-            blocks.append([])
-        blocks[-1].append(line.expandtabs(12).replace(" " * 12, "  ", 1))
-    best = max(blocks, key=lambda block: sum("fmadd" in line or "fmla" in line for line in block))
-    shown = best[:SHOWN_ASSEMBLY]
-    return shown + ([f"  ... {len(best) - len(shown)} more"] if len(best) > len(shown) else []), len(lines)
+            blocks.append([line])
+        else:
+            operation, _, operands = line.strip().partition("\t")
+            blocks[-1].append(f"  {operation:14}{operands}")
+    return max(blocks, key=lambda block: sum("fmadd" in line or "fmla" in line for line in block)), len(lines)
 
 
-def _indented(text: str) -> str:
-    return "\n".join(f"  {line}" for line in text.rstrip().splitlines())
+def _indented(lines: Sequence[str]) -> str:
+    return "\n".join(f"  {line[:WIDTH]}" for line in lines)
 
 
 def _compiled() -> Iterator[str]:
@@ -167,12 +168,9 @@ def _resume(data: Digits, epochs: int, seed: int) -> bool:
         duo.manual_seed(seed + 1)
         second = graph()
         second.resume(duo.load(path))
-        second.epochs.append(first.epochs[0])
+        second.epochs.append(first.epochs[0])  # which epoch comes next, and so its batches
         second.losses.extend(first.losses[: len(first.losses) // 2])
         second.train_epoch(data, seed)
         size = os.path.getsize(path)
-    what = f"Checkpoint ({size / 1e3:.0f} kB, safetensors) saved in eager mode, resumed in graph mode: the next epochs"
-    return _report(what, _differences([first, second]), "again with ==")
-
-
-__all__ = ["Classifier", "demo"]
+    what = f"Checkpoint ({size / 1e3:.0f} kB, safetensors) saved in eager mode, resumed in graph mode; the next epoch"
+    return _report(what, _differences([first, second]), _counted(second))

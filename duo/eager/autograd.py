@@ -183,7 +183,7 @@ class Engine:
         hooked = trace.hooked
 
         def stage(low: int, given: Cotangents, wanted: Sequence[int]) -> Cotangents:
-            refs = tuple((n, -1 if t is None else number_in(trace, t)) for n, t in given.items())
+            refs = tuple((n, -1 if t is None else number_in(trace, t._value(), t)) for n, t in given.items())
             vals = commit(trace, (BACKWARD, low, refs, tuple(sorted(set(wanted))), self.retain, self.create))
             if vals is None or vals[0].node is None:
                 raise _Closed
@@ -198,7 +198,6 @@ class _Closed(Exception):
     """The trace was closed (another thread has looked at one of its values) before its backward pass was recorded."""
 
 
-def number_in(trace: Trace, tensor: Any) -> int:
-    """The number of a tensor's value in this trace."""
-    val = tensor._value()
+def number_in(trace: Trace, val: Val, tensor: Any = None) -> int:
+    """The number of a value, which `tensor` holds, in this trace; -1 when the trace has been closed meanwhile."""
     return val.index if val.trace is trace else trace.enter(val, tensor)

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from duo.eager.autograd import Cotangents, Engine, Inner, walk_back
+from duo.eager.autograd import Cotangents, Engine, Inner, number_in, walk_back
 from duo.eager.build import Construction, Watch, freed_error, overwritten_error
 from duo.eager.trace import NOTHING, Info, Macro, Node, Val, commit, open_trace
 from duo.runtime import from_numpy
@@ -178,10 +178,11 @@ class Segment:
             if again := self.freed & pullback.touched:
                 raise freed_error(Construction(self.node).builder.ops[min(again)])
             operands = [self._residual(p, pullback, engine.create) for p in pullback.residuals]
+            holders: list[Any] = [None] * len(operands) + list(given.values())
             operands += [t._value() for t in given.values()]
             while True:
                 trace = open_trace()
-                refs = [v.index if v.trace is trace else trace.enter(v) for v in operands]
+                refs = [number_in(trace, v, t) for v, t in zip(operands, holders)]
                 key = (SEGMENT_BACKWARD, pullback, tuple(refs), engine.create)
                 vals = commit(trace, key) if -1 not in refs else None
                 if vals is not None:

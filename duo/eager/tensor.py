@@ -22,12 +22,13 @@ from duo.eager.printing import format_tensor
 from duo.eager.segments import Origin
 from duo.eager.watch import changed
 from duo.eager.trace import MARK, Info, Val, commit, note_overwritten_here, open_trace, record, record_pair, settle, state
+from duo.functional.indexing import getitem
 from duo.tensor import Tensor
 from duo_ir.core import Value
 from duo_ir.errors import ArgumentError, DTypeError, GradientError, ShapeError, TraceError
 from duo_ir.ops import stop_gradient, straight_through
 from duo_ir.ops.broadcasting import broadcast_to, cast_to
-from duo_ir.types import DType, Shape, TensorType, dtype
+from duo_ir.types import DType, Shape, TensorType, bool_, dtype
 
 
 class Storage:
@@ -139,11 +140,10 @@ class EagerTensor(Tensor):
         storage = self._storage
         assert storage is not None
         if storage.shared is not None:
-            if storage.shared():
-                if state.capture is not None:
-                    state.capture.impure(f"a tensor {self._type} shares its memory with NumPy")
+            if not storage.shared():
+                storage.shared = None
+            elif state.capture is None or not state.capture.exports_to(storage):
                 return self._snapshot(storage)
-            storage.shared = None
         if self._seen != storage.version:
             version = storage.version
             val = storage.val
@@ -211,7 +211,9 @@ class EagerTensor(Tensor):
                         "an in-place write to an expanded tensor, where several elements are one in memory; clone() it first"
                     )
                 (base,) = record(view.write, (EagerTensor(parent), EagerTensor(base)), attrs)
-        if storage.shared is not None and storage.shared():
+        if storage.shared is not None and state.capture is not None:
+            state.capture.export(storage)
+        elif storage.shared is not None and storage.shared():
             shared = settle(storage.val)
             target = runtime.to_numpy(shared, base.info.type)
             target[...] = runtime.to_numpy(settle(base), base.info.type)
@@ -225,6 +227,13 @@ class EagerTensor(Tensor):
         else:
             self._val = self._as_mine(base)
             self._seen = storage.version
+
+    def __getitem__(self, index: Any) -> EagerTensor:
+        return getitem(self, _places(index))
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        spread = (value._type.shape if isinstance(value, EagerTensor) else isinstance(value, (np.ndarray, list, tuple)))
+        super().__setitem__(_places(index) if spread else index, value)
 
     # ------------------------------------------------------------------------------------------- what it is
     @property
@@ -485,6 +494,29 @@ def _overwrite(val: Val, by: Val) -> None:
     number = val.index if val.trace is trace else trace.leaves.get(val)
     if number is not None:
         note_overwritten_here(trace, number, by.index if by.trace is trace else -1)
+
+
+def _places(index: Any) -> Any:
+    """An index whose masks have become the places where they are true. That looks at their values."""
+    if index.__class__ is not tuple:
+        mask = _mask(index)
+        return index if mask is None else tuple([tensor_of(i) for i in mask.nonzero()])
+    if not any(_mask(i) is not None for i in index):
+        return index
+    out: list[Any] = []
+    for item in index:
+        mask = _mask(item)
+        out.extend([item] if mask is None else [tensor_of(i) for i in mask.nonzero()])
+    return tuple(out)
+
+
+def _mask(item: Any) -> np.ndarray | None:
+    """The values of an index that is a mask of one dim or more."""
+    if isinstance(item, EagerTensor):
+        return item._array(share=False) if item._type.dtype is bool_ and item._type.shape else None
+    if isinstance(item, np.ndarray):
+        return item if item.dtype == np.bool_ and item.ndim else None
+    return np.asarray(item) if isinstance(item, list) and item and all(isinstance(v, bool) for v in item) else None
 
 
 def full_value(value: Any, type: TensorType) -> EagerTensor:

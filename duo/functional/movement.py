@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from duo.dispatch import apply
+from duo.dispatch import View, apply, apply_view
 from duo.functional._args import choice, integer, one_axis, some_axes, type_of
 from duo.functional._ssa import Axes, along, insert_axis, move_axes, typed
 from duo_ir.core import Value
@@ -120,13 +120,24 @@ def _diagonal(x: Value, offset: int, first: int, second: int) -> Value:
     return move_axes(out, (0,), (out.type.rank - 1,))
 
 
+def _diagonal_write(x: Value, new: Value, offset: int, first: int, second: int) -> Value:
+    y = move_axes(x, (first, second), (0, 1))
+    at = nd.iota((new.type.shape[-1],), 0, i64)
+    updates = move_axes(new, (new.type.rank - 1,), (0,))
+    y = indexing.scatter(y, updates, at - min(offset, 0), at + max(offset, 0), axes=(0, 1), mode="set")
+    return move_axes(y, (0, 1), (first, second))
+
+
+DIAGONAL = View(_diagonal, _diagonal_write)
+
+
 def diagonal(input: Any, offset: int = 0, dim1: int = 0, dim2: int = 1) -> Any:
-    """The diagonal of two dims, which are dropped, as a new last dim."""
+    """The diagonal of two dims, which are dropped, as a new last dim. A view."""
     rank = type_of(input).rank
     first, second = one_axis("diagonal", dim1, rank), one_axis("diagonal", dim2, rank)
     if first == second or rank < 2:
         raise ArgumentError(f"diagonal: it needs two different dims, got {dim1} and {dim2} of {type_of(input)}")
-    return apply(_diagonal, (input,), (integer("diagonal", "offset", offset), first, second))
+    return apply_view(DIAGONAL, input, (integer("diagonal", "offset", offset), first, second))
 
 
 def _diagonal_matrix(x: Value, offset: int) -> Value:

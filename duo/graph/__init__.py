@@ -38,7 +38,7 @@ from duo.graph.initializers import random_uniform_initializer as random_uniform_
 from duo.graph.initializers import truncated_normal_initializer as truncated_normal_initializer
 from duo.graph.initializers import variance_scaling_initializer as variance_scaling_initializer
 from duo.graph.initializers import zeros_initializer as zeros_initializer
-from duo.graph.lower import lower as lower
+from duo.graph.lowering import lower as lower
 from duo.graph.math import *  # noqa: F403
 from duo.graph.random_ops import *  # noqa: F403
 from duo.graph.session import InteractiveSession as InteractiveSession

@@ -1,7 +1,7 @@
 """The graph: SSA ops in creation order, reads and writes of states between them, and TensorFlow's names for it all.
 
 Everything that runs is an *item* in creation order: an SSA op, a read of a state, an assignment. A run takes the items that its fetches need,
-in that order (`lower.py`), so a read sees the last assignment before it. Items created under `control_dependencies` wait for those
+in that order (`lowering.py`), so a read sees the last assignment before it. Items created under `control_dependencies` wait for those
 operations; an assignment that belongs to an op (a generator moving on) happens whenever the op runs. Branches of control flow are
 built in a `Frame` of their own, which captures what it uses from outside.
 """
@@ -21,7 +21,7 @@ from duo.eager.tensor import EagerTensor
 from duo.eager.trace import scalar_types, user_location
 from duo.graph.errors import InvalidArgumentError, NotFoundError
 from duo.graph.states import Constant, Number, Placeholder, SeededState, SharedState, Source, State
-from duo.lower import sized, sized_type
+from duo.lowering import sized, sized_type
 from duo.random import default_generator
 from duo_ir.core import Builder, Loc, Op, Value
 from duo_ir.errors import DuoError, ShapeError
@@ -61,7 +61,7 @@ class Deferred:
         raise NotImplementedError
 
     def emit(self, variant: tuple, lowering: Any, values: Sequence[Value]) -> None:
-        """Emits into the lowering (a `lower.Lowering`)."""
+        """Emits into the lowering (a `lowering.Lowering`)."""
         raise NotImplementedError
 
     def cancel(self, variant: tuple) -> None:

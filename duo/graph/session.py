@@ -19,10 +19,10 @@ from duo.eager.tensor import EagerTensor, material
 from duo.eager.trace import state as recording
 from duo.graph.errors import FailedPreconditionError, InvalidArgumentError
 from duo.graph.graph import Assign, Deferred, Graph, Operation, get_default_graph, located
-from duo.graph.lower import Needed, deferred_of, lowered, sizes_of
+from duo.graph.lowering import Needed, deferred_of, lowered, sizes_of
 from duo.graph.states import Constant, Live, Number, SeededState, SharedState, State, number_of
 from duo.graph.tensor import GraphElement, array_of
-from duo.lower import without_unread
+from duo.lowering import without_unread
 from duo_ir.errors import DuoError, ShapeError
 from duo_ir.types import DType, TensorType
 

@@ -11,11 +11,12 @@ from typing import Any
 
 from duo.eager.autograd import GradLeaf
 from duo.eager.flush import flush
-from duo.eager.tensor import EagerTensor
-from duo.eager.trace import END, Trace, Val, state, user_frame
+from duo.eager.tensor import EagerTensor, material
+from duo.eager.trace import END, Trace, Val, settle, state, user_frame
 from duo.eager.watch import Epoch
 from duo.jit import nests
 from duo.optim.optimizer import Optimizer
+from duo.runtime import to_numpy
 from duo_ir.core import Loc
 
 
@@ -83,6 +84,7 @@ class Capture:
         self.hyper: dict[int, tuple[Optimizer, dict]] = {}  # entry -> where its scalars come from
         self.optimizers: dict[int, tuple[Optimizer, Any]] = {}
         self.reasons: dict[str, None] = {}
+        self.exports: dict[Any, Val] = {}  # storages that NumPy shares and that were written, with their first value
         self.epoch = Epoch.count
         self.grad_mode = state.grad
         self.trace: Any = None
@@ -136,6 +138,28 @@ class Capture:
             self.written[id(tensor)] = Before(tensor)
         elif tensor._val in self.made and id(tensor) not in self.begun:
             self.begun[id(tensor)] = (weakref.ref(tensor), tensor._val)
+
+    def exports_to(self, storage: Any) -> bool:
+        """Memory that NumPy shares is about to be read: whether the storage's value is to be used, which this capture has written."""
+        self.impure("a tensor shares its memory with NumPy")
+        return storage in self.exports
+
+    def export(self, storage: Any) -> None:
+        """Memory that NumPy may share is about to be written; NumPy sees the new value when the program has run."""
+        self.exports.setdefault(storage, storage.val)
+
+    def finish_exports(self) -> None:
+        """Copies what was written into memory that NumPy shares."""
+        for storage, first in self.exports.items():
+            if storage.shared is None or not storage.shared():
+                continue
+            self.impure("a tensor shares its memory with NumPy")
+            last, memory = storage.val, settle(first)
+            to_numpy(memory, last.info.type)[...] = to_numpy(settle(last), last.info.type)
+            val = material(memory, last.info.type, last.info.requires_grad)
+            val.extra = last.extra
+            storage.val = val
+            storage.version += 1
 
     def rebind(self, tensor: EagerTensor) -> None:
         """`tensor` is about to get another storage, or to become or stop being a leaf."""

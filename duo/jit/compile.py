@@ -138,13 +138,17 @@ class Compiled:
                 capture.refresh()
                 whole = capture.whole
             except BaseException:
+                state.capture = None
                 _reopen()
+                capture.finish_exports()
                 raise
         if not whole:
+            capture.finish_exports()
             return result, None, capture, observer
         trace = state.trace
         entries, numbers = run(capture)
         state.trace = Trace(state.grad)
+        capture.finish_exports()
         if observer is None:
             return result, None, capture, None
         return result, analyse(capture, entries, numbers, result, trace), capture, observer

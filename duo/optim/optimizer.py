@@ -176,10 +176,12 @@ class Optimizer:
         step = self.state[params[0]]["step"] if self.rule.counts else None
         tensors = [[p, p.grad, *[self.state[p][n] for n in names]] for p in params]
         hyper = self.hyper(group)
+        read = [[t._value() for t in row] for row in tensors]
+        read_step = step._value() if step is not None else None
         while True:
             trace = open_trace()
-            numbers = tuple([tuple([number_in(trace, t) for t in row]) for row in tensors])
-            count = number_in(trace, step) if step is not None else None
+            numbers = tuple([tuple([number_in(trace, v, t) for v, t in zip(*rows)]) for rows in zip(read, tensors)])
+            count = number_in(trace, read_step, step) if read_step is not None else None
             if count == -1 or any(-1 in row for row in numbers):
                 continue
             vals = commit(trace, (OPTIMIZE, self.rule, options, count, numbers), hyper)

@@ -203,7 +203,7 @@ def _unit(kernel: ContractKernel, rows: int, columns: int, tiles: float, panels:
     """Row tiles and panels of a unit: up to 512 x 512, cut while there are few units with much work."""
     k = kernel.k if isinstance(kernel.k, int) else 2 * BLOCK
     batch = math.prod(d for d in kernel.batch if isinstance(d, int))
-    side = UNIT_SIDE
+    side = UNIT_SIDE if isinstance(kernel.k, int) else UNIT_SIDE // 2
     all_tiles = min(tiles, -(-side // rows)) if tiles == math.inf else tiles
     all_panels = min(panels, -(-4 * side // columns)) if panels == math.inf else panels
     unit_tiles, unit_panels = max(1, min(all_tiles, side // rows)), max(1, min(all_panels, max(1, side // columns)))

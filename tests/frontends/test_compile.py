@@ -334,6 +334,8 @@ OPTIMIZERS = {
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("name", CHANGES)
 def test_never_stale(name, optimizer):
+    if name == "a_dtype" and optimizer != "sgd":
+        pytest.skip("slots keep their dtype: an error in every mode")
     saved = {}
 
     def script(w):

@@ -15,7 +15,7 @@ from duo.graph.errors import InvalidArgumentError
 from duo.graph.graph import Assign, Deferred, Graph, Operation, Read, get_default_graph, located
 from duo.graph.states import Placeholder, Source, State
 from duo.graph.tensor import GraphElement, array_of
-from duo.lower import canonical, renamed_sizes, sized, sized_type
+from duo.lowering import canonical, renamed_sizes, sized, sized_type
 from duo_ir.core import Builder, Function, Op, Value
 from duo_ir.transforms.rewrite import with_operands
 from duo_ir.types import Dim, DimLike, TensorType

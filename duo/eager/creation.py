@@ -81,6 +81,8 @@ def _array_of(data: Any, wanted: DType | None) -> np.ndarray:
         array = np.asarray(data)
     except ValueError as error:
         raise ShapeError(f"the nested lists are ragged: {error}") from None
+    if not array.dtype.isnative:
+        array = array.astype(array.dtype.newbyteorder("="))
     if wanted is not None:
         return array.astype(wanted.numpy)
     if array.dtype == object:

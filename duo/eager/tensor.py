@@ -142,6 +142,7 @@ class EagerTensor(Tensor):
         if storage.shared is not None:
             if not storage.shared():
                 storage.shared = None
+                storage.version += 1  # what was read before is a snapshot of it
             elif state.capture is None or not state.capture.exports_to(storage):
                 return self._snapshot(storage)
         if self._seen != storage.version:
@@ -266,7 +267,9 @@ class EagerTensor(Tensor):
             self._leaf = GradLeaf(self)
             self._val = as_leaf(val, self._leaf)
             if self._storage is not None and not self._chain:
-                self._storage.val, self._storage.leaf = self._val, self._leaf
+                self._storage.leaf = self._leaf
+                if self._storage.shared is None:
+                    self._storage.val = self._val
         else:
             if self._leaf is None:
                 raise GradientError(
@@ -275,8 +278,17 @@ class EagerTensor(Tensor):
             self._leaf = None
             (self._val,) = record(_detach_read, (self,))
             if self._storage is not None and not self._chain:
-                self._storage.val, self._storage.leaf = self._val, None
+                self._forget_leaf()
         return self
+
+    def _forget_leaf(self) -> None:
+        """The storage's base is no leaf any more."""
+        assert self._storage is not None
+        self._storage.leaf = None
+        if self._storage.shared is None:
+            self._storage.val = self._val
+        elif self._storage.val.info.requires_grad:
+            self._storage.val = material(settle(self._storage.val), self._type)
 
     @property
     def is_leaf(self) -> bool:
@@ -333,7 +345,7 @@ class EagerTensor(Tensor):
         (self._val,) = record(_detach_read, (self,))
         self._leaf = None
         if self._storage is not None and not self._chain:
-            self._storage.val, self._storage.leaf = self._val, None
+            self._forget_leaf()
         return self
 
     def __deepcopy__(self, memo: dict) -> EagerTensor:
@@ -572,8 +584,9 @@ def _check_roots(tensors: Sequence[Any], gradients: Sequence[Any]) -> list[tuple
                 raise ShapeError(f"the gradient given has shape {list(g._type.shape)}, the tensor is {t._type}")
             if g._type.dtype is not t._type.dtype:
                 g = EagerTensor._apply(_conform, (g,), (t._type.dtype, t._type.shape))
-            g = EagerTensor(g._value())
-        roots.append((EagerTensor(t._value()), g))
+        if state.capture is None:  # a second reading could record and flush
+            t, g = EagerTensor(t._value()), None if g is None else EagerTensor(g._value())
+        roots.append((t, g))
     return roots
 
 

@@ -5,10 +5,12 @@ They have no operands, so no derivative rules; their recipes are their meaning.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from duo_ir.core import Op, Value
 from duo_ir.errors import ArgumentError, DTypeError
 from duo_ir.opdef import Generate, OpDef
 from duo_ir.ops.checks import check_shape
@@ -64,4 +66,9 @@ constant = OpDef(
     "constant", _constant_type, Generate(_constant), doc="The number `value`, 0-d, rounded to `dtype` once."
 )
 iota = OpDef("iota", _iota_type, Generate(_iota), doc="Each element is its position along `axis`, cast to `dtype`.")
-size = OpDef("size", _size_type, Generate(_size), doc="The value of the size `dim` at run time, as i64, 0-d.")
+def _known_size(op: Op) -> Sequence[Value] | None:
+    dim = op.attrs["dim"]
+    return (constant(value=dim, dtype=i64),) if isinstance(dim, int) else None
+
+
+size = OpDef("size", _size_type, Generate(_size), canonicalize=_known_size, doc="The value of the size `dim` at run time, as i64, 0-d.")

@@ -10,7 +10,7 @@ the way (a hook on a value that is not a leaf) the walk stops at that value, ask
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from duo.eager.build import Construction, Watch
@@ -83,13 +83,15 @@ def walk_back(
     wanted: Sequence[int],
     extra_of: Callable[[int], Any],
     stage: Callable[[int, Cotangents, Sequence[int]], Cotangents],
+    links: Mapping[int, int],
     time: Callable[[Any], float] = float,
 ) -> tuple[Cotangents, Cotangents]:
     """(cotangents of leaves, gradients of wanted values) of one path. `stage(low, seeds, wanted)` differentiates the entries after `low`;
-    the values `hooked` are where Python looks at the gradient. `time` orders what seeds are keyed by."""
+    the values `hooked` are where Python looks at the gradient. `links`: entry of a leaf -> the leaf's entry before, which takes the sum over.
+    `time` orders what seeds are keyed by."""
     found: Cotangents = {}
     pending = dict(seeds)
-    for low in [*sorted(hooked, reverse=True), 0]:
+    for low in [*sorted({*hooked, *links}, reverse=True), 0]:
         if any(time(n) > low for n in pending):
             inner = {p: g for p, g in pending.items() if p.__class__ is tuple and time(p) <= low}
             results = stage(low, {p: g for p, g in pending.items() if p not in inner}, wanted)
@@ -100,7 +102,10 @@ def walk_back(
                 extra = extra_of(n)
                 if n <= low or (extra is not None and not isinstance(extra, Inner)) or n not in wanted:
                     pending[n] = gradient
-        if low in pending:
+        if low in pending and low in links:
+            gradient, before = pending.pop(low), links[low]
+            pending[before] = gradient + pending[before] if before in pending else gradient
+        elif low in pending:
             pending[low] = call_hooks(extra_of(low).hooks, pending[low])
             if low in wanted:
                 found[low] = pending[low]
@@ -189,7 +194,7 @@ class Engine:
                 raise _Closed
             return {n: self.wrap(v) for n, v in zip(vals[0].node.extra, vals)}
 
-        leaves, found = walk_back(seeds, hooked, wanted, lambda n: entries[n].extra, stage)
+        leaves, found = walk_back(seeds, hooked, wanted, lambda n: entries[n].extra, stage, trace.links)
         self.found.update((entries[n], g) for n, g in found.items())
         self.cotangents.update((entries[n].extra, g) for n, g in leaves.items() if entries[n].extra is not None)
 

@@ -123,6 +123,12 @@ class Segment:
         self.node = node
         self.sources = sources
         self.extras = {e.index: e.extra for e in entries if e.extra is not None and not isinstance(e.extra, Inner)}
+        self.latest: dict[Any, int] = {}  # a leaf -> its latest entry
+        self.links: dict[int, int] = {}
+        for n, extra in sorted(self.extras.items()):
+            if extra in self.latest:
+                self.links[n] = self.latest[extra]
+            self.latest[extra] = n
         self.residuals: dict[Position, Val] = {}
         self.inner: dict[Position, Val] = {}  # residuals that a gradient can go back to, for derivatives of higher order
         self.late: dict[int, int] = {}
@@ -161,7 +167,7 @@ class Segment:
 
     def walk(self, engine: Engine, seeds: Cotangents) -> None:
         """Takes the cotangents of its outputs to its leaves."""
-        for n, extra in self.extras.items():
+        for extra, n in self.latest.items():
             gradient = engine.cotangents.get(extra)
             if gradient is not None and n not in seeds:
                 seeds[n] = gradient
@@ -188,7 +194,7 @@ class Segment:
                 if vals is not None:
                     return {n: engine.wrap(v) for n, v in zip(pullback.numbers, vals)}
 
-        leaves, found = walk_back(seeds, hooked, list(wanted.values()), extra_of, stage, self._time)
+        leaves, found = walk_back(seeds, hooked, list(wanted.values()), extra_of, stage, self.links, self._time)
         engine.found.update((v, found[n]) for v, n in wanted.items() if n in found)
         engine.cotangents.update((self.extras[n], g) for n, g in leaves.items() if n in self.extras)
         if not engine.retain:

@@ -488,6 +488,7 @@ def as_leaf(val: Val, leaf: GradLeaf) -> Val:
             if made is None:
                 continue
             made[0].extra = leaf
+            trace.link(leaf, made[0].index)
             return made[0]
         out = material(settle(val), val.info.type, True)
         out.extra = leaf

@@ -18,6 +18,7 @@ from typing import Any
 
 from duo.runtime import Buffer
 from duo_ir.core import Builder, Loc, Op, Value
+from duo_ir.errors import DuoError
 from duo_ir.ops import stop_gradient
 from duo_ir.types import DType, TensorType, bool_, evaluate, f64, i64, promote_scalar
 
@@ -178,12 +179,13 @@ END = Val(None, -1, _END_NODE, NOTHING)
 class Trace:
     """A program under recording. Entry 0 stands for the root."""
 
-    __slots__ = ("__weakref__", "done", "entries", "hooked", "leaf_numbers", "leaves", "lock", "node", "program")
+    __slots__ = ("__weakref__", "done", "entries", "hooked", "leaf_numbers", "leaves", "links", "lock", "node", "program")
 
     def __init__(self, grad: bool) -> None:
         self.entries: list[Val] = [Val(self, 0, _ROOTS[grad], NOTHING)]
         self.leaves: dict[Val, int] = {}  # a value from outside -> its number here
-        self.leaf_numbers: dict[Any, int] = {}  # a GradLeaf -> number of its first entry
+        self.leaf_numbers: dict[Any, int] = {}  # a GradLeaf -> number of its latest entry
+        self.links: dict[int, int] = {}  # an entry of a leaf that was here before -> number of the entry before
         self.hooked: list[int] = []  # values with hooks, other than leaves
         self.lock = threading.RLock()
         self.node: Node | None = None  # set when closed
@@ -205,9 +207,16 @@ class Trace:
             return -1
         proxy = vals[0]
         self.leaves[val] = proxy.index
-        if leaf is not None and earlier < 0:
-            self.leaf_numbers[leaf] = proxy.index
+        if leaf is not None:
+            self.link(leaf, proxy.index)
         return proxy.index
+
+    def link(self, leaf: Any, number: int) -> None:
+        """Entry `number` is the leaf's from now on."""
+        earlier = self.leaf_numbers.get(leaf)
+        if earlier is not None:
+            self.links[number] = earlier
+        self.leaf_numbers[leaf] = number
 
 
 class _State(threading.local):
@@ -408,7 +417,11 @@ def _miss(last: Val, key: tuple, attrs: tuple) -> Node:
     else:
         refs = key[1:-2] if attrs else key[1:]
         operand_infos = [parent.info_of(r) if r.__class__ is int else r for r in refs]
-        types, reached = infer(body, tuple([i if i.__class__ is type else i.type for i in operand_infos]), attrs)
+        operands = tuple([i if i.__class__ is type else i.type for i in operand_infos])
+        try:
+            types, reached = infer(body, operands, attrs)
+        except DuoError as error:
+            raise explained(error, body, operands) from None
         grad = parent.grad
         tracked = {k for k, i in enumerate(operand_infos) if grad and i.__class__ is Info and i.requires_grad}
         infos = tuple(Info(t, not tracked.isdisjoint(r)) for t, r in zip(types, reached))
@@ -416,6 +429,16 @@ def _miss(last: Val, key: tuple, attrs: tuple) -> Node:
     node.extra = extra
     _node_count[0] += 1
     return parent.next.setdefault(key, node)
+
+
+def explained(error: DuoError, body: Any, operands: tuple) -> DuoError:
+    """The error of a body with what the user called, on what, and where."""
+    name = getattr(body, "__name__", "op").strip("_")
+    listed = ", ".join(o.__name__ if o.__class__ is type else str(o) for o in operands)
+    location = user_location()
+    at = f"\n  at {location.full()}" if location is not None else ""
+    text = str(error)
+    return type(error)(text + at if text.startswith(f"{name}(") else f"{name}({listed}): {text}{at}")
 
 
 def attr_classes(attrs: tuple) -> tuple:

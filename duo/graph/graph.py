@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from duo.eager.tensor import EagerTensor
-from duo.eager.trace import scalar_types, user_location
+from duo.eager.trace import explained, scalar_types, user_location
 from duo.graph.errors import InvalidArgumentError, NotFoundError
 from duo.graph.states import Constant, Number, Placeholder, SeededState, SharedState, Source, State
 from duo.lowering import sized, sized_type
@@ -414,15 +414,18 @@ class Graph:
         try:
             with frame:
                 out = body(*operands, *attrs)
-        except ShapeError:
+        except ShapeError as error:
             self._undo(frame, start, first)
             sizes = self._fitting_sizes(body, operands, attrs)
             if sizes is None:
-                raise
+                raise explained(error, body, tuple([v.type for v in operands])) from None
             self.set_sizes(sizes)
             self.fixed_sizes += [(d, loc) for d in sizes.values() if isinstance(d, int)]
             with frame:
                 out = body(*operands, *sized(attrs, sizes))  # type: ignore[misc]
+        except DuoError as error:
+            self._undo(frame, start, first)
+            raise explained(error, body, tuple([v.type for v in operands])) from None
         except BaseException:
             self._undo(frame, start, first)
             raise

@@ -78,8 +78,12 @@ class Capture:
         self.holders: dict[Val, Any] = {}  # weak references: a tensor made here must not seem alive
         self.made: set[Val] = set()
         self.written: dict[int, Before] = {}
-        self.begun: dict[int, tuple[Any, Val]] = {}  # tensors made here of Python data and written then, with their first value
-        self.grads: dict[GradLeaf, tuple[Any, bool]] = {}  # leaf -> its gradient before, whether it was read before it was set
+        self.begun: dict[
+            int, tuple[Any, Val]
+        ] = {}  # tensors made here of Python data and written then, with their first value
+        self.grads: dict[
+            GradLeaf, tuple[Any, bool]
+        ] = {}  # leaf -> its gradient before, whether it was read before it was set
         self.plain: list[EagerTensor] = []  # tensors without a leaf whose .grad was read
         self.hyper: dict[int, tuple[Optimizer, dict]] = {}  # entry -> where its scalars come from
         self.optimizers: dict[int, tuple[Optimizer, Any]] = {}

@@ -115,7 +115,9 @@ class Compiled:
             self._keep(key, recording, capture, observer, args, kwargs)
         return result
 
-    def _captured(self, args: tuple, kwargs: dict, watched: bool) -> tuple[Any, Recording | None, Capture, Observer | None]:
+    def _captured(
+        self, args: tuple, kwargs: dict, watched: bool
+    ) -> tuple[Any, Recording | None, Capture, Observer | None]:
         capture = Capture(self._name, tensors_in((args, kwargs)))
         observer = Observer(self._function, capture.outside) if watched else None
         self.recordings += 1
@@ -153,10 +155,14 @@ class Compiled:
             return result, None, capture, None
         return result, analyse(capture, entries, numbers, result, trace), capture, observer
 
-    def _keep(self, key: Any, recording: Recording, capture: Capture, observer: Observer, args: tuple, kwargs: dict) -> None:
+    def _keep(
+        self, key: Any, recording: Recording, capture: Capture, observer: Observer, args: tuple, kwargs: dict
+    ) -> None:
         reasons = [*recording.reasons, *observer.culprits]
         if Epoch.count != capture.epoch:
-            reasons.append("a module, an optimizer's state or a hook was made or changed inside (the first step of an optimizer does)")
+            reasons.append(
+                "a module, an optimizer's state or a hook was made or changed inside (the first step of an optimizer does)"
+            )
         if state.grad != capture.grad_mode:
             reasons.append("the grad mode is changed inside and left so")
         if reasons:
@@ -164,10 +170,14 @@ class Compiled:
             self._say("  not replayed: " + "; ".join(reasons))
             return
         self._culprits = {}
-        structure = Structure(list(observer.modules.values()), [o for o, _ in capture.optimizers.values()], recording.leaves)
+        structure = Structure(
+            list(observer.modules.values()), [o for o, _ in capture.optimizers.values()], recording.leaves
+        )
         checks = list(observer.guards.values())
         metas = [m for i, m in observer.metas.items() if not any(m[0] is t for t in capture.tensors)]
-        replay = Replay(self._name, args, kwargs, capture.tensors, recording, checks, metas, structure, capture.grad_mode)
+        replay = Replay(
+            self._name, args, kwargs, capture.tensors, recording, checks, metas, structure, capture.grad_mode
+        )
         self._serial += 1
         self._replays[self._serial] = replay
         while len(self._replays) > MOST_REPLAYS:

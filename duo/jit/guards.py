@@ -53,7 +53,9 @@ class Contents:
 
     def holds(self, container: Any) -> bool:
         """Whether the container's contents are what they were."""
-        if container.__class__ is not self.kind or len(container) * (2 if isinstance(container, dict) else 1) != len(self.items):
+        if container.__class__ is not self.kind or len(container) * (2 if isinstance(container, dict) else 1) != len(
+            self.items
+        ):
             return False
         return all(map(unchanged, _elements(container), self.items))
 

@@ -29,7 +29,9 @@ def key(nest: Any, of_leaf: Callable[[Any], Any]) -> Any:
     return of_leaf(nest)
 
 
-def taking(nest: Any, source: str, lines: list[str], names: dict[str, Any], of_leaf: Callable[[Any, str], None], fail: str) -> None:
+def taking(
+    nest: Any, source: str, lines: list[str], names: dict[str, Any], of_leaf: Callable[[Any, str], None], fail: str
+) -> None:
     """Appends statements that check that `source` is a nest like this one; of_leaf(leaf, its expression) appends what checks a leaf."""
     cls = nest.__class__
     if cls is list or isinstance(nest, tuple) or cls is dict:

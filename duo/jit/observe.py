@@ -156,7 +156,11 @@ class Observer:
                 plain = getattr(found, "__func__", found)
                 plain = getattr(plain, "fget", plain)
                 if getattr(plain, "__code__", None) is code:
-                    self._add(guards.member(cls, code.co_name, found, f"{cls.__qualname__}.{code.co_name}", _where(frame)), cls, code.co_name)
+                    self._add(
+                        guards.member(cls, code.co_name, found, f"{cls.__qualname__}.{code.co_name}", _where(frame)),
+                        cls,
+                        code.co_name,
+                    )
                     function = function or plain
                     break
         if code.co_name == "__init__" and owner is not None:
@@ -198,7 +202,9 @@ class Observer:
             value = getattr(function, name)
             what = {"__code__": "the code", "__defaults__": "a default argument"}.get(name, "a keyword default")
             self._attempt(guards.attribute, function, name, value, f"{what} of {function.__qualname__}", frame)
-            for part in value if isinstance(value, tuple) else (value or {}).values() if isinstance(value, dict) else ():
+            for part in (
+                value if isinstance(value, tuple) else (value or {}).values() if isinstance(value, dict) else ()
+            ):
                 self.see(part, frame, "a default argument")
 
     def _profile(self, frame: Any, event: str, arg: Any) -> None:
@@ -220,7 +226,9 @@ class Observer:
             mine.called = True
             if mutates(arg):
                 if id(arg.__self__) not in self.fresh:
-                    self.culprit(f"a {type(arg.__self__).__name__} that was there before is changed by .{arg.__name__}()", frame)
+                    self.culprit(
+                        f"a {type(arg.__self__).__name__} that was there before is changed by .{arg.__name__}()", frame
+                    )
             elif not pure(arg):
                 self.culprit(f"a call of {_c_name(arg)}", frame)
 
@@ -285,7 +293,9 @@ class Observer:
         elif isinstance(value, tuple):
             for x in value:
                 self.see(x, frame, what)
-        elif not isinstance(value, (type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType)) and stateful(value):
+        elif not isinstance(
+            value, (type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType)
+        ) and stateful(value):
             if id(value) not in self.fresh:
                 self.culprit(f"{what} is a {type(value).__name__}, whose state cannot be compared", frame)
         elif isinstance(value, functools.partial):
@@ -342,7 +352,9 @@ class Observer:
         if isinstance(owner, EagerTensor):
             self._meta(owner)
             if "__dict__" in dir(cls) and name in getattr(owner, "__dict__", ()):
-                self._attempt(guards.item, owner.__dict__, name, owner.__dict__[name], f"attribute {name!r} of a tensor", frame)
+                self._attempt(
+                    guards.item, owner.__dict__, name, owner.__dict__[name], f"attribute {name!r} of a tensor", frame
+                )
             found = getattr(cls, name, UNKNOWN)
             return UNKNOWN if isinstance(found, property) or inspect.isdatadescriptor(found) else found
         if id(owner) in self.fresh and not isinstance(owner, type):
@@ -363,8 +375,14 @@ class Observer:
             if value is not MISSING:
                 return self.see(value, frame, f"{cls.__qualname__}.{name}")
             return self._class_attribute(owner, cls, name, frame)
-        if isinstance(owner, (types.FunctionType, types.MethodType, types.BuiltinFunctionType, list, dict, set, tuple, frozenset)):
-            return getattr(owner, name, UNKNOWN) if not isinstance(owner, types.FunctionType) else self._plain(owner, name, frame)
+        if isinstance(
+            owner, (types.FunctionType, types.MethodType, types.BuiltinFunctionType, list, dict, set, tuple, frozenset)
+        ):
+            return (
+                getattr(owner, name, UNKNOWN)
+                if not isinstance(owner, types.FunctionType)
+                else self._plain(owner, name, frame)
+            )
         if cls.__getattribute__ not in _GENERIC_READS:
             self.culprit(f".{name} of a {cls.__qualname__}, which has its own way to find attributes", frame)
             return UNKNOWN
@@ -403,7 +421,9 @@ class Observer:
                 return value.__func__
             if isinstance(value, classmethod):
                 return types.MethodType(value.__func__, owner if isinstance(owner, type) else cls)
-            if isinstance(value, (types.MemberDescriptorType, types.GetSetDescriptorType)) and not isinstance(owner, type):
+            if isinstance(value, (types.MemberDescriptorType, types.GetSetDescriptorType)) and not isinstance(
+                owner, type
+            ):
                 return self._plain(owner, name, frame) if id(owner) not in self.fresh else getattr(owner, name, UNKNOWN)
             if hasattr(type(value), "__get__"):
                 return UNKNOWN  # a property: Python code, which is seen
@@ -432,7 +452,11 @@ class Observer:
         shadow.after = after
 
     def call(self, shadow: _Frame, frame: Any, function: Any, arguments: list[Any]) -> None:
-        self.calling = getattr(function, "__func__", function) if isinstance(function, (types.FunctionType, types.MethodType)) else None
+        self.calling = (
+            getattr(function, "__func__", function)
+            if isinstance(function, (types.FunctionType, types.MethodType))
+            else None
+        )
         usable, outcome = False, UNKNOWN
         if function.__class__ is _Mark and function is not MADE:
 

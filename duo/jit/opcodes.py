@@ -186,7 +186,11 @@ def _method(o: Observer, f: _Frame, frame: Any, i: Any) -> None:
 def _store_attr(o: Observer, f: _Frame, frame: Any, i: Any) -> None:
     owner = f.pop()
     f.pop()
-    if isinstance(owner, EagerTensor) and hasattr(owner, "__dict__") and not isinstance(getattr(type(owner), i.argval, None), property):
+    if (
+        isinstance(owner, EagerTensor)
+        and hasattr(owner, "__dict__")
+        and not isinstance(getattr(type(owner), i.argval, None), property)
+    ):
         o.culprit(f"attribute {i.argval!r} of a tensor is set", frame)
     o._store(owner, i.argval, frame)
 
@@ -233,10 +237,14 @@ def _binary(o: Observer, f: _Frame, frame: Any, i: Any) -> None:
     o.result(f)
 
 
-@handles("COMPARE_OP", "CONTAINS_OP", "UNARY_NEGATIVE", "UNARY_POSITIVE", "UNARY_INVERT", "IS_OP", "UNARY_NOT", "TO_BOOL")
+@handles(
+    "COMPARE_OP", "CONTAINS_OP", "UNARY_NEGATIVE", "UNARY_POSITIVE", "UNARY_INVERT", "IS_OP", "UNARY_NOT", "TO_BOOL"
+)
 def _compare(o: Observer, f: _Frame, frame: Any, i: Any) -> None:
     operands = f.drop(2 if i.opname.endswith("OP") else 1)
-    if i.opname in ("IS_OP", "CONTAINS_OP", "UNARY_NOT", "TO_BOOL") or not any(isinstance(x, EagerTensor) or x is UNKNOWN for x in operands):
+    if i.opname in ("IS_OP", "CONTAINS_OP", "UNARY_NOT", "TO_BOOL") or not any(
+        isinstance(x, EagerTensor) or x is UNKNOWN for x in operands
+    ):
         f.push(PLAIN)
         return
     o.result(f)
@@ -253,7 +261,11 @@ def _subscript(o: Observer, f: _Frame, frame: Any, i: Any) -> None:
         except Exception:
             f.push(UNKNOWN)
         return
-    o.result(f, isinstance(container, (EagerTensor, Module)) or hasattr(getattr(type(container), "__getitem__", None), "__code__"))
+    o.result(
+        f,
+        isinstance(container, (EagerTensor, Module))
+        or hasattr(getattr(type(container), "__getitem__", None), "__code__"),
+    )
 
 
 @handles("STORE_SUBSCR")
@@ -273,7 +285,11 @@ def _changed(o: Observer, container: Any, frame: Any) -> None:
         return
     if hasattr(getattr(type(container), "__setitem__", None), "__code__") and container.__class__ is not _Mark:
         return  # Python code, which is seen
-    kind = "a value that is not known" if container.__class__ is _Mark else f"a {type(container).__name__} that was there before"
+    kind = (
+        "a value that is not known"
+        if container.__class__ is _Mark
+        else f"a {type(container).__name__} that was there before"
+    )
     o.culprit(f"an element of {kind} is set", frame)
 
 
@@ -389,5 +405,3 @@ def _import_from(o: Observer, f: _Frame, frame: Any, i: Any) -> None:
 @handles("LOAD_ASSERTION_ERROR", "LOAD_BUILD_CLASS")
 def _constant(o: Observer, f: _Frame, frame: Any, i: Any) -> None:
     f.push(UNKNOWN)
-
-

@@ -41,7 +41,11 @@ def pure(function: Any) -> bool:
     if isinstance(owner, types.ModuleType):
         return owner is math or owner.__name__ in ("_operator", "operator", "_functools", "_abc", "itertools")
     if isinstance(owner, type):
-        return owner in _VALUES or owner in (dict, object, type) or function.__name__ in ("__new__", "__subclasshook__", "__init_subclass__")
+        return (
+            owner in _VALUES
+            or owner in (dict, object, type)
+            or function.__name__ in ("__new__", "__subclasshook__", "__init_subclass__")
+        )
     cls = type(owner)
     if cls in _VALUES or function.__name__ in ("__init__", "__enter__", "__exit__", "__reduce_ex__"):
         return True
@@ -58,8 +62,10 @@ def stateful(value: Any) -> bool:
     cls = type(value)
     if cls.__name__ in _STATEFUL or hasattr(cls, "__next__"):
         return True
-    return cls.__module__ in ("numpy", "_io", "collections", "array", "mmap", "_thread") and not isinstance(value, (type, dict)) and (
-        not cls.__module__ == "numpy" or cls.__name__ == "ndarray"
+    return (
+        cls.__module__ in ("numpy", "_io", "collections", "array", "mmap", "_thread")
+        and not isinstance(value, (type, dict))
+        and (not cls.__module__ == "numpy" or cls.__name__ == "ndarray")
     )
 
 
@@ -68,10 +74,19 @@ def known_class(cls: type) -> bool:
     if cls in CLASSES or issubclass(cls, BaseException):
         return True
     for base in cls.__mro__:
-        if base in CLASSES or base.__flags__ & (1 << 9):  # Py_TPFLAGS_HEAPTYPE: made by a class statement (or a heap type in C)
+        if base in CLASSES or base.__flags__ & (
+            1 << 9
+        ):  # Py_TPFLAGS_HEAPTYPE: made by a class statement (or a heap type in C)
             continue
         return False
-    return "__module__" in cls.__dict__ and cls.__module__ not in ("_random", "_io", "collections", "_struct", "_hashlib", "functools")
+    return "__module__" in cls.__dict__ and cls.__module__ not in (
+        "_random",
+        "_io",
+        "collections",
+        "_struct",
+        "_hashlib",
+        "functools",
+    )
 
 
 def callable_in_python(value: Any) -> bool:
@@ -80,5 +95,3 @@ def callable_in_python(value: Any) -> bool:
         return True
     call = getattr(type(value), "__call__", None)
     return isinstance(call, types.FunctionType)
-
-

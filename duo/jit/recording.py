@@ -29,8 +29,10 @@ class Source:
     what: Any
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Source) and self.kind == other.kind and self.what is other.what if self.kind != "argument" else (
-            isinstance(other, Source) and other.kind == "argument" and self.what == other.what
+        return (
+            isinstance(other, Source) and self.kind == other.kind and self.what is other.what
+            if self.kind != "argument"
+            else (isinstance(other, Source) and other.kind == "argument" and self.what == other.what)
         )
 
     def __hash__(self) -> int:
@@ -55,11 +57,17 @@ class Recording:
     program: Program | None
     inputs: list[Any] = field(default_factory=list)
     infos: dict[Source, Info] = field(default_factory=dict)  # of tensors that are read or written
-    writes: dict[Source, tuple[int, bool]] = field(default_factory=dict)  # -> (number, whether the old value counts as overwritten)
-    grads: list[tuple[Source, GradLeaf, str, Any]] = field(default_factory=list)  # (owner, leaf, 'none' | 'tensor' | 'any' before, after)
+    writes: dict[Source, tuple[int, bool]] = field(
+        default_factory=dict
+    )  # -> (number, whether the old value counts as overwritten)
+    grads: list[tuple[Source, GradLeaf, str, Any]] = field(
+        default_factory=list
+    )  # (owner, leaf, 'none' | 'tensor' | 'any' before, after)
     made: list[Made] = field(default_factory=list)
     storages: list[int] = field(default_factory=list)  # number of the base value of each new storage
-    groups: list[tuple[Any, Any, frozenset, tuple]] = field(default_factory=list)  # (optimizer, group, options, hyperparameters)
+    groups: list[tuple[Any, Any, frozenset, tuple]] = field(
+        default_factory=list
+    )  # (optimizer, group, options, hyperparameters)
     leaves: list[tuple[GradLeaf, tuple]] = field(default_factory=list)  # leaves that were read, with their hooks
     no_leaf: list[EagerTensor] = field(default_factory=list)
     result: Any = None  # the returned nest; tensors are replaced by Made numbers or Sources
@@ -174,7 +182,9 @@ class _Analysis:
                 if isinstance(val.extra, GradLeaf) and val.index not in self.numbers:
                     r.extras[val.index] = val.extra
                     if not any(isinstance(v.extra, GradLeaf) and v.extra is val.extra for v in self.numbers.values()):
-                        self.reason("a leaf that requires grad is made inside, and its gradient may be asked for outside")
+                        self.reason(
+                            "a leaf that requires grad is made inside, and its gradient may be asked for outside"
+                        )
         return r
 
     # ---------------------------------------------------------------------------------------------- what was there
@@ -338,7 +348,11 @@ class _Analysis:
 
     def _storages(self) -> None:
         """Which new tensors alias each other or what was there before."""
-        bases = {id(t._storage): self.sources[k] for k, t in self.tensors.items() if t._storage is not None and k in self.sources}
+        bases = {
+            id(t._storage): self.sources[k]
+            for k, t in self.tensors.items()
+            if t._storage is not None and k in self.sources
+        }
         rows: dict[int, list[tuple[Made, Storage]]] = {}
         for key, number in self.new.items():
             storage = self.tensors[key]._storage
@@ -364,5 +378,3 @@ class _Analysis:
                 self.r.storages.append(storage.val.index)
             else:
                 self.reason("a view is returned whose base cannot be found again")
-
-

@@ -253,7 +253,11 @@ class _Writer:
             self._program()
         self._effects()
         self._result()
-        looks = "    try:\n" + textwrap.indent("\n".join(self.lines[: self.checked]), " " * 8) + "\n    except LOOKS: return MISS\n"
+        looks = (
+            "    try:\n"
+            + textwrap.indent("\n".join(self.lines[: self.checked]), " " * 8)
+            + "\n    except LOOKS: return MISS\n"
+        )
         text = "def replay_of(args, kwargs):\n" + looks + "    used[0] = True\n"
         text += textwrap.indent("\n".join(self.lines[self.checked :]), " " * 4)
         text += "\n\ndef check_of(args, kwargs):\n" + looks + "    return None\n"
@@ -352,7 +356,9 @@ class _Writer:
         leafed = [self.variables[Source("argument", i)] for i, t in enumerate(self.tensors)
                   if t._leaf is not None and Source("argument", i) in self.variables]  # fmt: skip
         if leafed:
-            static = self.const({id(s.what._leaf) for s in r.infos if s.kind == "outside" and s.what._leaf is not None}, "S")
+            static = self.const(
+                {id(s.what._leaf) for s in r.infos if s.kind == "outside" and s.what._leaf is not None}, "S"
+            )
             mine = f"({', '.join([f'id({t}._leaf)' for t in leafed])},)"
             self.miss_if(f"len(set({mine})) != {len(leafed)} or not {static}.isdisjoint({mine})")
         self.leaf_names = leaf_names
@@ -477,7 +483,10 @@ class _Writer:
         chain = self.const(made.chain, "chain") if made.chain else "()"
         self.add(f"{name}._chain = {chain}")
         if made.source is not None:
-            self.add(f"{name}._storage = storage_of({self.variables[made.source]})", f"{name}._seen = {name}._storage.version")
+            self.add(
+                f"{name}._storage = storage_of({self.variables[made.source]})",
+                f"{name}._seen = {name}._storage.version",
+            )
         elif made.storage >= 0:
             self.add(f"{name}._storage = s{made.storage}", f"{name}._seen = 0")
         else:

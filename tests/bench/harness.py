@@ -109,7 +109,7 @@ def table(rows: list[Row]) -> str:
                 slower = best / row.value if is_rate(unit) else row.value / best
                 ratio = f" ({slower:.2f}x)"
             cells.append(f"{row.framework} {_number(row.value)}{ratio}")
-        lines.append(f"{workload:34}{unit:9}{'   '.join(cells)}")
+        lines.append(f"{workload:40}{unit:9}{'   '.join(cells)}")
     return "\n".join(lines)
 
 

@@ -315,7 +315,16 @@ def default_dtype(w):
 
 @pytest.fixture(autouse=True)
 def _globals():
-    saved = SCALE, TABLE[:], dict(SETTINGS), scaled, scaled.__code__, scaled.__defaults__, Net.forward, SETTINGS["deep"][:]
+    saved = (
+        SCALE,
+        TABLE[:],
+        dict(SETTINGS),
+        scaled,
+        scaled.__code__,
+        scaled.__defaults__,
+        Net.forward,
+        SETTINGS["deep"][:],
+    )
     yield
     g = globals()
     g["SCALE"], TABLE[:], g["scaled"] = saved[0], saved[1], saved[3]
@@ -354,7 +363,9 @@ def test_never_stale(name, optimizer):
         for _ in range(3):
             yield w.accumulate(w.x, w.y)
         for function in (w.train, w.infer, w.accumulate):  # so that there is something to be stale
-            assert not hasattr(function, "recordings") or function.recordings <= 3 and function._last, function.explain()
+            assert not hasattr(function, "recordings") or function.recordings <= 3 and function._last, (
+                function.explain()
+            )
         for _ in range(2):
             CHANGES[name](w)
             yield w.train(w.x, w.y)
@@ -451,7 +462,11 @@ def test_gradients_through_a_compiled_forward():
             x = duo.randn(4, 6, requires_grad=True)
             y = call(x * 2)
             (y * y).sum().backward()
-            rows += [y.detach().numpy().copy(), x.grad.numpy().copy(), *[p.grad.numpy().copy() for p in net.parameters()]]
+            rows += [
+                y.detach().numpy().copy(),
+                x.grad.numpy().copy(),
+                *[p.grad.numpy().copy() for p in net.parameters()],
+            ]
         if mode == "plain":
             want = rows
     assert all(map(same, want, rows))
@@ -649,3 +664,40 @@ def test_an_error_of_the_program_leaves_the_state():
     with pytest.raises(IndexError):
         f(duo.tensor([1, 7]))
     assert total.tolist() == before and f(duo.tensor([3, 3])).tolist() == [3, 3]
+
+
+def test_lower_shows_the_program_and_leaves_no_trace():
+    for optimizer in OPTIMIZERS.values():
+        w = World(lambda f: f, optimizer=optimizer, dropout=0.5)
+        before = [a.tolist() for a in w.state()]
+        function = duo.lower(w.train, w.x, w.y)
+        assert [a.tolist() for a in w.state()] == before
+        assert (
+            function.params[0].type == w.x._type
+            and function.params[1].type == w.y._type
+            and function.results[0].type.shape == ()
+        )
+        assert duo.lower(w.train, w.x, w.y).hash == function.hash
+        w.opt.param_groups[0]["lr"] = 0.7
+        assert duo.lower(w.train, w.x, w.y).hash == function.hash
+        assert w.train(w.x, w.y).item() == World(lambda f: f, optimizer=optimizer, dropout=0.5).train(w.x, w.y).item()
+    with pytest.raises(duo.DuoError, match="only types are known"):
+        duo.lower(lambda x: x * x.sum().item(), duo.ones(3))
+
+
+def test_verify_records_again_and_compares(monkeypatch):
+    from duo.jit import compile as module
+
+    monkeypatch.setattr(module, "_VERIFY", [True])
+
+    def script(w):
+        for _ in range(5):
+            yield w.train(w.x, w.y)
+            yield w.infer(w.x)
+
+    world = both(script, optimizer=OPTIMIZERS["adam"], dropout=0.5)
+    assert world.train.recordings == 5
+    replay = world.train._last
+    replay.recording.inputs[0] = ("number", 1.0)
+    with pytest.raises(duo.DuoError, match="DUO_VERIFY"):
+        world.train(world.x, world.y)

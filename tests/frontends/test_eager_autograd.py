@@ -49,6 +49,19 @@ def accumulates_across_looks(T):
     return out
 
 
+def updated_between_two_uses(T):
+    """The same leaf with two values in one graph: both uses count."""
+    w = leaf(T, 3)
+    one = (w * const(T, 3)).sum()
+    with T.no_grad():
+        w -= 1
+    two = (w * const(T, 3, seed=3)).sum() + (w + 1).sum()
+    with T.no_grad():
+        w *= 2
+    (one * 2 + two + (w * const(T, 3, seed=4)).sum() + w.sum()).backward()
+    return w, w.grad
+
+
 def shared_grad_alias(T):
     """A view of .grad sees what a later backward adds."""
     w = leaf(T, 4)

@@ -5,6 +5,7 @@ IR, which one compiler runs: the same program gives the same bits in either mode
 """
 
 from duo import autograd, debug, functional, nn, optim
+from duo.control import cond, while_loop
 from duo.eager.creation import (
     arange,
     as_tensor,

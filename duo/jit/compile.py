@@ -40,6 +40,7 @@ class Compiled:
         self._name = name
         self._replays: OrderedDict[int, Replay] = OrderedDict()
         self._last: Replay | None = None
+        self._fast: Any = _no_replay  # the last replay's function
         self._keys: dict[Any, int] = {}  # argument types -> recordings in a row without a replay
         self._log: list[str] = []
         self._described = ""
@@ -49,14 +50,8 @@ class Compiled:
         self.recordings = 0
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if state.capture is not None:
-            return self._function(*args, **kwargs)
-        last = self._last
-        if last is not None and not _VERIFY[0]:
-            out = last.run(args, kwargs)
-            if out is not MISS:
-                return out
-        return self._slow(args, kwargs)
+        out = self._fast(args, kwargs)
+        return out if out is not MISS else self._slow(args, kwargs)
 
     def __get__(self, instance: Any, owner: Any = None) -> Any:
         return self if instance is None else functools.partial(self, instance)
@@ -66,6 +61,8 @@ class Compiled:
 
     # ------------------------------------------------------------------------------------------------ finding a replay
     def _slow(self, args: tuple, kwargs: dict) -> Any:
+        if state.capture is not None:
+            return self._function(*args, **kwargs)
         if any(isinstance(x, Tensor) and not isinstance(x, EagerTensor) for x in nests.leaves((args, kwargs))):
             return self._function(*args, **kwargs)  # a graph is being built
         self._drop_old()
@@ -79,7 +76,7 @@ class Compiled:
             out = replay.run(args, kwargs)
             if out is not MISS:
                 self._replays.move_to_end(number)
-                self._last = replay
+                self._use(replay)
                 return out
         return self._record(args, kwargs)
 
@@ -87,8 +84,12 @@ class Compiled:
         """Programs of a backend that has been replaced are not run any more."""
         if self._backend is not _backend[0]:
             self._replays.clear()
-            self._last = None
+            self._use(None)
             self._backend = _backend[0]
+
+    def _use(self, replay: Replay | None) -> None:
+        self._last = replay
+        self._fast = _no_replay if replay is None or _VERIFY[0] else replay.run
 
     def _would_replay(self, replay: Replay, args: tuple, kwargs: dict) -> bool:
         try:
@@ -182,7 +183,7 @@ class Compiled:
         self._replays[self._serial] = replay
         while len(self._replays) > MOST_REPLAYS:
             self._replays.popitem(last=False)
-        self._last = replay
+        self._use(replay)
 
     def _verified(self, replay: Replay, args: tuple, kwargs: dict) -> Any:
         """Under DUO_VERIFY=1: records although the replay would have done, and compares."""
@@ -221,6 +222,10 @@ class Compiled:
             lines.append("It is recorded at every call, because of:")
             lines += [f"  {c}" for c in self._culprits]
         return "\n".join(lines)
+
+
+def _no_replay(args: tuple, kwargs: dict) -> Any:
+    return MISS
 
 
 def _reopen() -> None:

@@ -122,7 +122,7 @@ def brief(value: Any) -> str:
     if isinstance(value, Module) or not isinstance(value, (*IMMUTABLE, *CONTAINERS)):
         name = getattr(value, "__qualname__", None)
         return f"{name or type(value).__name__} at {id(value):#x}"
-    text = repr(value) if not _holds_tensor(value) else f"a {type(value).__name__} of {len(value)}"
+    text = repr(value) if not _holds_tensor(value) else f"a {type(value).__name__} of {len(value)}"  # type: ignore[arg-type]
     return text if len(text) < 60 else text[:57] + "..."
 
 
@@ -151,16 +151,22 @@ def read(expression: str, names: dict[str, Any], value: Any, what: str, where: s
 
 def item(table: Any, name: Any, value: Any, what: str, where: str) -> Guard:
     """table[name] (globals, an instance's dict)."""
-    return read("table.get(name, MISSING)", {"table": table, "name": name}, value, what, where)
+    if value is MISSING or name.__class__ is not str:
+        return read("table.get(name, MISSING)", {"table": table, "name": name}, value, what, where)
+    return read(f"table[{name!r}]", {"table": table}, value, what, where)
 
 
 def attribute(owner: Any, name: str, value: Any, what: str, where: str) -> Guard:
     """getattr(owner, name)."""
-    return read("getattr(owner, name, MISSING)", {"owner": owner, "name": name}, value, what, where)
+    if value is MISSING or not name.isidentifier():
+        return read("getattr(owner, name, MISSING)", {"owner": owner, "name": name}, value, what, where)
+    return read(f"owner.{name}", {"owner": owner}, value, what, where)
 
 
 def member(cls: type, name: str, value: Any, what: str, where: str) -> Guard:
     """What a class's own dict holds."""
+    if name.isidentifier() and not name.startswith("__") and getattr(cls, name, MISSING) is value:
+        return read(f"cls.{name}", {"cls": cls}, value, what, where)  # a plain function: cheaper to find so
     return read("cls.__dict__.get(name, MISSING)", {"cls": cls, "name": name}, value, what, where)
 
 

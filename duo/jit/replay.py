@@ -243,7 +243,8 @@ class _Writer:
 
     def function(self) -> Any:
         r, replay = self.r, self.replay
-        self.miss_if(f"state.grad is not {replay.grad}")
+        self.add("mine = state.__dict__")  # one look-up of this thread's state
+        self.miss_if(f"mine['grad'] is not {replay.grad} or mine['capture'] is not None")
         self._arguments()
         self.miss_if("Epoch.count != structure.epoch and not replay.same_structure()")
         self._guards()
@@ -418,7 +419,7 @@ class _Writer:
                 buffers.append(f"hyper[{x[1]}][{x[2]}]")
                 vals.append(buffers[-1])
         if r.writes:
-            self.add("if len(state.trace.entries) != 1: close()")
+            self.add("if len(mine['trace'].entries) != 1: close()")
         count = len(program.order) + len(program.residuals)
         outs = [f"o{i}" for i in range(count)]
         run = self.const(program.run, "run")
@@ -508,7 +509,8 @@ class _Writer:
 
 def _replace(text: str, name: str, by: str) -> str:
     """`text` with the identifier `name` replaced."""
-    out, word = [], ""
+    out: list[str] = []
+    word = ""
     for ch in text + " ":
         if ch.isalnum() or ch == "_":
             word += ch

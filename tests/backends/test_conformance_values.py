@@ -64,6 +64,7 @@ def test_binary(row: op_table.Row) -> None:
     assert not wrong, "\n".join(wrong)
 
 
+@np.errstate(all="ignore")
 def rounding_points(source: DType, target: DType) -> np.ndarray:
     """Numbers of `source` at, beside and exactly between neighbouring numbers of the float `target`."""
     rng = np.random.default_rng(1)
@@ -90,6 +91,7 @@ def rounding_points(source: DType, target: DType) -> np.ndarray:
         return np.concatenate([near, np.nextafter(near, inf), np.nextafter(near, -inf), c.specials(source)])
 
 
+@np.errstate(all="ignore")
 @pytest.mark.parametrize("source", [d for d in DTYPES.values() if d.is_float or d.is_integer], ids=lambda d: d.name)
 def test_casts_round_once(source: DType) -> None:
     pairs = [(t, rounding_points(source, t)) for t in FLOATS]

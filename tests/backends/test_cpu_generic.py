@@ -123,11 +123,14 @@ def test_updates_by_index() -> None:
 
 
 def test_an_index_out_of_range_names_the_real_size() -> None:
-    function = function_of(lambda x, i: ops.gather(x, i, axes=(0,)), TensorType(f32, (5, 3)), TensorType(i64, (2,)))
-    machine = c.backend()
-    bound = compile_function(function, machine, fusion=False).bind({})
-    with pytest.raises(IndexError, match="index 7 is out of range for an axis of size 5"):
-        c.run_once(machine, function, bound, [*numbers((5, 3)), np.array([1, 7])])
+    machine = CpuBackend()
+    for n, width in ((5, 3), (9, 4)):
+        types = TensorType(f32, (n, width)), TensorType(i64, (2,))
+        function = function_of(lambda x, i: ops.gather(x, i, axes=(0,)), *types)
+        bound = compile_function(function, machine, fusion=False).bind({})
+        with pytest.raises(IndexError, match=f"index 17 is out of range .* {n}"):
+            c.run_once(machine, function, bound, [*numbers((n, width)), np.array([1, 17])])
+    assert machine.compile_count == 1
 
 
 # -------------------------------------------------------------------------------------------------------------- counts

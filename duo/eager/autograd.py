@@ -148,8 +148,9 @@ class Engine:
     def _start(self, roots: Sequence[tuple[Any, Any]], ones: Callable[[Any], Any]) -> bool:
         """Takes the cotangents of the roots through what is recorded in the open trace; False if the trace was closed meanwhile."""
         trace = open_trace()
-        if trace.hooked and state.capture is None:
-            # A hook may look at values, which would close the trace in the middle of the walk; a segment stays as it is.
+        if (trace.hooked or trace.links) and state.capture is None:
+            # A hook may look at values, which would close the trace in the middle of the walk, as an addition between two
+            # stages may; a segment stays as it is.
             hooks.flush(trace)
             trace = open_trace()
         seeds: Cotangents = {}

@@ -19,7 +19,7 @@ from duo.dispatch import View
 from duo.eager.autograd import Engine, GradLeaf, Inner
 from duo.eager.flush import flush
 from duo.eager.printing import format_tensor
-from duo.eager.segments import Origin
+from duo.eager.segments import Origin, unmarked
 from duo.eager.watch import changed
 from duo.eager.trace import MARK, Info, Val, commit, note_overwritten_here, open_trace, record, record_pair, settle, state
 from duo.functional.indexing import getitem
@@ -35,9 +35,10 @@ class Storage:
     """What tensors that alias have in common: the base value, how often it was written, the leaf that the base is. `shared`: says whether
     NumPy can see the memory."""
 
-    __slots__ = ("leaf", "shared", "val", "version")
+    __slots__ = ("base", "leaf", "shared", "val", "version")
 
-    def __init__(self, val: Val, leaf: GradLeaf | None = None) -> None:
+    def __init__(self, val: Val, leaf: GradLeaf | None = None, base: Any = None) -> None:
+        self.base: weakref.ref | None = weakref.ref(base) if base is not None else None  # the tensor that it was made for
         self.val = val
         self.leaf = leaf  # of the base, where it is one: its values stay leaves whoever writes them
         self.version = 0
@@ -117,7 +118,7 @@ class EagerTensor(Tensor):
     def _view(view: View, tensor: EagerTensor, attrs: tuple) -> EagerTensor:
         storage = tensor._storage
         if storage is None:
-            storage = tensor._storage = Storage(tensor._val, tensor._leaf)
+            storage = tensor._storage = Storage(tensor._val, tensor._leaf, tensor)
             tensor._seen = 0
         (val,) = record(view.read, (tensor,), attrs)
         out = EagerTensor(val)
@@ -163,10 +164,11 @@ class EagerTensor(Tensor):
         """A copy of memory that NumPy may write to at any time."""
         base = storage.val
         source = runtime.to_numpy(settle(base), base.info.type)
-        val = material(runtime.from_numpy(source), base.info.type)
+        val = unmarked(base)  # with its history
+        val.buf = runtime.from_numpy(source)
         for view, attrs in self._chain:
             (val,) = record(view.read, (EagerTensor(val),), attrs)
-        return as_leaf(val, self._leaf) if self._leaf is not None else val
+        return self._as_mine(val)
 
     # ------------------------------------------------------------------------------------------- in-place writes
     def _assign(self, new: Any) -> EagerTensor:
@@ -218,7 +220,8 @@ class EagerTensor(Tensor):
             shared = settle(storage.val)
             target = runtime.to_numpy(shared, base.info.type)
             target[...] = runtime.to_numpy(settle(base), base.info.type)
-            base = material(shared, base.info.type)
+            base = unmarked(base)
+            base.buf = shared
         if storage.leaf is not None:
             base = as_leaf(base, storage.leaf)
         storage.val = base
@@ -375,20 +378,34 @@ class EagerTensor(Tensor):
             raise TraceError(state.capture.refusal(self._type))
         storage = self._storage
         if storage is None and share:
-            storage = self._storage = Storage(self._val, self._leaf)
+            storage = self._storage = Storage(self._val, self._leaf, self)
             self._seen = 0
         if share and storage is not None and all(v in _SAME_MEMORY for v, _ in self._chain):
-            base = storage.val
-            array = runtime.to_numpy(settle(base), base.info.type)
             if storage.shared is None or not storage.shared():
-                alive = weakref.ref(array)
-                storage.shared = lambda: alive() is not None
-            elif storage.shared is not None:
-                first, alive = storage.shared, weakref.ref(array)
-                storage.shared = lambda: alive() is not None or first()
+                storage.shared = None
+                self._make_sole_owner(storage)
+            array = runtime.to_numpy(settle(storage.val), storage.val.info.type)
+            if storage.shared.__class__ is not Sharers:
+                storage.shared = Sharers(storage.shared)
+            storage.shared.add(array)  # type: ignore[union-attr]
             return array
         val = self._value()
         return runtime.to_numpy(settle(val), val.info.type, copy=True)
+
+    def _make_sole_owner(self, storage: Storage) -> None:
+        """NumPy is about to see the storage's memory: nothing else may read it, so what others hold too is copied."""
+        settle(storage.val)
+        if storage.val in state.trace.leaves:
+            flush()
+        base = storage.base() if storage.base is not None else None
+        if self._chain:
+            self._val, self._seen = storage.val, -1
+        val = storage.val
+        holders = 1 + (self._val is val) + (base is not None and base is not self and base._val is val)
+        if (sys.getrefcount(val) - holders, sys.getrefcount(val.buf)) != _SOLE_OWNER:
+            own = storage.val = unmarked(val)
+            own.buf = runtime.from_numpy(runtime.to_numpy(settle(val), val.info.type))
+            storage.version += 1
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         array = self.numpy()
@@ -447,6 +464,23 @@ class EagerTensor(Tensor):
     def _retained(self, gradient: Any) -> None:
         kept = getattr(self, "_kept", None)
         self._kept = EagerTensor(gradient._value()) if kept is None else kept + gradient
+
+
+class Sharers:
+    """Whether any array that shares a storage's memory is alive. `first`: what said so before."""
+
+    __slots__ = ("arrays", "first")
+
+    def __init__(self, first: Callable[[], bool] | None) -> None:
+        self.first = first
+        self.arrays: list[weakref.ref] = []
+
+    def add(self, array: np.ndarray) -> None:
+        self.arrays = [r for r in self.arrays if r() is not None]
+        self.arrays.append(weakref.ref(array))
+
+    def __call__(self) -> bool:
+        return any(r() is not None for r in self.arrays) or (self.first is not None and self.first())
 
 
 class RemovableHook:
@@ -542,6 +576,17 @@ def tensor_of(array: np.ndarray) -> EagerTensor:
     """A tensor with a copy of the array."""
     array = np.asarray(array)
     return EagerTensor(material(runtime.from_numpy(array), TensorType(dtype(array.dtype), array.shape)))
+
+
+def _sole_owner() -> tuple[int, int]:
+    """The counts that `_make_sole_owner` sees, less the holders, for a value and buffer that nobody else holds."""
+    storage = Storage(Val(None, 0, None, Info(TensorType(bool_, ()))))
+    storage.val.buf = object()  # type: ignore[assignment]
+    val = storage.val
+    return sys.getrefcount(val) - 1, sys.getrefcount(val.buf)
+
+
+_SOLE_OWNER = _sole_owner()
 
 
 def _is_shared(array: np.ndarray) -> Callable[[], bool]:

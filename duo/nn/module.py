@@ -11,8 +11,10 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
+from duo.eager.flush import flush
 from duo.eager.mode import no_grad
 from duo.eager.tensor import EagerTensor, RemovableHook
+from duo.eager.trace import state
 from duo.eager.watch import Epoch, WatchedDict
 from duo.nn.parameter import Parameter
 from duo.runtime import check_device
@@ -258,6 +260,8 @@ class Module:
                     tensor.data = new
                     if tensor.grad is not None:
                         tensor.grad = fn(tensor.grad)
+        if state.capture is None:
+            flush()  # gradients recorded from here on are of other types: a trace holds one type of a leaf
 
     def float(self) -> Module:
         return self.to("f32")

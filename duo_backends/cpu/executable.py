@@ -260,10 +260,11 @@ class CpuBound:
         status = ctypes.c_int64.from_address(frame.ptr + 16).value
         site, index, bound = (ctypes.c_int64 * 3).from_address(status)
         sites = step.kernel.sites
-        if 0 < site <= len(sites):
-            return IndexOutOfRange(sites[site - 1].replace("{index}", str(index)))
-        where = f" at {step.where}" if step.where else ""
-        return IndexOutOfRange(f"an indexed access{where}: index {index} is out of range for an axis of {bound} elements")
+        what = sites[site - 1] if 0 < site <= len(sites) else "an indexed access"
+        if "{index}" in what:
+            return IndexOutOfRange(what.replace("{index}", str(index)))
+        where = f"{step.where}: " if step.where else ""
+        return IndexOutOfRange(f"{where}{what}: index {index} is out of range for an axis of size {bound}")
 
     # ---------------------------------------------------------------------------------------------- plan and frames
     def _make_plan(self) -> np.ndarray:

@@ -347,6 +347,56 @@ def test_results_of_numpy_views_never_change(policy):
     assert y.tolist() == [4, 4, 4, 4] and x.tolist() == [1, 1, 1, 1]
 
 
+def test_arrays_keep_to_their_tensor(policy):
+    """Writing to an array changes the tensors that alias its tensor, and nothing that merely had the same values."""
+    w = duo.tensor(numbers(300), requires_grad=True)
+    before = w.tolist()
+    y, c, d = w * 1, w.clone(), w.detach()
+    saved = (w * w).sum()
+    saved.item()
+    a = w.detach().numpy()
+    a[:] = 0
+    assert y.tolist() == c.tolist() == before and w.tolist() == d.tolist() == [0] * 300
+    saved.backward()
+    assert w.grad.tolist() == [2 * v for v in before]
+    seen = []
+    w.register_hook(seen.append)
+    w.grad = None
+    (w + 1).sum().backward()
+    w.grad.numpy()[:] = 5
+    assert seen[0].tolist() == [1] * 300 and w.grad.tolist() == [5] * 300
+
+
+def test_history_survives_sharing(policy):
+    w = duo.tensor([1.0, 2.0], requires_grad=True)
+    y = w * 3
+    a = y.detach().numpy()
+    y.sum().backward()
+    assert w.grad.tolist() == [3, 3] and a.tolist() == [3, 6]
+    y += w
+    assert a.tolist() == [4, 8]
+    y[0].backward()
+    assert w.grad.tolist() == [7, 3]
+
+
+def test_a_slice_of_a_dead_array_still_shares(policy):
+    x = duo.zeros(6)
+    part = x.numpy()[2:4]
+    gc.collect()
+    part[:] = 3
+    assert x.tolist() == [0, 0, 3, 3, 0, 0]
+    x += 1
+    assert part.tolist() == [4, 4]
+    for _ in range(3000):
+        x.numpy()
+    assert x.tolist() == [1, 1, 4, 4, 1, 1]
+    view = x[2:]
+    part[:] = 9
+    del part
+    gc.collect()
+    assert view.tolist() == [9, 9, 1, 1]
+
+
 def test_a_kept_array_is_never_overwritten(policy):
     keep = [(duo.full((100 + k,), float(k)) + 0).numpy() for k in range(20)]
     gc.collect()

@@ -165,6 +165,20 @@ def to_numpy(buffer: Buffer, type: TensorType, copy: bool = False) -> np.ndarray
     return buffer.read(type.dtype, shape) if copy else buffer.numpy(type.dtype, shape)
 
 
+_C_TYPES = {
+    "f32": ctypes.c_float, "f64": ctypes.c_double, "i64": ctypes.c_int64, "i32": ctypes.c_int32, "i16": ctypes.c_int16,
+    "i8": ctypes.c_int8, "u8": ctypes.c_uint8, "bool": ctypes.c_bool,
+}  # fmt: skip
+
+
+def read_number(buffer: Buffer, type: TensorType) -> Any:
+    """The only element of a buffer as a Python number."""
+    found = _C_TYPES.get(type.dtype.name)
+    if found is not None:
+        return found.from_address(buffer.ptr).value
+    return to_numpy(buffer, type, copy=True).item()
+
+
 def synchronize() -> None:
     """Waits for programs that were started. Those on the CPU have finished when they return."""
 

@@ -122,6 +122,14 @@ class Construction:
     def _ops_of(self, number: int) -> list[Op]:
         return self.builder.ops[self.ends[number - 1] : self.ends[number]] if number > 0 else []
 
+    def free(self) -> set[Value]:
+        """The values computed from Python numbers and constants alone: cheap to compute again, so nothing to save."""
+        out = {p for p, (_, k) in zip(self.builder.params, self.inputs) if k is not None}
+        for op in self.builder.ops:
+            if out.issuperset(op.operands):
+                out.update(op.results)
+        return out
+
     def function(self, results: Iterable[int], name: str = "eager") -> Function:
         """The Function with the values of these numbers as results."""
         return self.builder.build([self.value(n) for n in results], name)
@@ -153,16 +161,18 @@ class Watch:
     """Sees each op that a reverse pass goes through with the ops its rule emitted, and so knows what the rule reads.
 
     touched: the ops whose rules read a forward value. Raises GradientError for one in `freed` or one that reads a value of `stale` and is not
-    listed there with it."""
+    listed there with it. Reading a value of `free` does not count."""
 
-    def __init__(self, freed: Container[Op] = (), stale: Mapping[Value, Container[Op]] | None = None) -> None:
-        self.freed, self.stale = freed, stale or {}
+    def __init__(
+        self, freed: Container[Op] = (), stale: Mapping[Value, Container[Op]] | None = None, free: Container[Value] = ()
+    ) -> None:
+        self.freed, self.stale, self.free = freed, stale or {}, free
         self.touched: list[Op] = []
         self.readers: dict[Value, Op] = {}
 
     def visit(self, op: Op, emitted: list[Op]) -> None:
         mine = set(op.operands) | set(op.results)
-        reads = [v for e in emitted for v in e.operands if v in mine]
+        reads = [v for e in emitted for v in e.operands if v in mine and v not in self.free]
         if not reads:
             return
         if op in self.freed:

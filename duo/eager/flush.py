@@ -19,8 +19,9 @@ from duo.eager.autograd import Inner
 from duo.eager.build import Construction, Watch
 from duo.eager.segments import Origin, Position, Pullback, Segment, unmarked
 from duo.eager.trace import END, NOTHING, Info, Macro, Node, Trace, Val, forget, hooks, settle, state
-from duo_ir.core import Value
+from duo_ir.core import Function, Value
 from duo_ir.errors import GradientError, TraceError
+from duo_ir.opdef import Gather, Scatter
 from duo_ir.types import DType
 
 _getrefcount = sys.getrefcount
@@ -94,10 +95,16 @@ class Program:
         self.run = runnable.run
         self.function = function
         # What a segment keeps may be read again by a backward pass; otherwise memory of dead inputs is used for outputs.
-        rows = [] if self.alive else sorted(
+        # A program that may fail half way gives nothing away: what it reads is needed to save what does not depend on the failure.
+        rows = [] if self.alive or _may_fail(function) else sorted(
             {j for _, j in runnable.program.donations if function.params[j].type.nbytes >= _DONATE_FROM}
         )
         self.donatable = (rows, [plan.inputs[j][0] for j in rows]) if rows else None
+
+
+def _may_fail(function: Function) -> bool:
+    """Whether it has ops that check their operands when they run."""
+    return any(isinstance(op.definition.kind, (Gather, Scatter)) for op in function.walk())
 
 
 def _freed_outputs(construction: Construction, outs: list[int]) -> dict[int, Exception]:
@@ -107,10 +114,11 @@ def _freed_outputs(construction: Construction, outs: list[int]) -> dict[int, Exc
         return errors
     builder = construction.builder
     start = len(builder.ops)
+    watch = Watch(construction.freed, free=construction.free())
     for n in outs:
         with builder:
             try:
-                construction.backward(0, {construction.value(n): construction.value(n)}, (), Watch(construction.freed))
+                construction.backward(0, {construction.value(n): construction.value(n)}, (), watch)
             except GradientError as error:
                 errors[n] = error
         del builder.ops[start:]
@@ -186,18 +194,37 @@ def _run(trace: Trace) -> None:
         _finish(trace)
         return
     try:
-        program = trace.program = plan.program(live)
-        inputs: list[Any] = []
-        for e, k in plan.inputs:
-            entry = entries[e]
-            inputs.append(entry.buf if k is None else entry.scalars[k])  # type: ignore[index]
-        buffers = program.run(inputs, _given_away(trace, program, inputs) if program.donatable else ())
+        _execute(trace, plan, live, plan.program(live))
     except Exception as error:
-        for n in live:
-            entries[n].extra = error
-            entries[n].trace = None
-        _finish(trace)
+        _salvage(trace, plan, live, error)
+    _finish(trace)
+
+
+def _salvage(trace: Trace, plan: FlushPlan, live: tuple[int, ...], error: Exception) -> None:
+    """After a program failed: halves of its values are tried apart, until the values that the failure reaches are alone; those are
+    poisoned with it, and nothing else is lost (the generator's state, say)."""
+    if len(live) == 1:
+        val = trace.entries[live[0]]
+        val.extra = error
+        val.trace = None
         return
+    middle = len(live) // 2
+    for part in (live[:middle], live[middle:]):
+        try:
+            _execute(trace, plan, part, Program(plan, part, fused=False))
+        except Exception as again:
+            _salvage(trace, plan, part, again)
+
+
+def _execute(trace: Trace, plan: FlushPlan, live: tuple[int, ...], program: Program) -> None:
+    """Runs what the values `live` need, and publishes them."""
+    entries = trace.entries
+    trace.program = program
+    inputs: list[Any] = []
+    for e, k in plan.inputs:
+        entry = entries[e]
+        inputs.append(entry.buf if k is None else entry.scalars[k])  # type: ignore[index]
+    buffers = program.run(inputs, _given_away(trace, program, inputs) if program.donatable else ())
     origins: dict[int, Origin] = {}
     if program.alive:
         origins = _segment(trace, plan, program, buffers).origins
@@ -210,7 +237,6 @@ def _run(trace: Trace) -> None:
             val.extra = origins[n]
         val.buf = buffer  # last: another thread may take the value up from here on
         val.trace = None
-    _finish(trace)
 
 
 def _given_away(trace: Trace, program: Program, inputs: list[Any]) -> tuple[int, ...]:

@@ -51,7 +51,8 @@ class Pullback:
         if overwritten is not None:
             construction.overwritten.update(overwritten)
             stale = construction.stale()
-        watch = Watch(stale=stale)
+        free = construction.free()
+        watch = Watch(stale=stale, free=free)
         with construction.builder as builder:
             seeds = {p: builder.parameter(construction.at(p).type) for p in given}
             start: dict[Value, Value] = {}
@@ -61,7 +62,8 @@ class Pullback:
             self.numbers, gradients = construction.backward(low, start, wanted, watch)
         number_of = {op: i for i, op in enumerate(forward)}
         self.touched = frozenset(number_of[op] for op in watch.touched)
-        new_ops = builder.ops[len(forward) :]
+        again = [op for op in forward if free.issuperset(op.operands)]
+        new_ops = [*again, *builder.ops[len(forward) :]]
         position, self.residuals, self.function = _outline(construction, forward, new_ops, list(seeds.values()), gradients)
         self.readers = {position[v]: number_of[op] for v, op in watch.readers.items()}
         self.types = tuple(g.type for g in gradients)
@@ -84,8 +86,9 @@ def _outline(
         if not needed.isdisjoint(op.results):
             kept.append(op)
             needed.update(op.operands)
-    seeded = set(seeds)
-    reads = sorted((v for v in needed if v in position and v not in seeded), key=lambda v: position[v])
+    made = {r for op in kept for r in op.results}
+    made.update(seeds)
+    reads = sorted((v for v in needed if v in position and v not in made), key=lambda v: position[v])
     builder = Builder("backward")
     env = {v: builder.parameter(v.type) for v in [*reads, *seeds]}
     with builder:

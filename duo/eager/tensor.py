@@ -420,7 +420,7 @@ class EagerTensor(Tensor):
             raise ShapeError(f"item() needs exactly one element; this tensor is {val.info.type}")
         if state.capture is not None:
             raise TraceError(state.capture.refusal(self._type))
-        return runtime.to_numpy(settle(val), val.info.type, copy=True).reshape(()).item()
+        return runtime.read_number(settle(val), val.info.type)
 
     def tolist(self) -> Any:
         return self._array(share=False).tolist()

@@ -36,7 +36,7 @@ def same(a: Any, b: Any) -> bool:
         return len(a) == len(b) and all(map(same, a, b))
     if cls is slice:
         return same((a.start, a.stop, a.step), (b.start, b.stop, b.step))
-    return cls in IMMUTABLE and a == b or cls is frozenset and a == b and all(x.__class__ in IMMUTABLE for x in a)
+    return (cls in IMMUTABLE and a == b) or (cls is frozenset and a == b and all(x.__class__ in IMMUTABLE for x in a))
 
 
 class Contents:
@@ -129,7 +129,7 @@ def brief(value: Any) -> str:
 def _holds_tensor(value: Any) -> bool:
     if isinstance(value, dict):
         return any(map(_holds_tensor, value.values()))
-    return isinstance(value, EagerTensor) or isinstance(value, CONTAINERS) and any(map(_holds_tensor, value))
+    return isinstance(value, EagerTensor) or (isinstance(value, CONTAINERS) and any(map(_holds_tensor, value)))
 
 
 def _condition(now: str, value: Any) -> tuple[str, dict[str, Any]]:

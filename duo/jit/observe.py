@@ -8,7 +8,6 @@ unfit for replay, never wrong: an instruction that is not understood empties the
 
 from __future__ import annotations
 
-import builtins
 import dis
 import functools
 import gc
@@ -39,6 +38,18 @@ class _Mark:
 UNKNOWN, NULL, FRESH, PLAIN, MADE = map(_Mark, ("unknown", "null", "fresh", "plain", "made"))
 # PLAIN: an immutable Python value that is not known, FRESH: a container made here, MADE: a function made here.
 _SILENT = ("duo", "duo_ir", "duo_backends", "importlib", "_frozen_importlib", "_frozen_importlib_external", "zipimport")
+_CALLED_BY_DUO = (
+    "numpy",
+    "ml_dtypes",
+    "ctypes",
+    "llvmlite",
+    "functools",
+    "weakref",
+    "abc",
+    "threading",
+    "typing",
+    "dataclasses",
+)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -129,6 +140,8 @@ class Observer:
         if name.split(".", 1)[0] in _SILENT or code.co_filename.startswith("<frozen importlib"):
             if code is _MODULE_CALL:
                 self.touch(frame.f_locals.get("self"))
+            return None
+        if frame.f_back not in self.frames and name.split(".", 1)[0] in _CALLED_BY_DUO:
             return None
         frame.f_trace_opcodes = True
         frame.f_trace_lines = False

@@ -257,7 +257,7 @@ def _subscript(o: Observer, f: _Frame, frame: Any, i: Any) -> None:
         list.__getitem__, tuple.__getitem__, dict.__getitem__, str.__getitem__, range.__getitem__,
     ):  # fmt: skip
         try:
-            f.push(container[key])
+            f.push(container[key])  # type: ignore[index]
         except Exception:
             f.push(UNKNOWN)
         return

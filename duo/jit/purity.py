@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import builtins
 import functools
+import inspect
 import math
 import types
 from typing import Any
@@ -65,7 +66,7 @@ def stateful(value: Any) -> bool:
     return (
         cls.__module__ in ("numpy", "_io", "collections", "array", "mmap", "_thread")
         and not isinstance(value, (type, dict))
-        and (not cls.__module__ == "numpy" or cls.__name__ == "ndarray")
+        and (cls.__module__ != "numpy" or cls.__name__ == "ndarray")
     )
 
 
@@ -93,5 +94,5 @@ def callable_in_python(value: Any) -> bool:
     """Whether calling `value` runs Python code, which is seen."""
     if isinstance(value, (types.FunctionType, types.MethodType)):
         return True
-    call = getattr(type(value), "__call__", None)
+    call = inspect.getattr_static(type(value), "__call__", None)
     return isinstance(call, types.FunctionType)

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -77,7 +76,7 @@ class Recording:
     def signature(self) -> tuple:
         """What two recordings of the same program have in common."""
         return (
-            id(self.node), [_comparable(x) for x in self.inputs], {k: v for k, v in self.writes.items()},
+            id(self.node), [_comparable(x) for x in self.inputs], dict(self.writes),
             [(owner, before, after) for owner, _, before, after in self.grads], [m.number for m in self.made],
             repr(nests.key(self.result, _comparable)),
         )  # fmt: skip
@@ -124,6 +123,7 @@ def is_shared(storage: Storage) -> bool:
     if storage.shared():
         return True
     storage.shared = None
+    storage.version += 1  # what was read before is a snapshot
     return False
 
 

@@ -13,9 +13,9 @@ from typing import Any
 from duo.eager.autograd import GradLeaf
 from duo.eager.creation import get_default_dtype
 from duo.eager.flush import _segment, flush
+from duo.eager.segments import Origin
 from duo.eager.tensor import EagerTensor, Storage
 from duo.eager.trace import END, NOTHING, Info, Trace, Val, settle, state
-from duo.eager.segments import Origin
 from duo.eager.watch import Epoch
 from duo.jit import guards, nests
 from duo.jit.guards import Guard, brief
@@ -101,6 +101,7 @@ class Replay:
     ) -> None:
         self.recording, self.checks, self.structure, self.grad = recording, checks, structure, grad
         self.metas = metas
+        self.given = [x for x in nests.leaves((args, kwargs)) if not isinstance(x, EagerTensor)]
         self.numbers = [tuple(hyper) for *_, hyper in recording.groups]
         self.source = ""
         self.used = [False]
@@ -150,6 +151,10 @@ class Replay:
 
     def why(self, args: tuple, kwargs: dict) -> str:
         """Why the last call could not be a replay of this one."""
+        now = [x for x in nests.leaves((args, kwargs)) if not isinstance(x, EagerTensor)]
+        for a, b in zip(self.given, now):
+            if not guards.same(a, b):
+                return f"an argument changed {brief(a)} -> {brief(b)}"
         if state.grad is not self.grad:
             return f"gradients are {'on' if state.grad else 'off'} now"
         for guard in self.checks:
@@ -178,7 +183,13 @@ def stale(tensor: EagerTensor) -> bool:
     """Whether a tensor with a storage must be read (or written) by recorded ops."""
     storage = tensor._storage
     assert storage is not None
-    return is_shared(storage) or tensor._seen != storage.version
+    if is_shared(storage):
+        return True
+    if tensor._seen != storage.version:
+        if tensor._chain:
+            return True
+        tensor._value()
+    return False
 
 
 def aliased(tensors: tuple, written: tuple) -> bool:
@@ -208,7 +219,7 @@ def close_open_trace() -> None:
 def storage_of(tensor: EagerTensor) -> Storage:
     """The tensor's storage, made now if nothing aliased it so far."""
     if tensor._storage is None:
-        tensor._storage = Storage(tensor._val, tensor._leaf)
+        tensor._storage = Storage(tensor._val, tensor._leaf, tensor)
         tensor._seen = 0
     return tensor._storage
 
@@ -320,8 +331,7 @@ class _Writer:
         leaf_names: dict[int, str] = {}
         for source, info in r.infos.items():
             if source.kind == "argument":
-                t = self.variables.get(source)
-                assert t is not None
+                t = self.variables[source]
             elif source.kind == "outside":
                 t = self.variables[source] = self.const(source.what, "T")
                 if source.what._leaf is not None:
@@ -341,15 +351,15 @@ class _Writer:
             source = Source("grad", leaf)
             if before == "none":
                 self.miss_if(f"{name}.grad is not None")
-            elif before == "tensor" or source in r.infos and source in r.inputs:
+            elif before == "tensor" or (source in r.infos and source in r.inputs):
                 g = self.variables[source] = f"g{len(self.variables)}"
                 self.add(f"{g} = {name}.grad")
                 self.miss_if(f"{g} is None")
                 self._value(source, g, r.infos[source])
         owners = {o for o, *_ in r.grads}
-        for i, t in enumerate(self.tensors):
+        for i, tensor in enumerate(self.tensors):
             source = Source("argument", i)
-            if source in self.variables and t._leaf is not None and source not in owners:
+            if source in self.variables and tensor._leaf is not None and source not in owners:
                 self.add(f"if {self.variables[source]}._leaf is None: return MISS")
         for tensor in r.no_leaf:
             name = self.const(tensor, "T")
@@ -465,8 +475,8 @@ class _Writer:
             self.add(f"s{i} = Storage({self.numbered[n]})")
         for i, made in enumerate(r.made):
             self._tensor(f"m{i}", made)
-        for _, leaf, _, after in r.grads:
-            name = self.leaf_names[id(leaf)]
+        for _, grad_leaf, _, after in r.grads:
+            name = self.leaf_names[id(grad_leaf)]
             if after is None:
                 self.add(f"{name}.grad = None")
             elif after != "kept":

@@ -50,6 +50,9 @@ class ELU(Module):
     def forward(self, input: Any) -> Any:
         return F.elu(input, self.alpha)
 
+    def extra_repr(self) -> str:
+        return f"alpha={self.alpha}"
+
 
 class GELU(Module):
     """x * Phi(x), exactly ('none') or by tanh ('tanh')."""
@@ -98,6 +101,9 @@ class Softplus(Module):
 
     def forward(self, input: Any) -> Any:
         return F.softplus(input, self.beta, self.threshold)
+
+    def extra_repr(self) -> str:
+        return f"beta={self.beta}, threshold={self.threshold}"
 
 
 class Softmax(Module):

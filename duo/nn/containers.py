@@ -48,6 +48,17 @@ class Sequential(Module):
         self.add_module(list(self._modules)[index], module)
 
 
+class _Repeated(Module):
+    """How `count` equal modules print."""
+
+    def __init__(self, module: Module, count: int) -> None:
+        super().__init__()
+        self.text = f"{count} x {module!r}"
+
+    def __repr__(self) -> str:
+        return self.text
+
+
 class ModuleList(Module):
     """A list of modules."""
 
@@ -69,6 +80,17 @@ class ModuleList(Module):
         modules.insert(index, module)
         self._modules.clear()
         self.extend(modules)
+
+    def _shown_modules(self) -> Iterable[tuple[str, Module | None]]:
+        """A run of modules that print alike is one line, as in torch."""
+        runs: list[tuple[int, int, Module]] = []
+        for i, module in enumerate(self):
+            if runs and repr(runs[-1][2]) == repr(module):
+                runs[-1] = (runs[-1][0], i, module)
+            else:
+                runs.append((i, i, module))
+        for first, last, module in runs:
+            yield (str(first), module) if first == last else (f"{first}-{last}", _Repeated(module, last - first + 1))
 
     def __len__(self) -> int:
         return len(self._modules)

@@ -8,7 +8,7 @@ they replay.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from duo.eager.flush import flush
@@ -77,10 +77,10 @@ class Module:
         if tables.get(name, _MISSING) is not value:
             Epoch.count += 1
         if isinstance(value, Parameter):
-            self._drop(name)
+            self._drop(name, "_parameters")
             self._parameters[name] = value
         elif isinstance(value, Module):
-            self._drop(name)
+            self._drop(name, "_modules")
             self._modules[name] = value
         elif name in self._parameters:
             if value is not None:
@@ -96,9 +96,11 @@ class Module:
             self._drop(name)
             object.__setattr__(self, name, value)
 
-    def _drop(self, name: str) -> None:
+    def _drop(self, name: str, but: str = "") -> None:
+        """Takes `name` out of all tables but one, where it keeps its place."""
         for table in _TABLES:
-            self.__dict__[table].pop(name, None)
+            if table != but:
+                self.__dict__[table].pop(name, None)
         self.__dict__.pop(name, None)
 
     def __getattr__(self, name: str) -> Any:
@@ -120,7 +122,7 @@ class Module:
     def register_parameter(self, name: str, param: Parameter | None) -> None:
         """Adds a parameter; None keeps the name without one."""
         Epoch.count += 1
-        self._drop(name)
+        self._drop(name, "_parameters")
         self._parameters[name] = param
 
     def register_buffer(self, name: str, tensor: EagerTensor | None, persistent: bool = True) -> None:
@@ -134,7 +136,7 @@ class Module:
     def add_module(self, name: str, module: Module | None) -> None:
         """Adds a submodule under that name."""
         Epoch.count += 1
-        self._drop(name)
+        self._drop(name, "_modules")
         self._modules[name] = module
 
     register_module = add_module
@@ -319,8 +321,11 @@ class Module:
         """What to print of this layer between the parentheses."""
         return ""
 
+    def _shown_modules(self) -> Iterable[tuple[str, Module | None]]:
+        return self._modules.items()
+
     def __repr__(self) -> str:
-        lines = [f"({name}): " + repr(m).replace("\n", "\n  ") for name, m in self._modules.items()]
+        lines = [f"({name}): " + repr(m).replace("\n", "\n  ") for name, m in self._shown_modules()]
         extra = self.extra_repr()
         if not lines:
             return f"{type(self).__name__}({extra})"

@@ -298,7 +298,8 @@ class CpuBound:
         scratch_at = _round(status_at + STATUS_BYTES * CHUNKS_PER_THREAD * threads)
         self._geometry = (threads, status_at, scratch_at, scratch_at + self.table.scratch(threads))
         self._keeps_frames = self._geometry[3] <= KEPT_FRAME
-        self._frames: list[Buffer] = []
+        templates = any(isinstance(item, Step) and item.sizes for item in self.program.items)
+        self._frames: list[Buffer] = _FromSecondCall() if templates else []
         self._donating: dict[Collection[int], Callable[..., list[Buffer]]] = {}
         self.run = self._make_run()
 
@@ -316,6 +317,17 @@ class CpuBound:
         ctypes.memmove(start + self._places_at, words.ctypes.data, words.nbytes)
         ctypes.memset(start + status_at, 0, STATUS_BYTES * CHUNKS_PER_THREAD * threads)
         return frame
+
+
+class _FromSecondCall(list[Buffer]):
+    """The frames of a program of templates, most of which run once: what the first call leaves is not kept."""
+
+    called = False
+
+    def append(self, frame: Buffer) -> None:
+        if self.called:
+            super().append(frame)
+        self.called = True
 
 
 def _rounded(value: object, dtype: DType) -> np.ndarray:

@@ -90,7 +90,9 @@ class _Driver:
         b = plan.compute if packed_b else self.b_type
         b_vector = plan.strip_bytes if packed_b else plan.lanes * b.itemsize
         b_column = self.kernel.b.at.strides[-1]
-        spread = b_column * b.itemsize if not packed_b and isinstance(b_column, int) and b_column != 1 else 0
+        spread: int | None = 0
+        if not packed_b and b_column != 1:
+            spread = b_column * b.itemsize if isinstance(b_column, int) else None
         tile = Tile(rows, vectors, a, row_bytes, b, b_vector, plan.compute, spread, not plan.one_block)
         return self._function(tile, "tile", lambda name: emit_micro_kernel(self.module, self.target, name, tile))
 
@@ -340,7 +342,9 @@ class _Driver:
                 packed = panel.tail if plan.pack_tail else "false"
                 b_at = f.gep("i8", b, f.mul(panel.column, self._bytes(kernel.b.at.strides[-1], self.b_type)))
                 b_at = self._choose(packed, self.b_packed, b_at, "ptr")
-                b_step = self._choose(packed, b_step, self._bytes(kernel.b.at.strides[-2], self.b_type))
+                # a step of B in place; for a micro-kernel that transposes, whose step is one element, its columns' stride
+                step, column = kernel.b.at.strides[-2:]
+                b_step = self._choose(packed, b_step, self._bytes(step if column == 1 else column, self.b_type))
             names = [
                 self._choose(
                     panel.tail,

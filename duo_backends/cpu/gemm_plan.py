@@ -151,11 +151,10 @@ def make_plan(kernel: ContractKernel, target: Target) -> Plan:
     column_vectors = None if n is None else -(-n // lanes)
     rows, vectors = best_tile(m or None, column_vectors or None, registers)
     b_step, b_column = kernel.b.at.strides[-2:]
-    transposing = (
-        b_step == 1 and isinstance(b_column, int) and b_column != 1 and m is not None and 0 < m <= TRANSPOSED_ROWS
-    )
+    transposing = b_step == 1 and b_column != 1 and m is not None and 0 < m <= TRANSPOSED_ROWS
     if transposing and m is not None:
-        rows, vectors = m, min(column_vectors or 1, max(1, 64 // target.vector_bytes))
+        widest = max(1, 64 // target.vector_bytes)
+        rows, vectors = m, widest if column_vectors is None else min(column_vectors or 1, widest)
     segments = _segments(m, rows)
     tail_vectors = vectors
     if column_vectors and column_vectors % vectors:

@@ -88,7 +88,7 @@ def _pieces(total: int, largest: int, even: bool) -> list[tuple[int, int]]:
 class Tile:
     """A micro-kernel's shape and how it reads A and B: the dtypes in memory (converted to `compute` as they are read), the
     bytes between rows of A and between vectors of one k step of B. With `b_column`, the bytes between columns, B is contiguous along
-    k instead and transposed on the fly: for few rows that is faster than packing."""
+    k instead and transposed on the fly: for few rows that is faster than packing (None: so many bytes as the call's step of B says)."""
 
     rows: int
     vectors: int
@@ -97,7 +97,7 @@ class Tile:
     b: DType
     b_vector: int
     compute: DType
-    b_column: int = 0
+    b_column: int | None = 0
     adds: bool = True  # whether it is ever called with `add`
 
 
@@ -112,19 +112,20 @@ def emit_micro_kernel(module: Module, target: Target, name: str, tile: Tile) -> 
     )
     rows, a, b, compute = tile.rows, tile.a, tile.b, tile.compute
     lanes = lanes_of(target, compute)
-    vectors = tile.vectors
-    if tile.b_column:
+    vectors, transposes = tile.vectors, tile.b_column != 0
+    if transposes:
         lanes, vectors = transposed_lanes(target, compute), vectors * lanes // transposed_lanes(target, compute)
     element = register_type(compute)
     type_ = vector(lanes, element)
 
     def columns(v: int, b_at: str, steps: int) -> list[str]:
         """Vector v of the columns of B, for each of some k steps."""
-        if not tile.b_column:
+        if not transposes:
             at = f.gep("i8", b_at, str(v * tile.b_vector))
             loaded = f.op(f"load {vector(lanes, memory_type(b))}, ptr {at}, align {b.itemsize}")
             return [convert(f, target, loaded, b, compute, lanes, None)]
-        starts = [f.gep("i8", b_at, str((v * lanes + lane) * tile.b_column)) for lane in range(lanes)]
+        apart = "%bs" if tile.b_column is None else str(tile.b_column)
+        starts = [f.gep("i8", b_at, f.mul(apart, str(v * lanes + lane), f.top)) for lane in range(lanes)]
         if steps == 1:
             loose, value = vector(lanes, memory_type(b)), "poison"
             for lane, at in enumerate(starts):
@@ -140,8 +141,8 @@ def emit_micro_kernel(module: Module, target: Target, name: str, tile: Tile) -> 
     def step(a_at: list[str], b_at: str, acc: list[str]) -> list[str]:
         """One k step for each address of A's column; all steps of a vector of columns of B before the next vector."""
         out = list(acc)
-        loaded = [columns(v, b_at, len(a_at)) for v in range(1 if tile.b_column else vectors)]
-        for v0 in range(vectors if tile.b_column else 1):
+        loaded = [columns(v, b_at, len(a_at)) for v in range(1 if transposes else vectors)]
+        for v0 in range(vectors if transposes else 1):
             if v0:
                 loaded = [columns(v0, b_at, len(a_at))]
             for number, a_k in enumerate(a_at):
@@ -155,8 +156,8 @@ def emit_micro_kernel(module: Module, target: Target, name: str, tile: Tile) -> 
         return out
 
     a_at, b_at, acc = "%a", "%b", ["zeroinitializer"] * (rows * vectors)
-    unroll = 64 // compute.itemsize if tile.b_column else 4 if rows * vectors <= 8 else 2 if rows * vectors <= 12 else 1
-    together = unroll if tile.b_column else 1  # k steps that share their loads of B
+    unroll = 64 // compute.itemsize if transposes else 4 if rows * vectors <= 8 else 2 if rows * vectors <= 12 else 1
+    together = unroll if transposes else 1  # k steps that share their loads of B
     k_done = "0"
     for count in dict.fromkeys((unroll, 1)):
         end = "%k" if count == 1 else f.op(f"and i64 %k, {-count}")

@@ -44,28 +44,34 @@ def generalize(kernel: Kernel) -> tuple[Kernel, Sizes]:
 
 def generalize_program(program: Program) -> Program:
     """`program` with every static kernel, nested programs' too, as template and sizes (`Step.sizes`)."""
-    known: dict[int, tuple[Kernel, Sizes]] = {}
-    return _program(program, known)
+    return replace(program, items=tuple([_item(item) for item in program.items]))
 
 
-def _program(program: Program, known: dict[int, tuple[Kernel, Sizes]]) -> Program:
-    return replace(program, items=tuple([_item(item, known) for item in program.items]))
-
-
-def _item(item: Item, known: dict[int, tuple[Kernel, Sizes]]) -> Item:
+def _item(item: Item) -> Item:
     if isinstance(item, Step):
         if item.kernel.dims:
             return item
         kernel, sizes = generalize(item.kernel)
-        return Step(kernel, item.slots, item.where, sizes)
+        return Step(_shared(kernel), item.slots, item.where, sizes)
     if isinstance(item, Cond):
-        return replace(item, then=_program(item.then, known), orelse=_program(item.orelse, known))
+        return replace(item, then=generalize_program(item.then), orelse=generalize_program(item.orelse))
     if isinstance(item, While):
-        return replace(item, test=_program(item.test, known), body=_program(item.body, known))
+        return replace(item, test=generalize_program(item.test), body=generalize_program(item.body))
     return item
 
 
-_SYMBOLS = [Dim.symbol(f"d{n}") for n in range(64)]
+def _shared(kernel: Kernel) -> Kernel:
+    """One object for equal templates: programs that are kept share it, and look-ups compare it by identity."""
+    if kernel.sites:  # these differ between equal kernels
+        return kernel
+    if len(_templates) >= _KEPT:
+        _templates.clear()
+    return _templates.setdefault(kernel, kernel)
+
+
+_KEPT = 4096  # templates remembered
+_templates: dict[Kernel, Kernel] = {}
+_SYMBOLS = [Dim.symbol(f"d{n}") for n in range(64)]  # made once: few kernels have more
 
 
 class _Template:
@@ -107,13 +113,18 @@ class _Template:
         extents = self.extents(axes)
         batch, (m, n, k) = extents[:-3], extents[-3:]
         *rows, _, depth = range(len(axes))
-        left, right = _Scope.pick(axes, extents, [*rows, depth]), _Scope.pick(axes, extents, [*rows[:-1], depth, rows[-1] + 1])
+        left, right = (
+            _Scope.pick(axes, extents, [*rows, depth]),
+            _Scope.pick(axes, extents, [*rows[:-1], depth, rows[-1] + 1]),
+        )
         out = _Scope.pick(axes, extents, range(len(axes) - 1))
         a, b = self.access(kernel.a, left), self.access(kernel.b, right)
         stores = tuple([self.store(s, out) for s in kernel.stores])
         body = self.body(kernel.body, out)
         args = self.args(kernel.args)
-        return replace(kernel, args=args, batch=batch, m=m, n=n, k=k, a=a, b=b, body=body, stores=stores, dims=self.names())
+        return replace(
+            kernel, args=args, batch=batch, m=m, n=n, k=k, a=a, b=b, body=body, stores=stores, dims=self.names()
+        )
 
     def scan(self, kernel: ScanKernel) -> ScanKernel:
         axes = (*kernel.axes, kernel.length)
@@ -185,7 +196,9 @@ class _Template:
         at = self.affine(access.at, scope)
         if at.offset == 0 and access.buffer not in self.whole:
             self.whole[access.buffer] = scope.covered[access.at]
-        guards = tuple([Guard(self.affine(g.position, scope), self.name(_static(g.bound)), g.step) for g in access.guards])
+        guards = tuple(
+            [Guard(self.affine(g.position, scope), self.name(_static(g.bound)), g.step) for g in access.guards]
+        )
         return Access(access.buffer, at, guards, tuple([self.name(_static(s)) for s in access.index_strides]))
 
     def affine(self, affine: Affine, scope: _Scope) -> Affine:

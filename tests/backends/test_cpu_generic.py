@@ -39,7 +39,10 @@ def numbers(*shapes: tuple[int, ...], dtype: DType = f32) -> list[np.ndarray]:
 
 
 def check(
-    fn: Callable[..., Any] | Function, *arrays: np.ndarray, cpu: str | None = None, fusions: tuple[bool, ...] = (False, True)
+    fn: Callable[..., Any] | Function,
+    *arrays: np.ndarray,
+    cpu: str | None = None,
+    fusions: tuple[bool, ...] = (False, True),
 ) -> None:
     """The templates of the unfused and of the fused kernels give the interpreter's bits on one thread and two."""
     function = fn if isinstance(fn, Function) else function_of(fn, *c.types_of(arrays))
@@ -68,7 +71,29 @@ def test_matmul(dtype: DType) -> None:
         sizes.append((2, 3, 16385))
     for m, n, k in sizes:
         x, y, z = numbers((m, k), (k, n), (n, k), dtype=dtype)
-        check(lambda a, b, d: (nd.matmul(a, b), nd.matmul(a, nd.swap_last(d)), nd.matmul(nd.swap_last(b), nd.swap_last(a))), x, y, z, fusions=(False,))
+        check(
+            lambda a, b, d: (
+                nd.matmul(a, b),
+                nd.matmul(a, nd.swap_last(d)),
+                nd.matmul(nd.swap_last(b), nd.swap_last(a)),
+            ),
+            x,
+            y,
+            z,
+            fusions=(False,),
+        )
+
+
+@pytest.mark.parametrize("n, k", [(2, 2), (15, 3), (16, 4), (33, 17), (70, 515)])
+def test_one_row_of_a_transposed_matrix(n: int, k: int) -> None:
+    """B is transposed on the fly, with a stride known at run time only."""
+
+    def fn(row: Value, whole: Value, part: Value) -> tuple[Value, Value]:
+        part = ops.slice(part, start=(1, k), stop=(n + 1, 2 * k), step=(1, 1))
+        return nd.matmul(row, nd.swap_last(whole)), nd.matmul(row, nd.swap_last(part))
+
+    for dtype in (f32, f64, bf16, i8):
+        check(fn, *numbers((1, k), (n, k), (n + 3, 2 * k), dtype=dtype), fusions=(False,))
 
 
 @pytest.mark.parametrize("batch", [(2, 3), (5, 1), (0, 2)], ids=str)
@@ -112,14 +137,18 @@ def test_random_programs(case: tuple[Function, list[np.ndarray]]) -> None:
 @settings(max_examples=8)
 def test_other_vector_widths(cpu: str, n: int, k: int) -> None:
     x, w = numbers((n, k), (k + 1, k))
-    check(lambda a, b: (nd.sum(F.softmax(nd.matmul(a, nd.swap_last(b)), -1), 0), nd.transpose(a, (1, 0))), x, w, cpu=cpu)
+    check(
+        lambda a, b: (nd.sum(F.softmax(nd.matmul(a, nd.swap_last(b)), -1), 0), nd.transpose(a, (1, 0))), x, w, cpu=cpu
+    )
 
 
 def test_updates_by_index() -> None:
     for n, width, count in ((5, 3, 9), (40, 17, 3), (2, 2, 2)):
         x, updates = numbers((n, width), (count, width))
         at = np.random.default_rng(0).integers(0, n, count)
-        check(lambda a, u, i: (ops.scatter(a, u, i, axes=(0,), mode="add"), ops.gather(a, i, axes=(0,))), x, updates, at)
+        check(
+            lambda a, u, i: (ops.scatter(a, u, i, axes=(0,), mode="add"), ops.gather(a, i, axes=(0,))), x, updates, at
+        )
 
 
 def test_an_index_out_of_range_names_the_real_size() -> None:

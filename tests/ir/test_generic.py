@@ -39,7 +39,13 @@ def steps(program: Program) -> list[Step]:
     for item in program.items:
         if isinstance(item, Step):
             out.append(item)
-        for nested in (item.then, item.orelse) if isinstance(item, Cond) else (item.test, item.body) if isinstance(item, While) else ():
+        for nested in (
+            (item.then, item.orelse)
+            if isinstance(item, Cond)
+            else (item.test, item.body)
+            if isinstance(item, While)
+            else ()
+        ):
             out += steps(nested)
     return out
 
@@ -67,7 +73,11 @@ def check(function: Function, *arrays: np.ndarray) -> None:
             assert all(size >= 2 for _, size in step.sizes)
         for w, g in zip(want, evaluate(program, *arrays), strict=True):
             assert (w.dtype, w.shape) == (g.dtype, g.shape)
-            same = (w == g) & (np.signbit(w) == np.signbit(g)) | (w != w) & (g != g) if w.dtype.kind not in "iub" else w == g
+            same = (
+                (w == g) & (np.signbit(w) == np.signbit(g)) | (w != w) & (g != g)
+                if w.dtype.kind not in "iub"
+                else w == g
+            )
             assert same.all(), print_program(program)
 
 
@@ -101,7 +111,9 @@ def test_sizes_do_not_enter_the_kernel(fn: Callable[[Value], Value], shapes: tup
 def test_indexed_kernels_are_free_of_sizes() -> None:
     def made(n: int, width: int, count: int) -> list[Kernel]:
         function = function_of(lambda x, i: ops.gather(x, i, axes=(0,)), ft(n, width), TensorType(i64, (count,)))
-        gradient = grad_function(function_of(lambda x, i: nd.sum(ops.gather(x, i, axes=(0,)) * 2.0), *function.param_types))
+        gradient = grad_function(
+            function_of(lambda x, i: nd.sum(ops.gather(x, i, axes=(0,)) * 2.0), *function.param_types)
+        )
         return [s.kernel for p in (function, gradient) for s in steps(unfused(p))]
 
     assert made(11, 12, 35) == made(7, 3, 2) == made(5, 5, 5)
@@ -122,7 +134,10 @@ def test_text_of_templates() -> None:
 
 
 def test_equal_extents_get_names_of_their_own() -> None:
-    square, oblong = templates(lambda x: x - nd.sum(x, 1, keepdims=True), (7, 7)), templates(lambda x: x - nd.sum(x, 1, keepdims=True), (7, 5))
+    square, oblong = (
+        templates(lambda x: x - nd.sum(x, 1, keepdims=True), (7, 7)),
+        templates(lambda x: x - nd.sum(x, 1, keepdims=True), (7, 5)),
+    )
     assert square == oblong
 
 
@@ -181,7 +196,9 @@ def test_guards_and_large_numbers() -> None:
         Instr("index", (), i64, Affine(-(2**63), (3,))),
         Instr("dim", (), i64, 7),
     )
-    kernel = LoopKernel((Arg(f32, 9), Arg(f32, 15, True)), (15,), (Stage((), body, (Store(Access(1, Affine(0, (1,))), 1),)),))
+    kernel = LoopKernel(
+        (Arg(f32, 9), Arg(f32, 15, True)), (15,), (Stage((), body, (Store(Access(1, Affine(0, (1,))), 1),)),)
+    )
     made, sizes = generalize(kernel)
     assert isinstance(made, LoopKernel)
     values = dict(sizes)

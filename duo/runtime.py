@@ -165,7 +165,7 @@ def to_numpy(buffer: Buffer, type: TensorType, copy: bool = False) -> np.ndarray
     return buffer.read(type.dtype, shape) if copy else buffer.numpy(type.dtype, shape)
 
 
-_C_TYPES = {
+_C_TYPES: dict[str, Any] = {
     "f32": ctypes.c_float, "f64": ctypes.c_double, "i64": ctypes.c_int64, "i32": ctypes.c_int32, "i16": ctypes.c_int16,
     "i8": ctypes.c_int8, "u8": ctypes.c_uint8, "bool": ctypes.c_bool,
 }  # fmt: skip

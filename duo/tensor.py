@@ -107,7 +107,6 @@ class Tensor:
     __array_priority__ = 1000
     __array_ufunc__ = None  # NumPy's operators defer to ours
     _mutable = True
-    _type: TensorType
     _assign: Callable[[Any], Any]
     _lift: Callable[[np.ndarray], Any]
     _generator: Callable[[], Any]
@@ -115,6 +114,10 @@ class Tensor:
     numpy: Callable[[], np.ndarray]
 
     # ---------------------------------------------------------------------------------------------------------- type
+    @property
+    def _type(self) -> TensorType:
+        raise TypeError(f"{type(self).__name__} does not say what its type is")
+
     @property
     def shape(self) -> types.Shape:
         """The sizes, as a tuple."""

@@ -123,10 +123,12 @@ class Construction:
         return self.builder.ops[self.ends[number - 1] : self.ends[number]] if number > 0 else []
 
     def free(self) -> set[Value]:
-        """The values computed from Python numbers and constants alone: cheap to compute again, so nothing to save."""
+        """The inner values of entries that were computed from Python numbers and constants alone: cheap to compute again, so nothing to
+        save. What a tensor held is not among them, since where a flush came must make no difference to what is saved."""
         out = {p for p, (_, k) in zip(self.builder.params, self.inputs) if k is not None}
+        held = set(self.values)
         for op in self.builder.ops:
-            if out.issuperset(op.operands):
+            if out.issuperset(op.operands) and held.isdisjoint(op.results):
                 out.update(op.results)
         return out
 

@@ -241,6 +241,7 @@ def _execute(trace: Trace, plan: FlushPlan, live: tuple[int, ...], program: Prog
 
 def _given_away(trace: Trace, program: Program, inputs: list[Any]) -> tuple[int, ...]:
     """Inputs that nobody will read again: their values are held by this trace alone, their buffers by those values."""
+    assert program.donatable is not None
     numbers, entries = program.donatable
     counts = _counts(trace.leaves, entries, [inputs[j] for j in numbers])
     return tuple([j for j, count in zip(numbers, counts) if count == _OWNED_ONCE])

@@ -62,7 +62,7 @@ class Pullback:
             self.numbers, gradients = construction.backward(low, start, wanted, watch)
         number_of = {op: i for i, op in enumerate(forward)}
         self.touched = frozenset(number_of[op] for op in watch.touched)
-        again = [op for op in forward if free.issuperset(op.operands)]
+        again = [op for op in forward if free.issuperset(op.results)]
         new_ops = [*again, *builder.ops[len(forward) :]]
         position, self.residuals, self.function = _outline(construction, forward, new_ops, list(seeds.values()), gradients)
         self.readers = {position[v]: number_of[op] for v, op in watch.readers.items()}

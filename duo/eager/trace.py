@@ -63,7 +63,7 @@ class Node:
         self.next: dict[tuple, Node] = {}
         self.memo: Any = None  # what a flush here needs to know (flush.py)
         self.extra: Any = None
-        self.first = parent.first + len(parent.infos) if parent is not None else 0  # number of its first value
+        self.first: int = parent.first + len(parent.infos) if parent is not None else 0  # number of its first value
         held: int = parent.size if parent is not None else 0
         self.size: int = held + sum(evaluate(i.type.nbytes, {}) for i in infos)
         self.stop = self.size > MAX_BYTES

@@ -33,6 +33,9 @@ def save_arrays(path: Any, arrays: Mapping[str, np.ndarray], metadata: Mapping[s
     """Writes named arrays as safetensors, through a temporary file so that a crash leaves no half-written checkpoint."""
     for array in arrays.values():
         as_dtype(array.dtype)  # an array of a dtype that duo does not have is refused before anything is written
+    folder = os.path.dirname(os.path.abspath(path))
+    if not os.path.isdir(folder):
+        raise FileNotFoundError(f"cannot save {os.fspath(path)!r}: there is no folder {folder!r}")
     temporary = f"{os.fspath(path)}.tmp{os.getpid()}"
     try:
         save_file(
@@ -41,6 +44,8 @@ def save_arrays(path: Any, arrays: Mapping[str, np.ndarray], metadata: Mapping[s
             dict(metadata) if metadata else None,
         )
         os.replace(temporary, path)
+    except safetensors.SafetensorError as error:
+        raise OSError(f"cannot save {os.fspath(path)!r}: {error}") from None
     finally:
         if os.path.exists(temporary):
             os.unlink(temporary)
@@ -89,7 +94,7 @@ def load(path: Any, map_location: Any = None) -> Any:
         return OrderedDict(tensors)
     try:
         return _decode(json.loads(metadata[_STRUCTURE]), tensors)
-    except (KeyError, ValueError, TypeError, IndexError) as error:
+    except (KeyError, ValueError, TypeError, IndexError, AttributeError, OverflowError, RecursionError) as error:
         raise FormatError(f"the structure in {os.fspath(path)!r} does not fit its tensors: {error!r}") from None
 
 
@@ -103,8 +108,11 @@ def _array(x: Any) -> np.ndarray:
 
 def _encode(x: Any, name: str, arrays: dict[str, np.ndarray]) -> Any:
     if _is_tensor(x):
-        arrays[name or "value"] = _array(x)
-        return {"tensor": name or "value"}
+        free = name or "value"
+        while free in arrays:  # {"a": {"b": x}, "a.b": y}
+            free += "'"
+        arrays[free] = _array(x)
+        return {"tensor": free}
     if isinstance(x, Mapping):
         rows = [[_key(k), _encode(v, f"{name}.{k}" if name else str(k), arrays)] for k, v in x.items()]
         return {"dict": rows}

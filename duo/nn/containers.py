@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -48,17 +49,6 @@ class Sequential(Module):
         self.add_module(list(self._modules)[index], module)
 
 
-class _Repeated(Module):
-    """How `count` equal modules print."""
-
-    def __init__(self, module: Module, count: int) -> None:
-        super().__init__()
-        self.text = f"{count} x {module!r}"
-
-    def __repr__(self) -> str:
-        return self.text
-
-
 class ModuleList(Module):
     """A list of modules."""
 
@@ -75,22 +65,22 @@ class ModuleList(Module):
             self.append(module)
         return self
 
+    def __iadd__(self, modules: Iterable[Module]) -> ModuleList:
+        return self.extend(modules)
+
     def insert(self, index: int, module: Module) -> None:
         modules = list(self)
         modules.insert(index, module)
         self._modules.clear()
         self.extend(modules)
 
-    def _shown_modules(self) -> Iterable[tuple[str, Module | None]]:
+    def _shown_modules(self) -> Iterable[tuple[str, str]]:
         """A run of modules that print alike is one line, as in torch."""
-        runs: list[tuple[int, int, Module]] = []
-        for i, module in enumerate(self):
-            if runs and repr(runs[-1][2]) == repr(module):
-                runs[-1] = (runs[-1][0], i, module)
-            else:
-                runs.append((i, i, module))
-        for first, last, module in runs:
-            yield (str(first), module) if first == last else (f"{first}-{last}", _Repeated(module, last - first + 1))
+        first = 0
+        for text, run in itertools.groupby(map(repr, self)):
+            count = len(list(run))
+            yield (str(first), text) if count == 1 else (f"{first}-{first + count - 1}", f"{count} x {text}")
+            first += count
 
     def __len__(self) -> int:
         return len(self._modules)

@@ -321,11 +321,11 @@ class Module:
         """What to print of this layer between the parentheses."""
         return ""
 
-    def _shown_modules(self) -> Iterable[tuple[str, Module | None]]:
-        return self._modules.items()
+    def _shown_modules(self) -> Iterable[tuple[str, str]]:
+        return ((name, repr(module)) for name, module in self._modules.items())
 
     def __repr__(self) -> str:
-        lines = [f"({name}): " + repr(m).replace("\n", "\n  ") for name, m in self._shown_modules()]
+        lines = [f"({name}): " + text.replace("\n", "\n  ") for name, text in self._shown_modules()]
         extra = self.extra_repr()
         if not lines:
             return f"{type(self).__name__}({extra})"

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from functional_support import b, f, flat, gradients, i, p, run
+from tests.frontends.functional_support import b, f, flat, gradients, i, p, run
 
 from duo import functional as F
 from duo.functional.indexing import getitem

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from functional_support import b, f, gradients, run, types_of
+from tests.frontends.functional_support import b, f, gradients, run, types_of
 
 from duo import functional as F
 from duo.functional import random as rng

@@ -86,6 +86,15 @@ _check_nan = False
 _fusion = os.environ.get("DUO_FUSION", "1") != "0"
 
 
+def _renew_lock() -> None:
+    global _lock
+    _lock = threading.Lock()  # another thread of the parent may have held it
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_lock)
+
+
 def set_backend(name: str) -> None:
     """'cpu' (compiled code) or 'interpret' (the reference interpreter), for programs compiled from now on."""
     global _use_interpreter

@@ -10,16 +10,17 @@ from duo.eager.trace import END, GRAD_MODE, commit, state
 
 
 def _switch(enabled: bool) -> None:
-    """The mode is part of the path: results recorded without gradients end every history."""
-    if state.grad == enabled:
-        return
+    """The mode is part of the path: results recorded without gradients end every history. What the trace says is looked at each time, as an
+    interrupt may have come between the two."""
     state.grad = enabled
     trace = state.trace
-    if trace.entries[-1] is not END:
-        if len(trace.entries) == 1:
-            state.trace = type(trace)(enabled)
-        else:
-            commit(trace, (GRAD_MODE, enabled))
+    last = trace.entries[-1]
+    if last is END or last.node.grad == enabled:  # type: ignore[union-attr]
+        return
+    if len(trace.entries) == 1:
+        state.trace = type(trace)(enabled)
+    else:
+        commit(trace, (GRAD_MODE, enabled))
 
 
 class _GradMode:
@@ -30,8 +31,14 @@ class _GradMode:
         self.before: list[bool] = []
 
     def __enter__(self) -> None:
-        self.before.append(state.grad)
-        _switch(self.enabled)
+        before = state.grad
+        self.before.append(before)
+        try:
+            _switch(self.enabled)
+        except BaseException:  # an interrupt: __exit__ will not be called
+            self.before.pop()
+            _switch(before)
+            raise
 
     def __exit__(self, *exc: object) -> None:
         _switch(self.before.pop())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import threading
 from collections import OrderedDict
 from collections.abc import Collection, Iterator, Sequence
@@ -33,8 +34,13 @@ class CpuBackend:
         self._cpu = cpu
         self._kernels: OrderedDict[Kernel, LoadedKernel] = OrderedDict()
         self._lock = threading.Lock()
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self._renew_lock)
         self.compile_count = 0
         self.loaded_count = 0
+
+    def _renew_lock(self) -> None:
+        self._lock = threading.Lock()  # another thread of the parent may have held it
 
     @property
     def target(self) -> Target:

@@ -34,7 +34,7 @@ from duo.eager.mode import enable_grad, inference_mode, is_grad_enabled, no_grad
 from duo.eager.printing import set_printoptions
 from duo.functional import *  # noqa: F403
 from duo.io.checkpoint import load, save
-from duo.jit.compile import compile  # noqa: A004
+from duo.jit.compile import compile
 from duo.jit.lowering import lower
 from duo.random import Generator, default_generator, get_rng_state, initial_seed, manual_seed, seed, set_rng_state
 from duo.tensor import Tensor

@@ -72,7 +72,9 @@ def _kept_kind(self: Any, new: Any, name: str) -> Any:
     """`new`, if an in-place op may store it in `self`: a float result does not fit integers, nor an integer one bools."""
     mine, theirs = self._type.dtype, new._type.dtype
     if (theirs.is_float and not mine.is_float) or (mine is types.bool_ and theirs is not types.bool_):
-        raise DTypeError(f"{name}: the result {new._type} does not fit in place into {self._type}; use the op that returns a new tensor")
+        raise DTypeError(
+            f"{name}: the result {new._type} does not fit in place into {self._type}; use the op that returns a new tensor"
+        )
     return new
 
 

@@ -50,7 +50,9 @@ class Backward(Macro):
 
     def infer(self, parent: Node, key: tuple) -> tuple[tuple[Info, ...], Any]:
         construction = Construction(parent)
-        numbers, gradients = self._run(construction, key, Watch(construction.freed, construction.stale(), construction.free()))
+        numbers, gradients = self._run(
+            construction, key, Watch(construction.freed, construction.stale(), construction.free())
+        )
         return tuple(Info(g.type, key[5]) for g in gradients) or (NOTHING,), numbers
 
     def build(self, construction: Construction, node: Node) -> tuple[Any, ...]:

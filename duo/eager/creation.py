@@ -71,7 +71,11 @@ def tensor(data: Any, *, dtype: Any = None, device: Any = None, requires_grad: b
     array = _array_of(data, wanted)
     if not array.flags.c_contiguous:
         array = np.ascontiguousarray(array)
-    return _finish(EagerTensor(material(runtime.from_numpy(array), TensorType(as_dtype(array.dtype), array.shape))), requires_grad, device)
+    return _finish(
+        EagerTensor(material(runtime.from_numpy(array), TensorType(as_dtype(array.dtype), array.shape))),
+        requires_grad,
+        device,
+    )
 
 
 def _array_of(data: Any, wanted: DType | None) -> np.ndarray:
@@ -146,7 +150,9 @@ def empty(*size: Any, dtype: Any = None, device: Any = None, requires_grad: bool
     return zeros(*size, dtype=dtype, device=device, requires_grad=requires_grad)
 
 
-def eye(n: int, m: int | None = None, *, dtype: Any = None, device: Any = None, requires_grad: bool = False) -> EagerTensor:
+def eye(
+    n: int, m: int | None = None, *, dtype: Any = None, device: Any = None, requires_grad: bool = False
+) -> EagerTensor:
     """The identity matrix [n, m]."""
     return _finish(_made(bodies._eye, (), (n, n if m is None else m, _float(dtype))), requires_grad, device)
 
@@ -167,7 +173,9 @@ def linspace(
     start: float, end: float, steps: int, *, dtype: Any = None, device: Any = None, requires_grad: bool = False
 ) -> EagerTensor:
     """`steps` values from start to end, both included."""
-    return _finish(_made(bodies._linspace, (), (float(start), float(end), int(steps), _float(dtype))), requires_grad, device)
+    return _finish(
+        _made(bodies._linspace, (), (float(start), float(end), int(steps), _float(dtype))), requires_grad, device
+    )
 
 
 # ------------------------------------------------------------------------------------------------------ random
@@ -190,7 +198,13 @@ def randn(
 
 
 def randint(
-    low: int, high: Any = None, size: Any = None, *, generator: Generator | None = None, dtype: Any = None, device: Any = None
+    low: int,
+    high: Any = None,
+    size: Any = None,
+    *,
+    generator: Generator | None = None,
+    dtype: Any = None,
+    device: Any = None,
 ) -> EagerTensor:
     """Integers in [low, high): randint(high, size) or randint(low, high, size)."""
     if size is None:

@@ -96,8 +96,10 @@ class Program:
         self.function = function
         # What a segment keeps may be read again by a backward pass; otherwise memory of dead inputs is used for outputs.
         # A program that may fail half way gives nothing away: what it reads is needed to save what does not depend on the failure.
-        rows = [] if self.alive or _may_fail(function) else sorted(
-            {j for _, j in runnable.program.donations if function.params[j].type.nbytes >= _DONATE_FROM}
+        rows = (
+            []
+            if self.alive or _may_fail(function)
+            else sorted({j for _, j in runnable.program.donations if function.params[j].type.nbytes >= _DONATE_FROM})
         )
         self.donatable = (rows, [plan.inputs[j][0] for j in rows]) if rows else None
 

@@ -43,7 +43,12 @@ class Pullback:
     touched: numbers of the ops whose rules read forward values; readers: residual -> number of an op whose rule reads it."""
 
     def __init__(
-        self, node: Node, low: int, given: Sequence[Point], wanted: Sequence[int], overwritten: Mapping[int, int] | None = None
+        self,
+        node: Node,
+        low: int,
+        given: Sequence[Point],
+        wanted: Sequence[int],
+        overwritten: Mapping[int, int] | None = None,
     ) -> None:
         construction = Construction(node)
         forward = list(construction.builder.ops)
@@ -64,7 +69,9 @@ class Pullback:
         self.touched = frozenset(number_of[op] for op in watch.touched)
         again = [op for op in forward if free.issuperset(op.results)]
         new_ops = [*again, *builder.ops[len(forward) :]]
-        position, self.residuals, self.function = _outline(construction, forward, new_ops, list(seeds.values()), gradients)
+        position, self.residuals, self.function = _outline(
+            construction, forward, new_ops, list(seeds.values()), gradients
+        )
         self.readers = {position[v]: number_of[op] for v, op in watch.readers.items()}
         self.types = tuple(g.type for g in gradients)
 
@@ -125,7 +132,9 @@ class Segment:
         self.serial = next(_serial)
         self.node = node
         self.sources = sources
-        self.extras = {e.index: e.extra for e in entries if e.extra is not None and not isinstance(e.extra, Inner)}
+        self.extras: dict[Any, Any] = {
+            e.index: e.extra for e in entries if e.extra is not None and not isinstance(e.extra, Inner)
+        }
         self.latest: dict[Any, int] = {}  # a leaf -> its latest entry
         self.links: dict[int, int] = {}
         for n, extra in sorted(self.extras.items()):
@@ -133,7 +142,9 @@ class Segment:
                 self.links[n] = self.latest[extra]
             self.latest[extra] = n
         self.residuals: dict[Position, Val] = {}
-        self.inner: dict[Position, Val] = {}  # residuals that a gradient can go back to, for derivatives of higher order
+        self.inner: dict[
+            Position, Val
+        ] = {}  # residuals that a gradient can go back to, for derivatives of higher order
         self.late: dict[int, int] = {}
         self.origins: dict[int, Origin] = {}
         self.freed: set[int] = set()
@@ -157,7 +168,7 @@ class Segment:
             found = table[key] = Pullback(self.node, low, given, wanted, self.late)
         return found
 
-    def note_overwritten(self, val: Val, by: int) -> None:
+    def note_overwritten(self, val: Val, by: Any) -> None:
         """`by`, a result of this segment that an in-place op computed, has replaced `val`."""
         for i, source in enumerate(self.sources):
             if source is val:
@@ -197,7 +208,9 @@ class Segment:
                 if vals is not None:
                     return {n: engine.wrap(v) for n, v in zip(pullback.numbers, vals)}
 
-        leaves, found = walk_back(seeds, hooked, list(wanted.values()), extra_of, stage, self.links, self._time)
+        leaves, found = walk_back(
+            seeds, hooked, [n for n in wanted.values() if isinstance(n, int)], extra_of, stage, self.links, self._time
+        )
         engine.found.update((v, found[n]) for v, n in wanted.items() if n in found)
         engine.cotangents.update((self.extras[n], g) for n, g in leaves.items() if n in self.extras)
         if not engine.retain:
@@ -216,7 +229,8 @@ class Segment:
         if inner is None:
             inner = self.inner[position] = unmarked(val, True)
             number = Construction(self.node).number_at(position)
-            inner.extra = self.extras.get(number) or Origin(self, position if number is None else number, None)
+            point: Point = position if number is None else number
+            inner.extra = self.extras.get(point) or Origin(self, point, None)
         return inner
 
     def _time(self, point: Point) -> float:

@@ -20,8 +20,19 @@ from duo.eager.autograd import Engine, GradLeaf, Inner
 from duo.eager.flush import flush
 from duo.eager.printing import format_tensor
 from duo.eager.segments import Origin, unmarked
+from duo.eager.trace import (
+    MARK,
+    Info,
+    Val,
+    commit,
+    note_overwritten_here,
+    open_trace,
+    record,
+    record_pair,
+    settle,
+    state,
+)
 from duo.eager.watch import changed
-from duo.eager.trace import MARK, Info, Val, commit, note_overwritten_here, open_trace, record, record_pair, settle, state
 from duo.functional.indexing import getitem
 from duo.tensor import Tensor
 from duo_ir.core import Value
@@ -38,7 +49,9 @@ class Storage:
     __slots__ = ("base", "leaf", "shared", "val", "version")
 
     def __init__(self, val: Val, leaf: GradLeaf | None = None, base: Any = None) -> None:
-        self.base: weakref.ref | None = weakref.ref(base) if base is not None else None  # the tensor that it was made for
+        self.base: weakref.ref | None = (
+            weakref.ref(base) if base is not None else None
+        )  # the tensor that it was made for
         self.val = val
         self.leaf = leaf  # of the base, where it is one: its values stay leaves whoever writes them
         self.version = 0
@@ -236,7 +249,7 @@ class EagerTensor(Tensor):
         return getitem(self, _places(index))
 
     def __setitem__(self, index: Any, value: Any) -> None:
-        spread = (value._type.shape if isinstance(value, EagerTensor) else isinstance(value, (np.ndarray, list, tuple)))
+        spread = value._type.shape if isinstance(value, EagerTensor) else isinstance(value, (np.ndarray, list, tuple))
         super().__setitem__(_places(index) if spread else index, value)
 
     # ------------------------------------------------------------------------------------------- what it is
@@ -645,7 +658,13 @@ def backward(
 ) -> None:
     """Adds the gradients of sum(tensor * gradient) to `.grad` of the leaves (or of `inputs` only). One tensor or several."""
     tensors = [tensors] if isinstance(tensors, Tensor) else list(tensors)
-    gradients = [None] * len(tensors) if gradients is None else [gradients] if isinstance(gradients, Tensor) else list(gradients)
+    gradients = (
+        [None] * len(tensors)
+        if gradients is None
+        else [gradients]
+        if isinstance(gradients, Tensor)
+        else list(gradients)
+    )
     if len(gradients) != len(tensors):
         raise ArgumentError(f"backward got {len(tensors)} tensors and {len(gradients)} gradients")
     retain = create_graph if retain_graph is None else retain_graph

@@ -179,7 +179,18 @@ END = Val(None, -1, _END_NODE, NOTHING)
 class Trace:
     """A program under recording. Entry 0 stands for the root."""
 
-    __slots__ = ("__weakref__", "done", "entries", "hooked", "leaf_numbers", "leaves", "links", "lock", "node", "program")
+    __slots__ = (
+        "__weakref__",
+        "done",
+        "entries",
+        "hooked",
+        "leaf_numbers",
+        "leaves",
+        "links",
+        "lock",
+        "node",
+        "program",
+    )
 
     def __init__(self, grad: bool) -> None:
         self.entries: list[Val] = [Val(self, 0, _ROOTS[grad], NOTHING)]

@@ -139,7 +139,9 @@ class Optimizer:
         """The operation of a graph that performs one step on `loss`, a graph's tensor; run it with a Session. In eager mode: backward() and step()."""
         minimize = getattr(loss, "_minimize", None)
         if minimize is None:
-            raise ArgumentError("minimize takes the loss of a graph; in eager mode call loss.backward() and optimizer.step()")
+            raise ArgumentError(
+                "minimize takes the loss of a graph; in eager mode call loss.backward() and optimizer.step()"
+            )
         return minimize(self, loss)
 
     def _step_group(self, group: dict[str, Any]) -> None:

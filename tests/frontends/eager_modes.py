@@ -16,7 +16,6 @@ POLICIES = {
     "lazy": {"sync": False},
     "random1": {"flush_seed": 1},
     "random2": {"flush_seed": 20},
-    "random3": {"flush_seed": 300},
     "sync": {"sync": True},
 }
 
@@ -61,16 +60,17 @@ def same(a, b):
     """Whether two nests are equal in type and bits (a NaN equals a NaN)."""
     a, b = flat(a), flat(b)
     return len(a) == len(b) and all(
-        x.dtype == y.dtype and x.shape == y.shape and bool(np.all((x == y) | ((x != x) & (y != y)))) for x, y in zip(a, b)
+        x.dtype == y.dtype and x.shape == y.shape and bool(np.all((x == y) | ((x != x) & (y != y))))
+        for x, y in zip(a, b)
     )
 
 
 def in_every_mode(program):
-    """The arrays that the program gives, which must be equal under every policy, the first and the third time it runs."""
+    """The arrays that the program gives, which must be equal under every policy, the first and the second time it runs."""
     first = None
     for name in POLICIES:
         with flush_policy(name):
-            for _ in range(3 if name == "lazy" else 1):
+            for _ in range(2 if name == "lazy" else 1):
                 got = flat(program(duo))
                 first = got if first is None else first
                 assert same(first, got), f"{name} gives other bits:\n{first}\n{got}"

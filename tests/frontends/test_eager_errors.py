@@ -57,7 +57,7 @@ def test_twice_after_a_look():
     y = (w * w).sum()
     y.item()
     y.backward()
-    with pytest.raises(GradientError, match="mul.*retain_graph"):
+    with pytest.raises(GradientError, match=r"mul.*retain_graph"):
         y.backward()
 
 
@@ -66,7 +66,7 @@ def test_a_shared_trunk_freed():
     trunk = w.exp()
     one, two = (trunk * 2).sum(), (trunk * 3).sum()
     one.backward()
-    with pytest.raises(GradientError, match="exp.*retain_graph"):
+    with pytest.raises(GradientError, match=r"exp.*retain_graph"):
         two.backward()
 
 
@@ -109,7 +109,7 @@ def test_in_place_on_a_saved_value():
     line = here() + 1
     y = (h * h).sum()
     h.add_(1)
-    with pytest.raises(GradientError, match="mul.*in-place") as error:
+    with pytest.raises(GradientError, match=r"mul.*in-place") as error:
         y.backward()
     assert line_of(error.value) == line
 
@@ -119,7 +119,7 @@ def test_in_place_on_a_saved_result():
     y = w.exp()
     z = y.sum()
     y += 1
-    with pytest.raises(GradientError, match="exp.*in-place"):
+    with pytest.raises(GradientError, match=r"exp.*in-place"):
         z.backward()
 
 
@@ -127,7 +127,7 @@ def test_in_place_on_a_saved_constant():
     w, c = leaf(3), duo.ones(3)
     y = (w * c).sum()
     c.mul_(2)
-    with pytest.raises(GradientError, match="mul.*in-place"):
+    with pytest.raises(GradientError, match=r"mul.*in-place"):
         y.backward()
 
 
@@ -145,7 +145,7 @@ def test_in_place_on_a_saved_leaf():
     y = (w * w).sum()
     with duo.no_grad():
         w += 1
-    with pytest.raises(GradientError, match="mul.*in-place"):
+    with pytest.raises(GradientError, match=r"mul.*in-place"):
         y.backward()
 
 
@@ -155,7 +155,7 @@ def test_a_step_between_forward_and_backward():
     y = (w * w).sum()
     y.backward(retain_graph=True)
     opt.step()
-    with pytest.raises(GradientError, match="mul.*in-place"):
+    with pytest.raises(GradientError, match=r"mul.*in-place"):
         y.backward()
 
 
@@ -250,7 +250,11 @@ def test_shapes_and_dtypes():
         x.item()
     with pytest.raises(ShapeError, match=r"f32\[2,3\]"):
         bool(x)
-    assert issubclass(ShapeError, ValueError) and issubclass(DTypeError, TypeError) and issubclass(GradientError, RuntimeError)
+    assert (
+        issubclass(ShapeError, ValueError)
+        and issubclass(DTypeError, TypeError)
+        and issubclass(GradientError, RuntimeError)
+    )
     assert issubclass(IndexOutOfRange, IndexError) and issubclass(DuoError, Exception)
 
 

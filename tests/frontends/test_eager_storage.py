@@ -201,7 +201,6 @@ def view_outlives_base(T):
     v = x[1]
     x += 1
     del x
-    gc.collect()
     v *= 2
     return v
 

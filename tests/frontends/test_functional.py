@@ -4,11 +4,11 @@ import math
 
 import numpy as np
 import pytest
-from tests.frontends.functional_support import b, f, flat, gradients, i, p, run
 
 from duo import functional as F
 from duo.functional.indexing import getitem
 from duo.functional.shape import matrix_transpose, reverse_dims
+from tests.frontends.functional_support import b, f, flat, gradients, i, p, run
 
 torch = pytest.importorskip("torch")
 TF = torch.nn.functional

@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-from tests.frontends.functional_support import b, f, gradients, run, types_of
 
 from duo import functional as F
 from duo.functional import random as rng
@@ -12,6 +11,7 @@ from duo_ir.core import function_of
 from duo_ir.errors import DuoError, IndexOutOfRange
 from duo_ir.interpret import interpret
 from duo_ir.types import Dim, TensorType, bf16, bool_, f16, f32, f64, i32, i64
+from tests.frontends.functional_support import b, f, gradients, run, types_of
 
 torch = pytest.importorskip("torch")
 TF = torch.nn.functional

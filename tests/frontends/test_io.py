@@ -47,8 +47,17 @@ def test_structures(tmp_path):
     }
     got = round_trip(obj, tmp_path / "f")
     assert list(got) == list(obj) and got["tuple"][1][1].item() == 3 and isinstance(got["tuple"], tuple)
-    assert got["list"][:5] == [1, -2.5, "text", None, True] and got["list"][5][0].tolist() == [0, 1, 2] and got["list"][6] == ()
-    assert got[7] == {"int key": float("inf")} and got["nan"] != got["nan"] and got["tiny"] == 5e-324 and got["big"] == 2**80
+    assert (
+        got["list"][:5] == [1, -2.5, "text", None, True]
+        and got["list"][5][0].tolist() == [0, 1, 2]
+        and got["list"][6] == ()
+    )
+    assert (
+        got[7] == {"int key": float("inf")}
+        and got["nan"] != got["nan"]
+        and got["tiny"] == 5e-324
+        and got["big"] == 2**80
+    )
     assert got["numpy"].dtype is duo.int16 and got["scalar"] == float(np.float32(0.1)) and got["empty"] == {}
     assert got["model"]["c"].dtype is duo.bfloat16 and got["unicode é"] == "ü\n\0"
 
@@ -57,7 +66,9 @@ def test_names_that_meet(tmp_path):
     """Two places whose dotted names are equal keep their own tensors."""
     obj = {"a": {"b": duo.ones(1)}, "a.b": [duo.zeros(1)], "x": [duo.full((1,), 2.0)], "x.0": duo.full((1,), 3.0)}
     got = round_trip(obj, tmp_path / "f")
-    assert got["a"]["b"].item() == 1 and got["a.b"][0].item() == 0 and got["x"][0].item() == 2 and got["x.0"].item() == 3
+    assert (
+        got["a"]["b"].item() == 1 and got["a.b"][0].item() == 0 and got["x"][0].item() == 2 and got["x.0"].item() == 3
+    )
 
 
 def test_training_state(tmp_path):
@@ -97,7 +108,11 @@ def test_what_was_loaded_is_apart(tmp_path):
 def test_parameters_and_views(tmp_path):
     w = nn.Parameter(duo.arange(6).float().view(2, 3))
     got = round_trip([w, w.t(), w[0], w * 2], tmp_path / "f")
-    assert got[1].tolist() == [[0, 3], [1, 4], [2, 5]] and got[3].tolist() == [[0, 2, 4], [6, 8, 10]] and not got[0].requires_grad
+    assert (
+        got[1].tolist() == [[0, 3], [1, 4], [2, 5]]
+        and got[3].tolist() == [[0, 2, 4], [6, 8, 10]]
+        and not got[0].requires_grad
+    )
 
 
 def test_what_cannot_be_saved(tmp_path):
@@ -132,7 +147,9 @@ HOSTILE = {
     "data cut off": file_of({"x": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}}, b"\0" * 8),
     "data too long": file_of({"x": T4}, b"\0" * 400),
     "size and shape differ": file_of({"x": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}, b"\0" * 4),
-    "overflowing shape": file_of({"x": {"dtype": "F32", "shape": [1 << 62, 1 << 62], "data_offsets": [0, 4]}}, b"\0" * 4),
+    "overflowing shape": file_of(
+        {"x": {"dtype": "F32", "shape": [1 << 62, 1 << 62], "data_offsets": [0, 4]}}, b"\0" * 4
+    ),
     "negative shape": file_of({"x": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}, b"\0" * 4),
     "offsets backwards": file_of({"x": {"dtype": "F32", "shape": [1], "data_offsets": [4, 0]}}, b"\0" * 4),
     "overlap": file_of({"x": T4, "y": T4}, b"\0" * 4),
@@ -147,7 +164,9 @@ HOSTILE = {
         {"__metadata__": {"duo.structure": '{"list": [' * 50000 + "]}" * 50000}, "x": T4}, b"\0" * 4
     ),
     "bad float": file_of({"__metadata__": {"duo.structure": '{"float": "xyz"}'}, "x": T4}, b"\0" * 4),
-    "unhashable key": file_of({"__metadata__": {"duo.structure": '{"dict": [[[1], {"value": 1}]]}'}, "x": T4}, b"\0" * 4),
+    "unhashable key": file_of(
+        {"__metadata__": {"duo.structure": '{"dict": [[[1], {"value": 1}]]}'}, "x": T4}, b"\0" * 4
+    ),
     "metadata is a list": file_of({"__metadata__": [1], "x": T4}, b"\0" * 4),
     "pickle": b"\x80\x04\x95\x1a\x00\x00\x00\x00\x00\x00\x00\x8c\x02os\x8c\x06system",
 }

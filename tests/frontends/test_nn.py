@@ -21,7 +21,7 @@ def set_numbers(module):
     return module
 
 
-F, I = np.float32, np.int64
+F, INT = np.float32, np.int64
 LAYERS = {
     "linear": (lambda N: N.Linear(5, 3), (4, 5)),
     "linear_nd": (lambda N: N.Linear(5, 3), (2, 4, 5)),
@@ -93,7 +93,7 @@ def test_embedding_out_of_range():
 
 
 X, TARGET = numbers(6, 4), numbers(6, 4, seed=1)
-CLASSES = numbers(6, seed=2, dtype=I, low=0, high=4)
+CLASSES = numbers(6, seed=2, dtype=INT, low=0, high=4)
 P = numbers(6, 4, seed=3, low=0.05, high=0.95)
 LOSSES = {
     "mse": (lambda T, **k: T.nn.MSELoss(**k), X, TARGET),
@@ -105,7 +105,7 @@ LOSSES = {
     "cross_entropy_smooth": (lambda T, **k: T.nn.CrossEntropyLoss(label_smoothing=0.1, **k), X, CLASSES),
     "cross_entropy_soft": (lambda T, **k: T.nn.CrossEntropyLoss(**k), X, P),
     "cross_entropy_nd": (
-        lambda T, **k: T.nn.CrossEntropyLoss(**k), numbers(2, 4, 3), numbers(2, 3, dtype=I, low=0, high=4),
+        lambda T, **k: T.nn.CrossEntropyLoss(**k), numbers(2, 4, 3), numbers(2, 3, dtype=INT, low=0, high=4),
     ),
     "nll": (lambda T, **k: T.nn.NLLLoss(**k), X, CLASSES),
     "bce": (lambda T, **k: T.nn.BCELoss(**k), P, (TARGET > 0).astype(F)),
@@ -172,7 +172,9 @@ def test_names_as_in_torch():
         assert [n for n, _ in getattr(ours, method)()] == [n for n, _ in getattr(theirs, method)()], method
     assert list(ours.state_dict()) == list(theirs.state_dict())
     assert len(list(ours.parameters())) == len(list(theirs.parameters()))
-    assert [tuple(v.shape) for v in ours.state_dict().values()] == [tuple(v.shape) for v in theirs.state_dict().values()]
+    assert [tuple(v.shape) for v in ours.state_dict().values()] == [
+        tuple(v.shape) for v in theirs.state_dict().values()
+    ]
     assert str(ours) == str(theirs)
     assert ours.get_submodule("blocks.1.inner") is ours.blocks[1].inner
     assert ours.get_parameter("blocks.0.scale") is ours.blocks[0].scale
@@ -282,7 +284,12 @@ def test_to_dtype():
     model = nn.Sequential(nn.Linear(3, 2), nn.LayerNorm(2))
     weight = model[0].weight
     before = weight.detach().numpy().copy()
-    for method, kind in (("double", duo.float64), ("bfloat16", duo.bfloat16), ("half", duo.float16), ("float", duo.float32)):
+    for method, kind in (
+        ("double", duo.float64),
+        ("bfloat16", duo.bfloat16),
+        ("half", duo.float16),
+        ("float", duo.float32),
+    ):
         assert getattr(model, method)() is model
         assert model[0].weight is weight and all(p.dtype is kind for p in model.parameters())
         y = model(duo.ones(4, 3, dtype=kind))
@@ -327,7 +334,10 @@ def test_containers():
     m = nn.ModuleList([nn.Linear(1, 1)])
     m.insert(0, nn.ReLU())
     m += [nn.Tanh()]
-    assert [type(x).__name__ for x in m] == ["ReLU", "Linear", "Tanh"] and list(m.state_dict()) == ["1.weight", "1.bias"]
+    assert [type(x).__name__ for x in m] == ["ReLU", "Linear", "Tanh"] and list(m.state_dict()) == [
+        "1.weight",
+        "1.bias",
+    ]
     d = nn.ModuleDict({"x": nn.ReLU()})
     d["y"] = nn.Linear(1, 1)
     assert "y" in d and list(d.keys()) == ["x", "y"] and len(list(d.values())) == 2
@@ -354,7 +364,13 @@ def test_tied_parameters_train():
             loss = T.nn.functional.cross_entropy(model(T.tensor([0, 3, 4])), T.tensor([3, 4, 0]))
             loss.backward()
             opt.step()
-        return loss, model.embed.weight, model.out.weight, len(list(model.parameters())), model.out.weight is model.embed.weight
+        return (
+            loss,
+            model.embed.weight,
+            model.out.weight,
+            len(list(model.parameters())),
+            model.out.weight is model.embed.weight,
+        )
 
     agree(program, torch)
 
@@ -377,16 +393,22 @@ def test_dropout_statistics_and_seed():
 
 
 MADE = {
-    "uniform_": (lambda I, t: I.uniform_(t, -2, 3), 0.5, 5 / 12**0.5, -2, 3),
-    "normal_": (lambda I, t: I.normal_(t, 1, 2), 1, 2, -9, 11),
-    "trunc_normal_": (lambda I, t: I.trunc_normal_(t, 0, 1, -1, 1), 0, 0.5398, -1, 1),
-    "constant_": (lambda I, t: I.constant_(t, 0.3), 0.3, 0, 0.29, 0.31),
-    "ones_": (lambda I, t: I.ones_(t), 1, 0, 1, 1),
-    "zeros_": (lambda I, t: I.zeros_(t), 0, 0, 0, 0),
-    "xavier_uniform_": (lambda I, t: I.xavier_uniform_(t, 2.0), 0, 2 * (2 / 500) ** 0.5, -0.22, 0.22),
-    "xavier_normal_": (lambda I, t: I.xavier_normal_(t), 0, (2 / 500) ** 0.5, -1, 1),
-    "kaiming_uniform_": (lambda I, t: I.kaiming_uniform_(t, nonlinearity="relu"), 0, (2 / 200) ** 0.5, -0.174, 0.174),
-    "kaiming_normal_": (lambda I, t: I.kaiming_normal_(t, mode="fan_out"), 0, (2 / 300) ** 0.5, -1, 1),
+    "uniform_": (lambda init, t: init.uniform_(t, -2, 3), 0.5, 5 / 12**0.5, -2, 3),
+    "normal_": (lambda init, t: init.normal_(t, 1, 2), 1, 2, -9, 11),
+    "trunc_normal_": (lambda init, t: init.trunc_normal_(t, 0, 1, -1, 1), 0, 0.5398, -1, 1),
+    "constant_": (lambda init, t: init.constant_(t, 0.3), 0.3, 0, 0.29, 0.31),
+    "ones_": (lambda init, t: init.ones_(t), 1, 0, 1, 1),
+    "zeros_": (lambda init, t: init.zeros_(t), 0, 0, 0, 0),
+    "xavier_uniform_": (lambda init, t: init.xavier_uniform_(t, 2.0), 0, 2 * (2 / 500) ** 0.5, -0.22, 0.22),
+    "xavier_normal_": (lambda init, t: init.xavier_normal_(t), 0, (2 / 500) ** 0.5, -1, 1),
+    "kaiming_uniform_": (
+        lambda init, t: init.kaiming_uniform_(t, nonlinearity="relu"),
+        0,
+        (2 / 200) ** 0.5,
+        -0.174,
+        0.174,
+    ),
+    "kaiming_normal_": (lambda init, t: init.kaiming_normal_(t, mode="fan_out"), 0, (2 / 300) ** 0.5, -1, 1),
 }
 
 
@@ -398,7 +420,12 @@ def test_initialisers(name):
         t = library.zeros(300, 200, requires_grad=True)
         assert make(library.nn.init, t) is t and t.requires_grad
         a = t.detach().numpy()
-        assert abs(a.mean() - mean) < 0.02 and abs(a.std() - std) < 0.02 * max(1, std) and a.min() >= low - 1e-6 and a.max() <= high + 1e-6
+        assert (
+            abs(a.mean() - mean) < 0.02
+            and abs(a.std() - std) < 0.02 * max(1, std)
+            and a.min() >= low - 1e-6
+            and a.max() <= high + 1e-6
+        )
 
 
 def test_eye_and_gain():
@@ -412,7 +439,9 @@ def test_eye_and_gain():
 def test_default_initialisation_has_torchs_bounds():
     duo.manual_seed(0)
     w = nn.Linear(400, 300)
-    assert abs(w.weight.detach().numpy()).max() <= 1 / 20 and abs(w.weight.detach().numpy().std() - 1 / 20 / 3**0.5) < 1e-3
+    assert (
+        abs(w.weight.detach().numpy()).max() <= 1 / 20 and abs(w.weight.detach().numpy().std() - 1 / 20 / 3**0.5) < 1e-3
+    )
     assert abs(nn.Embedding(200, 100).weight.detach().numpy().std() - 1) < 0.02
 
 

@@ -34,7 +34,9 @@ OPTIMIZERS = {
 
 
 def parameters(T, dtype=np.float32):
-    return [T.tensor(numbers(*shape, seed=k, dtype=dtype), requires_grad=True) for k, shape in enumerate([(3, 4), (4,), ()])]
+    return [
+        T.tensor(numbers(*shape, seed=k, dtype=dtype), requires_grad=True) for k, shape in enumerate([(3, 4), (4,), ()])
+    ]
 
 
 def loss_of(T, params, step=0):

@@ -6,6 +6,7 @@ program's state: in-place writes, gradients set, hyperparameters used, leaves ma
 
 from __future__ import annotations
 
+import gc
 import weakref
 from typing import Any
 
@@ -95,12 +96,17 @@ class Capture:
 
     # --------------------------------------------------------------------------------------------------- on and off
     def __enter__(self) -> Capture:
+        # What a garbage collection calls (finalisers, other libraries' callbacks) is not what the function does.
+        self._collecting = gc.isenabled()
+        gc.disable()
         state.capture = self
         self.trace = state.trace = CaptureTrace(state.grad)
         return self
 
     def __exit__(self, *exc: object) -> None:
         state.capture = None
+        if self._collecting:
+            gc.enable()
 
     @property
     def whole(self) -> bool:

@@ -53,7 +53,7 @@ from duo_ir.errors import ArgumentError, ShapeError
 
 
 def _done(input: Any, output: Any, inplace: bool) -> Any:
-    return input._assign(output) if inplace else output
+    return input._assign(output) if inplace and getattr(input, "_mutable", False) else output
 
 
 # ------------------------------------------------------------------------------------------------------- activations

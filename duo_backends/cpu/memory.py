@@ -89,7 +89,10 @@ class Buffer:
         self._home = home
 
     def __del__(self) -> None:
-        home = self._home
+        try:
+            home = self._home
+        except AttributeError:  # an interrupt came while it was being made
+            return
         if home is not None:
             home.append(self.ptr)
 

@@ -463,3 +463,13 @@ def test_utils():
 
 def test_flat_is_what_it_says():
     assert [a.shape for a in flat({"a": [duo.ones(2), None], "b": 1})] == [(2,), (), ()]
+
+
+@pytest.mark.parametrize("layer", [nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SiLU])
+def test_inplace_activations_write_into_their_input(layer):
+    x = duo.tensor([-1.0, 2.0])
+    want = layer()(x).tolist()
+    assert x.tolist() == [-1.0, 2.0]
+    y = layer(inplace=True)(x)
+    assert y is x
+    assert x.tolist() == want

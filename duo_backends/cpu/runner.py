@@ -11,9 +11,8 @@ import os
 import platform
 import threading
 from collections.abc import Callable
-from typing import Any
 
-from duo_backends.cpu import pool_text, runner_text
+from duo_backends.cpu import pool_text, runner_text, threads
 from duo_backends.cpu.jit import Library, build, machine
 from duo_backends.cpu.system import system
 
@@ -66,7 +65,6 @@ class Native:
 
 _native: Native | None = None
 _lock = threading.Lock()
-_when_loaded: list[Callable[[Native], Any]] = []
 
 
 def native() -> Native:
@@ -76,18 +74,7 @@ def native() -> Native:
         return _native
     with _lock:
         if _native is None:
-            loaded = Native()
-            for action in _when_loaded:
-                action(loaded)
-            _native = loaded
+            made = Native()
+            threads.attach(made)
+            _native = made
     return _native
-
-
-def loaded() -> Native | None:
-    """The runtime if it has been loaded."""
-    return _native
-
-
-def when_loaded(action: Callable[[Native], Any]) -> None:
-    """Runs `action` once, when the runtime is loaded; call at import."""
-    _when_loaded.append(action)

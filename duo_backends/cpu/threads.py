@@ -11,10 +11,9 @@ import os
 import threading
 import time
 import weakref
-from typing import Any
+from typing import Any, Protocol
 
 from duo_backends.cpu.pool_text import MAX_THREADS
-from duo_backends.cpu.runner import Native, loaded, when_loaded
 from duo_backends.cpu.system import system
 from duo_ir.errors import ArgumentError
 
@@ -30,7 +29,16 @@ def _initial() -> int:
     return int(text)
 
 
+class PoolControls(Protocol):
+    """What is asked of the native runtime (`runner.Native`) here."""
+
+    set_spins: Any
+    resize: Any
+    relax_times: Any
+
+
 _threads: int | None = None
+_native: PoolControls | None = None
 _lock = threading.Lock()
 _listeners: weakref.WeakSet[Any] = weakref.WeakSet()
 
@@ -49,9 +57,8 @@ def set_num_threads(n: int) -> None:
     if isinstance(n, bool) or not isinstance(n, int) or not 1 <= n <= MAX_THREADS:
         raise ArgumentError(f"set_num_threads({n!r}): give a number from 1 to {MAX_THREADS}")
     _threads = n
-    native = loaded()
-    if native is not None:
-        _resize(native)
+    if _native is not None:
+        _resize(_native)
     with _lock:
         listeners = list(_listeners)
     for listener in listeners:
@@ -64,7 +71,14 @@ def on_change(listener: Any) -> None:
         _listeners.add(listener)
 
 
-def _resize(native: Native) -> None:
+def attach(native: PoolControls) -> None:
+    """The native runtime has been loaded: from here on its pool follows."""
+    global _native
+    _resize(native)
+    _native = native
+
+
+def _resize(native: PoolControls) -> None:
     n = get_num_threads()
     # More threads than cores: spinning would take the core from a thread that has work.
     micros = SPIN_MICROSECONDS if n <= system.usable_cores() else 1
@@ -72,7 +86,7 @@ def _resize(native: Native) -> None:
     native.resize(n, 1 << 62)
 
 
-def _spins_per_microsecond(native: Native) -> float:
+def _spins_per_microsecond(native: PoolControls) -> float:
     best = 0.0
     for _ in range(3):
         start = time.perf_counter_ns()
@@ -83,10 +97,8 @@ def _spins_per_microsecond(native: Native) -> float:
 
 def _end() -> None:
     # A worker must not spin in code that the interpreter's end unloads; a daemon thread may still own the pool, so do not wait long.
-    native = loaded()
-    if native is not None:
-        native.resize(1, 100_000)
+    if _native is not None:
+        _native.resize(1, 100_000)
 
 
-when_loaded(_resize)
 atexit.register(_end)

@@ -55,17 +55,8 @@ def _interpreter() -> Any:
     return importlib.import_module("duo_ir.interpret")
 
 
-@dataclass(frozen=True)
-class NoDonations:
-    """The part of a Program that eager mode asks for, where results never take an input's memory."""
-
-    donations: tuple[tuple[int, int], ...] = ()
-
-
 class Interpreted:
     """Runs a Function by the reference interpreter. With `check`, an op whose result holds the first NaN or infinity raises NanError."""
-
-    program = NoDonations()
 
     def __init__(self, function: Function, check: bool = False) -> None:
         self.function, self.check = function, check

@@ -19,9 +19,8 @@ from duo.eager.autograd import Inner
 from duo.eager.build import Construction, Watch
 from duo.eager.segments import Origin, Position, Pullback, Segment, unmarked
 from duo.eager.trace import END, NOTHING, Info, Macro, Node, Trace, Val, forget, hooks, settle, state
-from duo_ir.core import Function, Value
+from duo_ir.core import Value
 from duo_ir.errors import GradientError, TraceError
-from duo_ir.opdef import Gather, Scatter
 from duo_ir.types import DType
 
 _getrefcount = sys.getrefcount
@@ -38,35 +37,6 @@ def _baseline() -> int:
 
 
 _ALONE = _baseline()
-_DONATE_FROM = 1 << 14  # bytes from which reusing an input's memory is worth the asking
-
-
-def _counts(leaves: dict[Val, int], entries: list[int], buffers: list[Any]) -> list[tuple[int, int]]:
-    """Reference counts of the outside values of these entries, and of their buffers, as `_given_away` sees them."""
-    outside = {number: val for val, number in leaves.items()}
-    out = []
-    for entry, buffer in zip(entries, buffers):
-        val = outside[entry]
-        out.append((_getrefcount(val), _getrefcount(buffer)))
-    return out
-
-
-def _owned_once() -> tuple[int, int]:
-    """What `_counts` gives for a value and buffer that only a trace's leaf still holds."""
-    leaves: dict[Val, int] = {}
-    proxies = []
-    for number in range(2):
-        val, proxy = Val(None, 0, None, NOTHING), Val(None, 0, None, NOTHING)
-        val.buf = proxy.buf = object()  # type: ignore[assignment]
-        leaves[val] = number
-        proxies.append(proxy)
-    del val, proxy
-    inputs = [p.buf for p in proxies]
-    first, second = _counts(leaves, [0, 1], [inputs[j] for j in (0, 1)])
-    return first if first == second else (-1, -1)
-
-
-_OWNED_ONCE = _owned_once()
 
 
 class Program:
@@ -91,22 +61,8 @@ class Program:
         self.same = {p: n for p, v in zip(self.residuals, kept) for n, w in zip(live, values) if v is w}
         function = construction.builder.build([*values, *kept])
         scalars = [i for i, (_, k) in enumerate(plan.inputs) if k is not None]
-        runnable = runtime.runnable(function, fused, scalars)
-        self.run = runnable.run
+        self.run = runtime.runnable(function, fused, scalars).run
         self.function = function
-        # What a segment keeps may be read again by a backward pass; otherwise memory of dead inputs is used for outputs.
-        # A program that may fail half way gives nothing away: what it reads is needed to save what does not depend on the failure.
-        rows = (
-            []
-            if self.alive or _may_fail(function)
-            else sorted({j for _, j in runnable.program.donations if function.params[j].type.nbytes >= _DONATE_FROM})
-        )
-        self.donatable = (rows, [plan.inputs[j][0] for j in rows]) if rows else None
-
-
-def _may_fail(function: Function) -> bool:
-    """Whether it has ops that check their operands when they run."""
-    return any(isinstance(op.definition.kind, (Gather, Scatter)) for op in function.walk())
 
 
 def _freed_outputs(construction: Construction, outs: list[int]) -> dict[int, Exception]:
@@ -226,7 +182,8 @@ def _execute(trace: Trace, plan: FlushPlan, live: tuple[int, ...], program: Prog
     for e, k in plan.inputs:
         entry = entries[e]
         inputs.append(entry.buf if k is None else entry.scalars[k])  # type: ignore[index]
-    buffers = program.run(inputs, _given_away(trace, program, inputs) if program.donatable else ())
+    # No input is given away: an interrupt after the call and before its results are stored would lose both.
+    buffers = program.run(inputs)
     origins: dict[int, Origin] = {}
     if program.alive:
         origins = _segment(trace, plan, program, buffers).origins
@@ -239,14 +196,6 @@ def _execute(trace: Trace, plan: FlushPlan, live: tuple[int, ...], program: Prog
             val.extra = origins[n]
         val.buf = buffer  # last: another thread may take the value up from here on
         val.trace = None
-
-
-def _given_away(trace: Trace, program: Program, inputs: list[Any]) -> tuple[int, ...]:
-    """Inputs that nobody will read again: their values are held by this trace alone, their buffers by those values."""
-    assert program.donatable is not None
-    numbers, entries = program.donatable
-    counts = _counts(trace.leaves, entries, [inputs[j] for j in numbers])
-    return tuple([j for j, count in zip(numbers, counts) if count == _OWNED_ONCE])
 
 
 def _segment(trace: Trace, plan: FlushPlan, program: Program, buffers: list[Any]) -> Segment:

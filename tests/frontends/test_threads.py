@@ -414,3 +414,41 @@ def test_traces_that_never_repeat():
     assert statistics.fused == fused and statistics.compiled - compiled <= 40
     assert runtime.backend().compile_count - kernels <= 8
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 150 << 10  # KiB
+
+
+def test_interrupted_training_keeps_its_parameters(tmp_path):
+    """Interrupts at random moments of steps with large parameters: everything can be read afterwards and is finite."""
+    trials = min(TRIALS, 300)
+    duo.manual_seed(0)
+    model = duo.nn.Linear(150, 150)
+    optimizer = duo.optim.Adam(model.parameters(), lr=1e-3)
+    x = duo.randn(8, 150)
+    rng = random.Random(0)
+    armed = False
+
+    def interrupt(*_):
+        if armed:
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    hits = 0
+    try:
+        for _ in range(trials):
+            try:
+                armed = True
+                signal.setitimer(signal.ITIMER_REAL, rng.uniform(1e-5, 5e-4))
+                for _ in range(3):
+                    optimizer.zero_grad()
+                    model(x).square().mean().backward()
+                    optimizer.step()
+                armed = False
+            except KeyboardInterrupt:
+                armed = False
+                hits += 1
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            tensors = [*model.parameters(), *[v for s in optimizer.state.values() for v in s.values()]]
+            assert all(np.isfinite(t.detach().numpy()).all() for t in tensors)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert hits > 0

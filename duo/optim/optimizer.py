@@ -165,13 +165,12 @@ class Optimizer:
     def _start(self, options: frozenset, params: list[Any]) -> None:
         """State for parameters that meet their first gradient; those that start together share one step counter."""
         step = full_value(0, TensorType(i64, ())) if self.rule.counts else None
-        for p in params:
-            if step is not None:
-                self.state[p]["step"] = step
-            for name in self.rule.slots(options):
-                self.state[p][name] = full_value(0, p._type)
         if step is not None:
             self._sharing[id(step)] = (step, len(params))
+        for p in params:
+            slots = {"step": step} if step is not None else {}
+            slots.update((name, full_value(0, p._type)) for name in self.rule.slots(options))
+            self.state[p].update(slots)  # all at once: an interrupt finds a parameter started or not
 
     def _update(self, options: frozenset, group: dict[str, Any], params: list[Any]) -> None:
         names = self.rule.slots(options)

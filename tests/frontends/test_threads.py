@@ -6,7 +6,6 @@ import resource
 import signal
 import sys
 import threading
-import time
 import traceback
 
 import numpy as np
@@ -407,10 +406,8 @@ def test_traces_that_never_repeat():
     statistics = duo.debug.statistics()
     kernels, fused, compiled = runtime.backend().compile_count, statistics.fused, statistics.compiled
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    start = time.perf_counter()
     for length in random.Random(0).sample(range(4, 44), 40):
         assert np.isfinite(run(length))
-    assert time.perf_counter() - start < 40
     assert statistics.fused == fused and statistics.compiled - compiled <= 40
     assert runtime.backend().compile_count - kernels <= 8
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 150 << 10  # KiB

@@ -7,7 +7,6 @@ the new base through the chain's write rules and bumps the version; other views 
 
 from __future__ import annotations
 
-import sys
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,21 +17,11 @@ from duo import runtime
 from duo.dispatch import View
 from duo.eager.autograd import Engine, GradLeaf, Inner
 from duo.eager.flush import flush
+from duo.eager.hooks import RemovableHook
 from duo.eager.printing import format_tensor
-from duo.eager.segments import Origin, unmarked
-from duo.eager.trace import (
-    MARK,
-    Info,
-    Val,
-    commit,
-    note_overwritten_here,
-    open_trace,
-    record,
-    record_pair,
-    settle,
-    state,
-)
-from duo.eager.watch import changed
+from duo.eager.sharing import Storage, is_shared, share_memory, snapshot, still_shared, write_through
+from duo.eager.trace import Val, record, record_pair, settle, state
+from duo.eager.values import as_leaf, material, overwrite
 from duo.functional.indexing import getitem
 from duo.tensor import Tensor
 from duo_ir.core import Value
@@ -40,22 +29,6 @@ from duo_ir.errors import ArgumentError, DTypeError, GradientError, ShapeError, 
 from duo_ir.ops import stop_gradient, straight_through
 from duo_ir.ops.broadcasting import broadcast_to, cast_to
 from duo_ir.types import DType, Shape, TensorType, bool_, dtype
-
-
-class Storage:
-    """What tensors that alias have in common: the base value, how often it was written, the leaf that the base is. `shared`: says whether
-    NumPy can see the memory."""
-
-    __slots__ = ("base", "leaf", "shared", "val", "version")
-
-    def __init__(self, val: Val, leaf: GradLeaf | None = None, base: Any = None) -> None:
-        self.base: weakref.ref | None = (
-            weakref.ref(base) if base is not None else None
-        )  # the tensor that it was made for
-        self.val = val
-        self.leaf = leaf  # of the base, where it is one: its values stay leaves whoever writes them
-        self.version = 0
-        self.shared: Callable[[], bool] | None = None
 
 
 def _detach_read(x: Value) -> Value:
@@ -153,35 +126,30 @@ class EagerTensor(Tensor):
         """The value, read again through the chain when the storage has been written since."""
         storage = self._storage
         assert storage is not None
-        if storage.shared is not None:
-            if not storage.shared():
-                storage.shared = None
-                storage.version += 1  # what was read before is a snapshot of it
-            elif state.capture is None or not state.capture.exports_to(storage):
-                return self._snapshot(storage)
+        if storage.shared is not None and still_shared(storage) and self._reads_shared(storage):
+            return self._as_mine(self._through(snapshot(storage)))
         if self._seen != storage.version:
             version = storage.version
-            val = storage.val
-            for view, attrs in self._chain:
-                (val,) = record(view.read, (EagerTensor(val),), attrs)
-            self._val = self._as_mine(val)
+            self._val = self._as_mine(self._through(storage.val))
             self._seen = version
         return self._val
+
+    @staticmethod
+    def _reads_shared(storage: Storage) -> bool:
+        """Whether what NumPy sees is what the storage holds; not once a function being recorded has written it."""
+        return state.capture is None or not state.capture.exports_to(storage)
+
+    def _through(self, base: Val) -> Val:
+        """`base` seen through the chain of views."""
+        val = base
+        for view, attrs in self._chain:
+            (val,) = record(view.read, (EagerTensor(val),), attrs)
+        return val
 
     def _as_mine(self, val: Val) -> Val:
         """`val`, marked as this tensor's leaf if it is one and the value is not yet."""
         leaf = self._leaf
         return val if leaf is None or val.extra is leaf else as_leaf(val, leaf)
-
-    def _snapshot(self, storage: Storage) -> Val:
-        """A copy of memory that NumPy may write to at any time."""
-        base = storage.val
-        source = runtime.to_numpy(settle(base), base.info.type)
-        val = unmarked(base)  # with its history
-        val.buf = runtime.from_numpy(source)
-        for view, attrs in self._chain:
-            (val,) = record(view.read, (EagerTensor(val),), attrs)
-        return self._as_mine(val)
 
     # ------------------------------------------------------------------------------------------- in-place writes
     def _assign(self, new: Any) -> EagerTensor:
@@ -210,9 +178,9 @@ class EagerTensor(Tensor):
         storage = self._storage
         if not any(view is DATA for view, _ in self._chain):
             by = val if by is None else by
-            _overwrite(self._val, by)
+            overwrite(self._val, by)
             if storage is not None and storage.val is not self._val:
-                _overwrite(storage.val, by)
+                overwrite(storage.val, by)
         if storage is None:
             self._val = self._as_mine(val)
             return
@@ -230,11 +198,7 @@ class EagerTensor(Tensor):
         if storage.shared is not None and state.capture is not None:
             state.capture.export(storage)
         elif storage.shared is not None and storage.shared():
-            shared = settle(storage.val)
-            target = runtime.to_numpy(shared, base.info.type)
-            target[...] = runtime.to_numpy(settle(base), base.info.type)
-            base = unmarked(base)
-            base.buf = shared
+            base = write_through(storage, base)
         if storage.leaf is not None:
             base = as_leaf(base, storage.leaf)
         storage.val = base
@@ -394,31 +358,9 @@ class EagerTensor(Tensor):
             storage = self._storage = Storage(self._val, self._leaf, self)
             self._seen = 0
         if share and storage is not None and all(v in _SAME_MEMORY for v, _ in self._chain):
-            if storage.shared is None or not storage.shared():
-                storage.shared = None
-                self._make_sole_owner(storage)
-            array = runtime.to_numpy(settle(storage.val), storage.val.info.type)
-            if storage.shared.__class__ is not Sharers:
-                storage.shared = Sharers(storage.shared)
-            storage.shared.add(array)  # type: ignore[union-attr]
-            return array
+            return share_memory(self, storage)
         val = self._value()
         return runtime.to_numpy(settle(val), val.info.type, copy=True)
-
-    def _make_sole_owner(self, storage: Storage) -> None:
-        """NumPy is about to see the storage's memory: nothing else may read it, so what others hold too is copied."""
-        settle(storage.val)
-        if storage.val in state.trace.leaves:
-            flush()
-        base = storage.base() if storage.base is not None else None
-        if self._chain:
-            self._val, self._seen = storage.val, -1
-        val = storage.val
-        holders = 1 + (self._val is val) + (base is not None and base is not self and base._val is val)
-        if (sys.getrefcount(val) - holders, sys.getrefcount(val.buf)) != _SOLE_OWNER:
-            own = storage.val = unmarked(val)
-            own.buf = runtime.from_numpy(runtime.to_numpy(settle(val), val.info.type))
-            storage.version += 1
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         array = self.numpy()
@@ -479,83 +421,6 @@ class EagerTensor(Tensor):
         self._kept = EagerTensor(gradient._value()) if kept is None else kept + gradient
 
 
-class Sharers:
-    """Whether any array that shares a storage's memory is alive. `first`: what said so before."""
-
-    __slots__ = ("arrays", "first")
-
-    def __init__(self, first: Callable[[], bool] | None) -> None:
-        self.first = first
-        self.arrays: list[weakref.ref] = []
-
-    def add(self, array: np.ndarray) -> None:
-        self.arrays = [r for r in self.arrays if r() is not None]
-        self.arrays.append(weakref.ref(array))
-
-    def __call__(self) -> bool:
-        return any(r() is not None for r in self.arrays) or (self.first is not None and self.first())
-
-
-class RemovableHook:
-    """Handle of a registered hook; `remove()` takes it off."""
-
-    def __init__(self, hooks: list, hook: Callable) -> None:
-        self._hooks, self._hook = hooks, hook
-        _hooks_changed()
-        hooks.append(hook)
-
-    def remove(self) -> None:
-        if self._hook in self._hooks:
-            _hooks_changed()
-            self._hooks.remove(self._hook)
-
-
-def _hooks_changed() -> None:
-    changed()
-    if state.capture is not None:
-        state.capture.impure("a hook is registered or removed inside")
-
-
-# ------------------------------------------------------------------------------------------------------ values
-def material(buffer: Any, type: TensorType, requires_grad: bool = False) -> Val:
-    """A value that is there."""
-    val = Val(None, -1, None, Info(type, requires_grad))
-    val.buf = buffer
-    if state.capture is not None:
-        state.capture.made.add(val)
-    return val
-
-
-def as_leaf(val: Val, leaf: GradLeaf) -> Val:
-    """`val` as the value of a leaf."""
-    while True:
-        trace = open_trace()
-        if val.trace is trace:
-            made = commit(trace, (MARK, val.index))
-            if made is None:
-                continue
-            made[0].extra = leaf
-            trace.link(leaf, made[0].index)
-            return made[0]
-        out = material(settle(val), val.info.type, True)
-        out.extra = leaf
-        return out
-
-
-def _overwrite(val: Val, by: Val) -> None:
-    """Notes that an in-place op has replaced `val` by what it computed, `by`, for backward's check."""
-    if by.buf is not None and isinstance(by.extra, Origin) and by.extra.segment is not None:
-        by.extra.segment.note_overwritten(val, by.extra.number)
-    val.overwritten = True
-    trace = state.trace
-    node = trace.entries[-1].node
-    if node is None or not node.tracked:
-        return
-    number = val.index if val.trace is trace else trace.leaves.get(val)
-    if number is not None:
-        note_overwritten_here(trace, number, by.index if by.trace is trace else -1)
-
-
 def _places(index: Any) -> Any:
     """An index whose masks have become the places where they are true. That looks at their values."""
     if index.__class__ is not tuple:
@@ -591,27 +456,6 @@ def tensor_of(array: np.ndarray) -> EagerTensor:
     return EagerTensor(material(runtime.from_numpy(array), TensorType(dtype(array.dtype), array.shape)))
 
 
-def _sole_owner() -> tuple[int, int]:
-    """The counts that `_make_sole_owner` sees, less the holders, for a value and buffer that nobody else holds."""
-    storage = Storage(Val(None, 0, None, Info(TensorType(bool_, ()))))
-    storage.val.buf = object()  # type: ignore[assignment]
-    val = storage.val
-    return sys.getrefcount(val) - 1, sys.getrefcount(val.buf)
-
-
-_SOLE_OWNER = _sole_owner()
-
-
-def _is_shared(array: np.ndarray) -> Callable[[], bool]:
-    if not array.flags.owndata:
-        return lambda: True
-    # Our closure, its cell's use and the buffer hold it; anyone else means that it can be written to.
-    return lambda: sys.getrefcount(array) > _OWN_REFERENCES
-
-
-_OWN_REFERENCES = 3
-
-
 def from_numpy(array: np.ndarray) -> EagerTensor:
     """A tensor that shares the array's memory (a non-contiguous array is copied). Writes to either are seen by the other; results
     already asked for never change."""
@@ -622,7 +466,7 @@ def from_numpy(array: np.ndarray) -> EagerTensor:
         return EagerTensor(material(runtime.from_numpy(array), kind))
     out = EagerTensor(material(runtime.from_numpy(array, copy=False), kind))
     out._storage = Storage(out._val)
-    out._storage.shared = _is_shared(array)
+    out._storage.shared = is_shared(array)
     return out
 
 

@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from duo.eager.flush import flush
+from duo.eager.hooks import RemovableHook
 from duo.eager.mode import no_grad
-from duo.eager.tensor import EagerTensor, RemovableHook
+from duo.eager.tensor import EagerTensor
 from duo.eager.trace import state
 from duo.eager.watch import Epoch, WatchedDict
 from duo.nn.parameter import Parameter

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from duo.eager.autograd import GradLeaf
-from duo.eager.tensor import EagerTensor, as_leaf
+from duo.eager.tensor import EagerTensor
 from duo.eager.trace import record
+from duo.eager.values import as_leaf
 from duo_ir.core import Value
 from duo_ir.errors import DTypeError
 from duo_ir.ops import stop_gradient

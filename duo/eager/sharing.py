@@ -1,0 +1,134 @@
+"""Storages, and the sharing of their memory with NumPy.
+
+A Storage is what tensors that alias have in common. NumPy may see its memory (`from_numpy`, `.numpy()`) and write to it at any time, which
+nobody tells us: while an array that shares it is alive, every read takes a snapshot and every write goes into the same memory at once.
+"""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from duo import runtime
+from duo.eager.autograd import GradLeaf
+from duo.eager.flush import flush
+from duo.eager.segments import unmarked
+from duo.eager.trace import Info, Val, settle, state
+from duo_ir.types import TensorType, bool_
+
+
+class Storage:
+    """What tensors that alias have in common: the base value, how often it was written, the leaf that the base is. `shared`: says whether
+    NumPy can see the memory."""
+
+    __slots__ = ("base", "leaf", "shared", "val", "version")
+
+    def __init__(self, val: Val, leaf: GradLeaf | None = None, base: Any = None) -> None:
+        self.base: weakref.ref | None = (
+            weakref.ref(base) if base is not None else None
+        )  # the tensor that it was made for
+        self.val = val
+        self.leaf = leaf  # of the base, where it is one: its values stay leaves whoever writes them
+        self.version = 0
+        self.shared: Callable[[], bool] | None = None
+
+
+class Sharers:
+    """Whether any array that shares a storage's memory is alive. `first`: what said so before."""
+
+    __slots__ = ("arrays", "first")
+
+    def __init__(self, first: Callable[[], bool] | None) -> None:
+        self.first = first
+        self.arrays: list[weakref.ref] = []
+
+    def add(self, array: np.ndarray) -> None:
+        self.arrays = [r for r in self.arrays if r() is not None]
+        self.arrays.append(weakref.ref(array))
+
+    def __call__(self) -> bool:
+        return any(r() is not None for r in self.arrays) or (self.first is not None and self.first())
+
+
+def still_shared(storage: Storage) -> bool:
+    """Whether NumPy sees the memory now."""
+    if storage.shared is None:
+        return False
+    if storage.shared():
+        return True
+    storage.shared = None
+    storage.version += 1  # what was read before is a snapshot of it
+    return False
+
+
+def snapshot(storage: Storage) -> Val:
+    """A copy of memory that NumPy may write to at any time, with its history."""
+    base = storage.val
+    array = runtime.to_numpy(settle(base), base.info.type)
+    val = unmarked(base)
+    val.buf = runtime.from_numpy(array)
+    return val
+
+
+def write_through(storage: Storage, val: Val) -> Val:
+    """`val` written into the memory that NumPy sees: the storage's new base."""
+    shared = settle(storage.val)
+    target = runtime.to_numpy(shared, val.info.type)
+    target[...] = runtime.to_numpy(settle(val), val.info.type)
+    out = unmarked(val)
+    out.buf = shared
+    return out
+
+
+def share_memory(tensor: Any, storage: Storage) -> np.ndarray:
+    """The memory of the storage, which `tensor` has, as an array; a write to either is seen by the other."""
+    if storage.shared is None or not storage.shared():
+        storage.shared = None
+        _make_sole_owner(tensor, storage)
+    array = runtime.to_numpy(settle(storage.val), storage.val.info.type)
+    if storage.shared.__class__ is not Sharers:
+        storage.shared = Sharers(storage.shared)
+    storage.shared.add(array)  # type: ignore[union-attr]
+    return array
+
+
+def _make_sole_owner(tensor: Any, storage: Storage) -> None:
+    """NumPy is about to see the storage's memory: nothing else may read it, so what others hold too is copied."""
+    settle(storage.val)
+    if storage.val in state.trace.leaves:
+        flush()
+    base = storage.base() if storage.base is not None else None
+    if tensor._chain:
+        tensor._val, tensor._seen = storage.val, -1
+    val = storage.val
+    holders = 1 + (tensor._val is val) + (base is not None and base is not tensor and base._val is val)
+    if (sys.getrefcount(val) - holders, sys.getrefcount(val.buf)) != _SOLE_OWNER:
+        own = storage.val = unmarked(val)
+        own.buf = runtime.from_numpy(runtime.to_numpy(settle(val), val.info.type))
+        storage.version += 1
+
+
+def _sole_owner() -> tuple[int, int]:
+    """The counts that `_make_sole_owner` sees, less the holders, for a value and buffer that nobody else holds."""
+    storage = Storage(Val(None, 0, None, Info(TensorType(bool_, ()))))
+    storage.val.buf = object()  # type: ignore[assignment]
+    val = storage.val
+    return sys.getrefcount(val) - 1, sys.getrefcount(val.buf)
+
+
+_SOLE_OWNER = _sole_owner()
+
+
+def is_shared(array: np.ndarray) -> Callable[[], bool]:
+    """Says whether anybody but a tensor made of the array can still write to it."""
+    if not array.flags.owndata:
+        return lambda: True
+    # Our closure, its cell's use and the buffer hold it; anyone else means that it can be written to.
+    return lambda: sys.getrefcount(array) > _OWN_REFERENCES
+
+
+_OWN_REFERENCES = 3

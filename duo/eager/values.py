@@ -1,0 +1,49 @@
+"""Values outside of ops: material ones, the values of leaves, and the note that an in-place op has replaced one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from duo.eager.autograd import GradLeaf
+from duo.eager.segments import Origin
+from duo.eager.trace import MARK, Info, Val, commit, note_overwritten_here, open_trace, settle, state
+from duo_ir.types import TensorType
+
+
+def material(buffer: Any, type: TensorType, requires_grad: bool = False) -> Val:
+    """A value that is there."""
+    val = Val(None, -1, None, Info(type, requires_grad))
+    val.buf = buffer
+    if state.capture is not None:
+        state.capture.made.add(val)
+    return val
+
+
+def as_leaf(val: Val, leaf: GradLeaf) -> Val:
+    """`val` as the value of a leaf."""
+    while True:
+        trace = open_trace()
+        if val.trace is trace:
+            made = commit(trace, (MARK, val.index))
+            if made is None:
+                continue
+            made[0].extra = leaf
+            trace.link(leaf, made[0].index)
+            return made[0]
+        out = material(settle(val), val.info.type, True)
+        out.extra = leaf
+        return out
+
+
+def overwrite(val: Val, by: Val) -> None:
+    """Notes that an in-place op has replaced `val` by what it computed, `by`, for backward's check."""
+    if by.buf is not None and isinstance(by.extra, Origin) and by.extra.segment is not None:
+        by.extra.segment.note_overwritten(val, by.extra.number)
+    val.overwritten = True
+    trace = state.trace
+    node = trace.entries[-1].node
+    if node is None or not node.tracked:
+        return
+    number = val.index if val.trace is trace else trace.leaves.get(val)
+    if number is not None:
+        note_overwritten_here(trace, number, by.index if by.trace is trace else -1)

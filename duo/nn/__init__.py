@@ -2,6 +2,7 @@
 
 from duo.nn import functional, init, utils
 from duo.nn.activations import ELU, GELU, LeakyReLU, LogSoftmax, ReLU, ReLU6, Sigmoid, SiLU, Softmax, Softplus, Tanh
+from duo.nn.attention import MultiheadAttention
 from duo.nn.containers import ModuleDict, ModuleList, ParameterList, Sequential
 from duo.nn.layers import Dropout, Embedding, Flatten, Identity, LayerNorm, Linear, RMSNorm, Unflatten
 from duo.nn.losses import (
@@ -15,6 +16,13 @@ from duo.nn.losses import (
 )
 from duo.nn.module import Module
 from duo.nn.parameter import Buffer, Parameter
+from duo.nn.transformer import (
+    Transformer,
+    TransformerDecoder,
+    TransformerDecoderLayer,
+    TransformerEncoder,
+    TransformerEncoderLayer,
+)
 
 __all__ = [
     "ELU",
@@ -36,6 +44,7 @@ __all__ = [
     "Module",
     "ModuleDict",
     "ModuleList",
+    "MultiheadAttention",
     "NLLLoss",
     "Parameter",
     "ParameterList",
@@ -49,6 +58,11 @@ __all__ = [
     "Softmax",
     "Softplus",
     "Tanh",
+    "Transformer",
+    "TransformerDecoder",
+    "TransformerDecoderLayer",
+    "TransformerEncoder",
+    "TransformerEncoderLayer",
     "Unflatten",
     "functional",
     "init",

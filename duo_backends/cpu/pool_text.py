@@ -85,6 +85,7 @@ _TASK = """
 @duo.claim = internal global i64 0, align 128
 @duo.done = internal global i32 0, align 128
 @duo.waiting = internal global i32 0, align 128
+@duo.sleepers = internal global i32 0, align 128
 define internal void @duo.share(i64 %tid) nounwind {
 entry:
   br label %look
@@ -133,7 +134,6 @@ exit:
 
 _POOL = """
 @duo.epoch = internal global i32 0, align 128
-@duo.sleepers = internal global i32 0, align 128
 @duo.lock = internal global i32 0, align 128
 @duo.size = internal global i64 1, align 128
 @duo.wanted = internal global i64 1, align 8

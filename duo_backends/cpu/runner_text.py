@@ -7,7 +7,7 @@ output, and last the address of a frame: all memory that one call needs, so that
 Plan, i64 words:   0 arguments  1 code  2 argument specs  3 patches  4 flags (1: release the GIL, 2: has parallel phases)
 Argument spec:     0 kind  1 scalar cell (frame offset)  2, 3 range in patches: frame offsets that get the address
 Frame header:      0 threads it has scratch for  1 scratch  2 status words (64 bytes a chunk)
-Code, 8 words:     PHASE fn, args (frame offset), dims, units, threads | BRANCH cell, target if false | JUMP target | END
+Code, 8 words:     PHASE fn, args (frame offset), dims, units, threads, threads while no worker sleeps | BRANCH cell, target if false | JUMP target | END
 Result:            0; position + 1 of the phase whose bounds check failed; or a negative code about an argument
 """
 
@@ -87,7 +87,12 @@ phase:
   %ip4 = getelementptr i64, ptr %ip, i64 4
   %units = load i64, ptr %ip4
   %ip5 = getelementptr i64, ptr %ip, i64 5
-  %most = load i64, ptr %ip5
+  %patient = load i64, ptr %ip5
+  %ip6 = getelementptr i64, ptr %ip, i64 6
+  %eager = load i64, ptr %ip6
+  %sleepers = load atomic i32, ptr @duo.sleepers monotonic, align 4
+  %awake = icmp eq i32 %sleepers, 0
+  %most = select i1 %awake, i64 %eager, i64 %patient
   %parts = call i64 @llvm.umin.i64(i64 %most, i64 %threads)
   %serial = icmp ult i64 %parts, 2
   br i1 %serial, label %alone, label %together

@@ -23,6 +23,8 @@ from duo_ir.types import evaluate
 
 SERIAL_NANOSECONDS = 50_000  # a phase below this is not worth waking threads for
 SHARE_NANOSECONDS = 20_000  # least work for one thread of a parallel phase
+EAGER_NANOSECONDS = 8_000  # a phase below this is not worth telling threads that spin already
+EAGER_SHARE_NANOSECONDS = 4_000
 COPY_UNIT = 1 << 18  # bytes, of `duo_copy`
 COPY_NANOSECONDS = 0.1  # a byte
 _LINE = 64
@@ -173,9 +175,9 @@ class _Coder:
         most = 1
         for address, n in zip(loaded.addresses, units):
             if n > 0:
-                parts = _parts(cost, n)
-                most = max(most, parts)
-                self.add([PHASE, address, args, dims, n, parts], step)
+                threads = _threads(cost, n)
+                most = max(most, *threads)
+                self.add([PHASE, address, args, dims, n, *threads], step)
         self.users.append((loaded.code, sizes, most))
 
     def copy_bytes(self, source: int, target: int, nbytes: int) -> None:
@@ -185,7 +187,7 @@ class _Coder:
         self.cost += cost
         args, dims = self.pointers([source, target]), len(self.dims)
         self.dims.append(nbytes)
-        self.add([PHASE, self.copy, args, dims, units, _parts(cost, units)])
+        self.add([PHASE, self.copy, args, dims, units, *_threads(cost, units)])
 
     def cond(self, item: Cond, places: list[int], start: int) -> None:
         inputs, outputs = [places[s] for s in item.inputs], [places[s] for s in item.outputs]
@@ -271,7 +273,7 @@ def build_table(program: Program, kernels: Mapping[Kernel, LoadedKernel], sizes:
         row[: len(words)] = words
         if words[0] == PHASE:
             row[3] = dims.ctypes.data + 8 * words[3]
-    parallel = any(words[0] == PHASE and words[5] > 1 for words in coder.code)
+    parallel = any(words[0] == PHASE and words[6] > 1 for words in coder.code)
     arena = coder.layout(program).nbytes
     return Table(code, dims, coder.places, arena, coder.cost, parallel, coder.loops, coder.steps, coder.users)
 
@@ -296,11 +298,11 @@ def _slot(program: Program, output: int) -> int:
     return len(program.inputs) + output
 
 
-def _parts(cost: float, units: int) -> int:
-    """How many threads to use at most."""
-    if cost < SERIAL_NANOSECONDS:
-        return 1
-    return min(units, int(cost / SHARE_NANOSECONDS), MAX_THREADS)
+def _threads(cost: float, units: int) -> tuple[int, int]:
+    """How many threads to use at most: in any case, and while all workers are awake."""
+    patient = 1 if cost < SERIAL_NANOSECONDS else int(cost / SHARE_NANOSECONDS)
+    eager = 1 if cost < EAGER_NANOSECONDS else int(cost / EAGER_SHARE_NANOSECONDS)
+    return min(units, patient, MAX_THREADS), min(units, max(patient, eager), MAX_THREADS)
 
 
 def _round(nbytes: int) -> int:

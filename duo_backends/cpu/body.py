@@ -325,6 +325,22 @@ class Emitter:
             varying = part if varying is None else f.pure(f"add {type_} {varying}, {part}", region)
         return name, level, stride, varying
 
+    def prefetch(self, body: Body, scope: Scope, axis: int, ahead: int) -> None:
+        """Asks for the cache lines that the body's plain contiguous loads will read `ahead` steps of `axis` later."""
+        f = self.f
+        for instr in body:
+            if instr.op != "load":
+                continue
+            access: Access = instr.attr  # type: ignore[assignment]
+            if access.guards or access.index_strides or access.at.strides[axis] == 0:
+                continue
+            name, _, stride = self.affine(scope, access.at)
+            if stride != 1:
+                continue
+            further = f.mul(self.dim(access.at.strides[axis]), str(ahead), f.top)
+            address = f.gep(memory_type(instr.dtype), self.pointers[access.buffer], f.add(name, further))
+            f.emit(f.intrinsic("prefetch", "void", [("ptr", address), ("i32", "0"), ("i32", "3"), ("i32", "1")], "p0"))
+
     def load(self, access: Access, args: Sequence[Value], dtype: DType, scope: Scope) -> Value:
         """The element(s) of an access; `args`: its index values, then the fill value when it has guards."""
         f = self.f

@@ -34,6 +34,8 @@ from duo_ir.types import DimLike, evaluate, product
 _WIDE, _NARROW = 512, 128  # columns of a strip: the second where there are few, for the sake of threads
 _FEW_STRIPS = 4  # strips of very few columns, for the same reason
 _GROUP = 8  # chunks whose partial is one work unit of a split reduction
+_AHEAD = 3  # rows whose cache lines are asked for early: pieces of rows are too short for the hardware to foresee
+_FAR = 8 << 20  # bytes of input from which it pays
 _ALIGN = 64
 
 
@@ -349,10 +351,14 @@ class _Columns:
                 self._push(plan, accumulators, stack, f.sub(f.div(f.sub(flat, origin), str(CHUNK)), "1"))
                 self._clear(plan, accumulators)
         lane = f.pure(f"and i64 {flat}, {LANES - 1}") if plan.lanes > 1 else "0"
+        elements = product((*self.kernel.axes, *sizes))
+        far = isinstance(elements, int) and elements * plan.reducers[0].value_dtype.itemsize >= _FAR
 
         def emit(column: str, offset: str, mask: str | None) -> None:
             scope = self._scope(column, inner, sections, mask)
             values = self._point(stage, scope, offset)
+            if far:
+                self.e.prefetch(stage.body, scope, len(self.outer) + len(sizes), _AHEAD)
             slot = self._slot(plan, accumulators, lane, offset)
             position = ""
             if any(r.is_arg for r in plan.reducers):

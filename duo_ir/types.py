@@ -270,10 +270,11 @@ def _size(value: object) -> int:
 class TensorType:
     """A dtype and a shape. Interned: equal types are the same object."""
 
-    __slots__ = ("__weakref__", "_hash", "dtype", "shape")
+    __slots__ = ("__weakref__", "_hash", "dtype", "is_static", "shape")
     _interned: dict[tuple[DType, Shape], TensorType] = {}
     dtype: DType
     shape: Shape
+    is_static: bool  # no symbolic size
     _hash: int
 
     def __new__(cls, dtype: DType, shape: Shape = ()) -> TensorType:
@@ -287,6 +288,7 @@ class TensorType:
             key = (dtype, shape)
             found = object.__new__(cls)
             found.dtype, found.shape, found._hash = dtype, shape, hash(key)
+            found.is_static = not any(isinstance(d, Dim) for d in shape)
             cls._interned[key] = found
         return found
 
@@ -315,16 +317,14 @@ class TensorType:
         return self.size * self.dtype.itemsize
 
     @property
-    def is_static(self) -> bool:
-        return not any(isinstance(d, Dim) for d in self.shape)
-
-    @property
     def names(self) -> tuple[str, ...]:
         """Names of the symbolic sizes, sorted."""
         return tuple(sorted({n for d in self.shape if isinstance(d, Dim) for n in d.names}))
 
     def static_shape(self, sizes: Mapping[str, int] | None = None) -> tuple[int, ...]:
         """The shape as ints; `sizes` gives the named sizes."""
+        if self.is_static:
+            return self.shape  # type: ignore[return-value]
         return tuple(evaluate(d, sizes or {}) for d in self.shape)
 
     def with_shape(self, shape: Shape) -> TensorType:

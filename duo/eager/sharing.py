@@ -47,7 +47,8 @@ class Sharers:
         self.arrays: list[weakref.ref] = []
 
     def add(self, array: np.ndarray) -> None:
-        self.arrays = [r for r in self.arrays if r() is not None]
+        if self.arrays:
+            self.arrays = [r for r in self.arrays if r() is not None]
         self.arrays.append(weakref.ref(array))
 
     def __call__(self) -> bool:

@@ -357,7 +357,7 @@ class EagerTensor(Tensor):
         if storage is None and share:
             storage = self._storage = Storage(self._val, self._leaf, self)
             self._seen = 0
-        if share and storage is not None and all(v in _SAME_MEMORY for v, _ in self._chain):
+        if share and storage is not None and (not self._chain or all(v in _SAME_MEMORY for v, _ in self._chain)):
             return share_memory(self, storage)
         val = self._value()
         return runtime.to_numpy(settle(val), val.info.type, copy=True)

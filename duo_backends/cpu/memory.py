@@ -9,6 +9,8 @@ the system takes a lock. Classes: multiples of 64 bytes up to 512, then eight to
 from __future__ import annotations
 
 import ctypes
+import functools
+import math
 import os
 import threading
 from collections.abc import Sequence
@@ -146,17 +148,21 @@ class _ArrayInterface:
     __slots__ = ("__array_interface__", "buffer")
 
     def __init__(self, buffer: Buffer, dtype: np.dtype, shape: tuple[int, ...]) -> None:
-        nbytes = dtype.itemsize
-        for size in shape:
-            nbytes *= size
+        nbytes = dtype.itemsize * math.prod(shape)
         if nbytes > buffer.nbytes:
             raise ArgumentError(f"{buffer.nbytes} bytes do not hold {dtype} of shape {shape}")
         if buffer.ptr == 0:
             raise ArgumentError("this buffer was donated to a program and holds nothing any more")
         self.buffer = buffer
-        # dtypes that are not NumPy's own (bfloat16) travel as unsigned integers of their size
-        typestr = dtype.str if dtype.kind in "fiub" else f"<u{dtype.itemsize}"
-        self.__array_interface__ = {"version": 3, "shape": shape, "typestr": typestr, "data": (buffer.ptr, False)}
+        self.__array_interface__ = {
+            "version": 3, "shape": shape, "typestr": _type_string(dtype), "data": (buffer.ptr, False)
+        }  # fmt: skip
+
+
+@functools.cache
+def _type_string(dtype: np.dtype) -> str:
+    """NumPy's code for a dtype; those that are not NumPy's own (bfloat16) travel as unsigned integers of their size."""
+    return dtype.str if dtype.kind in "fiub" else f"<u{dtype.itemsize}"
 
 
 class Allocator:

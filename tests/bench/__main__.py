@@ -1,7 +1,9 @@
-"""`python -m tests.bench [--only NAME,...] [--threads N] [--rounds N] [--quick] [--json FILE]`
+"""`python -m tests.bench [--only NAME,...] [--frameworks NAME,...] [--threads N] [--rounds N] [--json FILE]`
 
-Prints a table of medians, and each framework's ratio to duo's best. A framework that is not installed is left out. Environment variables
-that change how BLAS libraries choose their kernels and threads are removed first: a handicapped peer makes no comparison.
+Every framework runs each workload in a process of its own, on the same inputs and the same mathematics, and its results are compared with
+those of the first framework before anything is timed. Printed are medians, and in brackets each time as a multiple of the best peer's
+(below 1: faster). A framework that is not installed is left out; `--python NAME=PATH` names the interpreter that has it. Environment
+variables that change how BLAS libraries choose kernels and threads are removed: a handicapped peer makes no comparison.
 """
 
 from __future__ import annotations
@@ -9,47 +11,78 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import platform
 import sys
+import tempfile
+from pathlib import Path
 
-if __name__ == "__main__":
-    for name in [n for n in os.environ if n.startswith(("OPENBLAS_", "MKL_", "OMP_", "GOTO_", "BLIS_"))]:
-        del os.environ[name]  # before NumPy is imported, which loads its BLAS
+from tests.bench.harness import Row, pooled, table
+from tests.bench.processes import PROCESSES, Setting, version, worker
+from tests.bench.worker import FRAMEWORKS, WORKLOADS
 
-from tests.bench.harness import describe, measure, table
-from tests.bench.processes import PROCESSES
-from tests.bench.workloads import WORKLOADS
+
+def listed(parser: argparse.ArgumentParser, what: str, given: str | None, known: dict) -> list[str]:
+    names = given.split(",") if given else list(known)
+    unknown = [n for n in names if n not in known]
+    if unknown:
+        parser.error(f"no {what} {', '.join(unknown)}; there are {', '.join(known)}")
+    return names
+
+
+def processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def main() -> int:
-    """Runs the benchmarks asked for; gives the exit code."""
-    every = {**WORKLOADS, **PROCESSES}
-    parser = argparse.ArgumentParser(prog="python -m tests.bench", description="duo beside NumPy and PyTorch")
-    parser.add_argument("--only", help=f"names, with commas between: {', '.join(every)}")
-    parser.add_argument("--threads", type=int, default=1, help="for duo and for PyTorch (default: %(default)s)")
+    """Runs the benchmarks asked for; gives the exit code: 1 when a framework failed or a result differed."""
+    every = {**WORKLOADS, **{name: (fn.__doc__ or "").rstrip(".") for name, fn in PROCESSES.items()}}
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="workloads:\n" + "\n".join(f"  {name:12}{text}" for name, text in every.items()),
+    )  # fmt: skip
+    parser.add_argument("--only", help="workloads, with commas between (default: all)")
+    parser.add_argument("--frameworks", help=f"of {', '.join(FRAMEWORKS)} (default: those installed)")
+    parser.add_argument("--threads", type=int, default=1, help="for every framework (default: %(default)s)")
     parser.add_argument(
-        "--rounds", type=int, default=15, help="samples of each case, taken in turn (default: %(default)s)"
+        "--rounds", type=int, default=1, help="how often each process is started (default: %(default)s)"
     )
-    parser.add_argument("--quick", action="store_true", help="two short rounds: shows that it runs, not how fast")
+    parser.add_argument("--quick", action="store_true", help="a few short samples: shows that it runs, not how fast")
     parser.add_argument("--json", metavar="FILE", help="also write the figures there")
+    parser.add_argument("--python", action="append", default=[], metavar="NAME=PATH", help="a framework's interpreter")
     options = parser.parse_args()
-    names = options.only.split(",") if options.only else list(every)
-    unknown = [n for n in names if n not in every]
-    if unknown:
-        parser.error(f"no benchmark {', '.join(unknown)}; there are {', '.join(every)}")
-    print(describe(options.threads))
-    rows = []
-    for name in names:
-        if name in WORKLOADS:
-            cases = WORKLOADS[name](options.threads)
-            found = measure(cases, 2 if options.quick else options.rounds, 0.002 if options.quick else 0.05)
-        else:
-            found = PROCESSES[name](1 if options.quick else 5, options.threads)
-        rows += found
-        print(table(found), flush=True)
+    names = listed(parser, "workload", options.only, every)
+    chosen = listed(parser, "framework", options.frameworks, FRAMEWORKS)
+    pythons = dict(pair.split("=", 1) for pair in options.python)
+    setting = Setting(options.threads, options.quick, pythons)
+    versions = {f: version(setting, f) for f in FRAMEWORKS if f in chosen}
+    frameworks = [f for f, found in versions.items() if found]
+    shown = dict.fromkeys(f"{FRAMEWORKS[f].package} {versions[f]}" for f in frameworks)
+    print(
+        f"{processor()}, {os.cpu_count()} processors, {options.threads} thread(s); Python {platform.python_version()}, {', '.join(shown)}"
+    )
+    missing = [f for f, found in versions.items() if not found]
+    if missing:
+        print(f"not installed, so left out: {', '.join(missing)}")
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for name in names:
+            found = _rows(name, setting, frameworks, options.rounds, Path(folder))
+            rows += found
+            print(table(found), flush=True)
     if options.json:
-        with open(options.json, "w") as file:
-            json.dump([row.__dict__ for row in rows], file, indent=1)
-    return 0
+        Path(options.json).write_text(json.dumps([row.__dict__ for row in rows], indent=1))
+    return int(any(row.error for row in rows))
+
+
+def _rows(name: str, setting: Setting, frameworks: list[str], rounds: int, folder: Path) -> list[Row]:
+    if name in PROCESSES:
+        return PROCESSES[name](setting, frameworks, 1 if setting.quick else max(3, rounds))
+    taken = [r for _ in range(rounds) for f in frameworks for r in worker(setting, f, name, folder)]
+    return pooled(taken)
 
 
 if __name__ == "__main__":

@@ -1,82 +1,152 @@
-"""What is timed in processes of its own: imports, the first call of a compiled step (cold, and from the disk cache), the demo."""
+"""Starts the processes of a run, and measures what is timed from outside one: imports, first calls, the demo."""
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 
-from tests.bench.harness import Row, installed, row_of
+from tests.bench.harness import Row, row_of
+from tests.bench.worker import FIRST_CALLS, FRAMEWORKS
 
-FIRST_CALL = """
-import time, numpy as np, duo
-rng = np.random.default_rng(0)
-x, y = duo.tensor(rng.standard_normal((128, 784), "f4")), duo.tensor(rng.integers(0, 10, 128))
-model = duo.nn.Sequential(duo.nn.Linear(784, 512), duo.nn.ReLU(), duo.nn.Linear(512, 256), duo.nn.ReLU(), duo.nn.Linear(256, 10))
-optimizer = duo.optim.Adam(model.parameters(), lr=1e-4)
-duo.synchronize()
-@duo.compile
-def step(x, y):
-    optimizer.zero_grad()
-    loss = duo.nn.functional.cross_entropy(model(x), y)
-    loss.backward()
-    optimizer.step()
-    return loss
-start = time.perf_counter()
-step(x, y).item()
-print(time.perf_counter() - start)
-"""
+ROOT = Path(__file__).resolve().parents[2]
+# Variables that choose a BLAS library's kernels or threads: with them a peer may be handicapped, and a comparison no comparison.
+HANDICAPS = ("OPENBLAS_", "MKL_", "OMP_", "GOTO_", "BLIS_", "ONEDNN_", "NVPL_")
+THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "DUO_NUM_THREADS")
+COMPILES = ("duo.compile", "torch.compile", "jax", "tensorflow")  # whose first call is measured
 
 
-def run(arguments: list[str], **environment: str) -> str:
-    """The output of Python with these arguments and these variables. Byte code is kept, as it is for a user."""
-    settings = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"} | environment
-    done = subprocess.run([sys.executable, *arguments], env=settings, capture_output=True, text=True, check=False)
+@dataclass
+class Setting:
+    """What the processes of a run have in common. `pythons`: framework -> interpreter, where that is not this one."""
+
+    threads: int
+    quick: bool
+    pythons: dict[str, str] = field(default_factory=dict)
+
+    def python(self, framework: str) -> str:
+        return self.pythons.get(framework, sys.executable)
+
+    def environment(self, **more: str) -> dict[str, str]:
+        kept = {k: v for k, v in os.environ.items() if not k.startswith(HANDICAPS) and k != "PYTHONDONTWRITEBYTECODE"}
+        quiet = {"TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": "", "JAX_PLATFORMS": "cpu"}
+        return kept | quiet | dict.fromkeys(THREADS, str(self.threads)) | more
+
+    def run(self, framework: str, arguments: Sequence[str], **environment: str) -> subprocess.CompletedProcess:
+        """Python with these arguments, on as many processors as there are to be threads."""
+        return subprocess.run(
+            [self.python(framework), *arguments], cwd=ROOT, env=self.environment(**environment), capture_output=True, text=True,
+            check=False, preexec_fn=lambda: _confine(self.threads),
+        )  # fmt: skip
+
+
+def _confine(threads: int) -> None:
+    """Some frameworks take as many threads as they find processors, whatever they are told."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-threads:])
+
+
+def version(setting: Setting, framework: str) -> str | None:
+    """The version of the package that the framework needs, None where it is not installed."""
+    package = FRAMEWORKS[framework].package
+    code = f"from importlib import metadata, util; assert util.find_spec({package!r}); print(metadata.version({package!r}))"
+    if package in ("duo", "tensorflow"):  # which may be found without being installed, or under another name
+        code = f"from importlib import util; assert util.find_spec({package!r}); import {package} as p; print(p.__version__)"
+    done = setting.run(framework, ["-c", code])
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def worker(setting: Setting, framework: str, workload: str, folder: Path) -> list[Row]:
+    """The rows of one framework's process for one workload."""
+    with tempfile.TemporaryDirectory() as own:
+        out = Path(own, "rows.json")
+        arguments = [
+            "-m",
+            "tests.bench.worker",
+            framework,
+            workload,
+            "--threads",
+            str(setting.threads),
+            "--folder",
+            str(folder),
+        ]
+        done = setting.run(framework, [*arguments, "--out", str(out), *(["--quick"] if setting.quick else [])])
+        rows = [Row(**r) for r in json.loads(out.read_text())] if out.exists() else []
+    if done.returncode or any(row.error for row in rows):
+        print(done.stderr[-4000:], file=sys.stderr)
     if done.returncode:
-        raise RuntimeError(f"python {arguments} failed:\n{done.stdout}{done.stderr}")
-    return done.stdout
+        reason = (done.stderr.strip().splitlines() or ["no output"])[-1]
+        rows.append(Row(workload, framework, "", error=f"the process ended with {done.returncode}: {reason[:200]}"))
+    return rows
 
 
-def first_call(rounds: int, threads: int) -> list[Row]:
-    """Seconds of the first call of a compiled 784-512-256-10 Adam step: nothing cached, then with object code on disk."""
-    cold, warm = [], []
-    for _ in range(rounds):
-        with tempfile.TemporaryDirectory() as folder:
-            settings = {"DUO_CACHE_DIR": folder, "DUO_NUM_THREADS": str(threads)}
-            cold.append(float(run(["-c", FIRST_CALL], **settings)))
-            warm.append(float(run(["-c", FIRST_CALL], **settings)))
-    name = "first call of a compiled step"
-    return [row_of(f"{name}, cold", "duo", "s", cold), row_of(f"{name}, from disk", "duo", "s", warm)]
+# ------------------------------------------------------------------------------------------------------ timed from outside
+def first_call(setting: Setting, frameworks: Sequence[str], rounds: int) -> list[Row]:
+    """Seconds of the first call of a compiled step: nothing cached, then with what the first process left on disk."""
+    rows = []
+    for case in FIRST_CALLS:
+        for framework in [f for f in frameworks if f in COMPILES]:
+            taken: dict[str, list[float]] = {"cold": [], "from disk": []}
+            for _ in range(rounds):
+                with tempfile.TemporaryDirectory() as folder:
+                    caches = {
+                        "DUO_CACHE_DIR": f"{folder}/duo", "TORCHINDUCTOR_CACHE_DIR": f"{folder}/torch",
+                        "JAX_COMPILATION_CACHE_DIR": f"{folder}/jax", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+                        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+                    }  # fmt: skip
+                    for seconds in taken.values():
+                        out = Path(folder, "seconds")
+                        arguments = ["-m", "tests.bench.worker", framework, "first_call", "--first-call", case]
+                        arguments += ["--threads", str(setting.threads), "--folder", folder, "--out", str(out)]
+                        done = setting.run(framework, arguments, **caches)
+                        if done.returncode:
+                            raise RuntimeError(f"first call of {case} with {framework} failed:\n{done.stderr[-2000:]}")
+                        seconds.append(json.loads(out.read_text()))
+            rows += [row_of(f"first call, {case}, {k}", framework, "s", s) for k, s in taken.items()]
+    order = dict.fromkeys(row.workload for row in rows)
+    return sorted(rows, key=lambda row: list(order).index(row.workload))
 
 
-def imports(rounds: int, threads: int) -> list[Row]:
-    """Milliseconds of `import` inside a fresh interpreter; duo's are those on top of NumPy's."""
-    code = "import time, sys, numpy; s = time.perf_counter(); import {}; print(time.perf_counter() - s)"
-    alone = "import time; s = time.perf_counter(); import numpy; print(time.perf_counter() - s)"
-    names = ["duo", "duo.graph", *(["torch"] if installed("torch") else [])]
-    taken: dict[str, list[float]] = {name: [] for name in [*names, "numpy"]}
-    for warm in [False] + [True] * rounds:  # the first time writes the byte code
-        for name, text in {**{n: code.format(n) for n in names}, "numpy": alone}.items():
-            seconds = float(run(["-c", text]))
-            if warm:
-                taken[name].append(seconds)
-    rows = [row_of("import, beyond numpy's", name, "ms", taken[name]) for name in names]
-    return [*rows, row_of("import", "numpy", "ms", taken["numpy"])]
-
-
-def demo(rounds: int, threads: int) -> list[Row]:
-    """Seconds of the whole `duo demo`, with an empty cache and with a filled one."""
-    cold, warm = [], []
-    for _ in range(rounds):
-        with tempfile.TemporaryDirectory() as folder:
-            for taken in (cold, warm):
-                start = time.perf_counter()
-                run(["-m", "duo", "demo"], DUO_CACHE_DIR=folder, DUO_NUM_THREADS=str(threads))
+def imports(setting: Setting, frameworks: Sequence[str], rounds: int) -> list[Row]:
+    """Milliseconds from starting Python to its end with one import in it."""
+    modules = {f: "duo.graph" if f == "duo.graph" else FRAMEWORKS[f].package for f in frameworks}
+    chosen = {m: f for f, m in reversed(modules.items())}
+    rows = []
+    for module, framework in reversed(chosen.items()):
+        taken = []
+        for n in range(rounds + 1):  # the first time writes the byte code
+            start = time.perf_counter()
+            done = setting.run(framework, ["-c", f"import {module}"])
+            if done.returncode:
+                raise RuntimeError(f"import {module} failed:\n{done.stderr}")
+            if n:
                 taken.append(time.perf_counter() - start)
-    return [row_of("duo demo, cold", "duo", "s", cold), row_of("duo demo, from disk", "duo", "s", warm)]
+        rows.append(row_of("a process that imports it", framework, "ms", taken))
+    return rows
 
 
-PROCESSES: dict[str, Callable[[int, int], list[Row]]] = {"first_call": first_call, "imports": imports, "demo": demo}
+def demo(setting: Setting, frameworks: Sequence[str], rounds: int) -> list[Row]:
+    """Seconds of the whole `duo demo`, with an empty cache and with a filled one."""
+    if "duo" not in frameworks:
+        return []
+    taken: dict[str, list[float]] = {"cold": [], "from disk": []}
+    for _ in range(rounds):
+        with tempfile.TemporaryDirectory() as folder:
+            for seconds in taken.values():
+                start = time.perf_counter()
+                done = setting.run("duo", ["-m", "duo", "demo"], DUO_CACHE_DIR=folder)
+                if done.returncode:
+                    raise RuntimeError(f"duo demo failed:\n{done.stdout}{done.stderr}")
+                seconds.append(time.perf_counter() - start)
+    return [row_of(f"duo demo, {k}", "duo", "s", s) for k, s in taken.items()]
+
+
+PROCESSES: dict[str, Callable[[Setting, Sequence[str], int], list[Row]]] = {
+    "imports": imports, "first_call": first_call, "demo": demo,
+}  # fmt: skip

@@ -1,0 +1,124 @@
+"""One process of a run: one framework, one workload. Started by `python -m tests.bench`, which reads the rows it writes.
+
+python -m tests.bench.worker FRAMEWORK WORKLOAD --folder DIR --out FILE [--threads N] [--quick] [--first-call CASE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tests.bench.harness import Case, Row, agrees, measure, row_of
+
+
+class Framework(NamedTuple):
+    """The package it needs, and where the class with its workloads is."""
+
+    package: str
+    module: str
+    name: str
+
+
+# In this order their results are asked for, so that what duo is compared with is a peer's, where there is one.
+FRAMEWORKS = {
+    "torch": Framework("torch", "torch_style", "Torch"),
+    "jax": Framework("jax", "jax_style", "Jax"),
+    "numpy": Framework("numpy", "numpy_style", "Numpy"),
+    "onnxruntime": Framework("onnxruntime", "numpy_style", "OnnxRuntime"),
+    "tensorflow": Framework("tensorflow", "tf_style", "TensorFlow"),
+    "tensorflow1": Framework("tensorflow", "tf_style", "TensorFlow1"),
+    "torch.compile": Framework("torch", "torch_style", "TorchCompile"),
+    "duo": Framework("duo", "torch_style", "Duo"),
+    "duo.compile": Framework("duo", "torch_style", "DuoCompile"),
+    "duo.graph": Framework("duo", "tf_style", "DuoGraph"),
+}
+
+WORKLOADS = {
+    "ops": "a chain of a thousand multiplications and additions of eight numbers",
+    "tiny": "training step 10-5-1, batch 32: SGD, squared error",
+    "mlp": "training step 784-512-256-10, batch 128, cross-entropy: Adam, and SGD",
+    "cnn": "training step of two 3x3 convolutions with pooling and two full layers, 28x28, batch 64: momentum",
+    "gpt": "GPT of 4 layers, width 256, 8 rows of 128 tokens: training step with AdamW, and the forward pass",
+    "arrays": "sixteen million f32: fused elementwise, gelu, softmax, layer norm, sums",
+    "million": "the same of one million f32",
+    "matmul": "f32 products, square and skinny",
+    "latency": "inference of one sample: the MLP, the CNN, ResNet-18",
+    "adam": "Adam's update of ten tensors of a million f32",
+}
+FIRST_CALLS = ("mlp adam", "gpt forward", "gpt")
+
+
+def cases_of(style: Any, workload: str) -> Iterator[Case]:
+    """The cases that this framework has of the workload."""
+    if workload in ("arrays", "million"):
+        name, arguments = "arrays", ((1 << 24, "16M") if workload == "arrays" else (1 << 20, "1M"))
+    else:
+        name, arguments = workload, ()
+    make = getattr(style, name, None)
+    return iter(()) if make is None else make(*arguments)
+
+
+def rows_of(framework: str, workload: str, threads: int, folder: Path, quick: bool) -> Iterator[Row]:
+    """Each case's row: compared with the first framework's result, then timed."""
+    found = FRAMEWORKS[framework]
+    style = getattr(importlib.import_module(f"tests.bench.{found.module}"), found.name)(threads)
+    try:
+        for case in cases_of(style, workload):
+            column = f"{framework}:{case.variant}" if case.variant else framework
+            try:
+                wrong = agrees(case, folder)
+                if wrong:
+                    yield Row(case.name, column, case.unit, error=wrong)
+                else:
+                    yield row_of(case.name, column, case.unit, measure(case, quick), case.amount)
+            except Exception as error:  # a case that fails does not keep the others from running
+                yield Row(case.name, column, case.unit, error=reported(error))
+    except Exception as error:
+        yield Row(workload, framework, "", error=reported(error))
+
+
+def reported(error: Exception) -> str:
+    """What the table says of it; the traceback goes to stderr."""
+    traceback.print_exception(error)
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
+
+
+def first_call(framework: str, case: str, threads: int) -> float:
+    """Seconds of the first call of a compiled function, with the result in hand; models and inputs are there before."""
+    found = FRAMEWORKS[framework]
+    style = getattr(importlib.import_module(f"tests.bench.{found.module}"), found.name)(threads)
+    made = style.forward_case(case) if case == "gpt forward" else style.train_case(case)
+    start = time.perf_counter()
+    made.call()
+    return time.perf_counter() - start
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("framework", choices=FRAMEWORKS)
+    parser.add_argument("workload", choices=[*WORKLOADS, "first_call"])
+    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--first-call", choices=FIRST_CALLS)
+    options = parser.parse_args()
+    if options.first_call:
+        options.out.write_text(json.dumps(first_call(options.framework, options.first_call, options.threads)))
+        return 0
+    rows = []
+    for row in rows_of(options.framework, options.workload, options.threads, options.folder, options.quick):
+        rows.append(row.__dict__)
+        options.out.write_text(json.dumps(rows))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -79,6 +79,30 @@ class Contraction:
 
 
 @dataclass(frozen=True)
+class Phase:
+    """One spatial axis of a convolution: the result positions start + step*q, q < count, which all have the kernel positions
+    tap_start + tap_step*j, j < taps. Tap j of position q reads element offset + stride*q + dilation*j of x, or +0.0 outside x."""
+
+    start: int
+    step: int
+    count: DimLike
+    tap_start: int
+    tap_step: int
+    taps: DimLike
+    offset: DimLike
+    stride: int
+    dilation: int
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """x [n, spatial..., c], w [kernel..., c/groups, o] -> [n, spatial..., o], attribute `groups`; a contraction over (kernel..., c).
+    phases(x.shape, w.shape, result.shape, **attrs): for each spatial axis, phases that partition the result's positions."""
+
+    phases: Callable[..., tuple[tuple[Phase, ...], ...]]
+
+
+@dataclass(frozen=True)
 class Generate:
     """result[i] = recipe(s, indices, linear, *scalars, **attrs): from positions (i64 handles) and 0-d operands."""
 
@@ -115,6 +139,7 @@ Kind: TypeAlias = (
     | Concat
     | Reduction
     | Contraction
+    | Convolution
     | Generate
     | Gather
     | Scatter
@@ -203,6 +228,7 @@ __all__ = [
     "Concat",
     "Contraction",
     "Control",
+    "Convolution",
     "Cumulative",
     "Elementwise",
     "Gather",
@@ -210,6 +236,7 @@ __all__ = [
     "Kind",
     "Movement",
     "OpDef",
+    "Phase",
     "Reduction",
     "Reshape",
     "Scatter",

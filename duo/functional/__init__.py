@@ -3,7 +3,7 @@
 Each function brings its arguments into normal form and calls `duo.dispatch.apply` with a *body*, a plain function over SSA values; on
 SSA values the functions therefore work directly. Bodies are module-level functions whose identity is a cache key. The files:
 elementwise, unary (functions of one tensor), reduce, shape (views, joins), movement (flips, padding...), indexing, linalg,
-creation, random (functions of a generator's state), activation, normalization, loss, attention.
+conv, creation, random (functions of a generator's state), activation, normalization, loss, attention.
 """
 
 from duo.functional._args import DimensionError
@@ -32,6 +32,7 @@ from duo.functional.activation import (
     threshold,
 )
 from duo.functional.attention import attention_weights, scaled_dot_product_attention
+from duo.functional.conv import conv1d, conv2d, conv3d, conv_transpose1d, conv_transpose2d, conv_transpose3d
 from duo.functional.creation import empty_like, full_like, ones_like, zeros_like
 from duo.functional.elementwise import (
     add,
@@ -314,6 +315,12 @@ __all__ = [
     "clone",
     "concat",
     "concatenate",
+    "conv1d",
+    "conv2d",
+    "conv3d",
+    "conv_transpose1d",
+    "conv_transpose2d",
+    "conv_transpose3d",
     "cos",
     "cosh",
     "cosine_similarity",

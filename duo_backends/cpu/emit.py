@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from duo_backends.cpu.code import KernelCode, Target
+from duo_backends.cpu.conv import compile_conv
 from duo_backends.cpu.gemm import compile_contract
 from duo_backends.cpu.loops import compile_loop
 from duo_backends.cpu.scan import compile_scan
 from duo_backends.cpu.scatter import compile_scatter
-from duo_ir.kernels.kernel import ContractKernel, Kernel, LoopKernel, ScanKernel
+from duo_ir.kernels.kernel import ContractKernel, ConvKernel, Kernel, LoopKernel, ScanKernel
 
 
 def compile_kernel(kernel: Kernel, target: Target) -> KernelCode:
@@ -16,6 +17,8 @@ def compile_kernel(kernel: Kernel, target: Target) -> KernelCode:
         return compile_loop(kernel, target)
     if isinstance(kernel, ContractKernel):
         return compile_contract(kernel, target)
+    if isinstance(kernel, ConvKernel):
+        return compile_conv(kernel, target)
     if isinstance(kernel, ScanKernel):
         return compile_scan(kernel, target)
     return compile_scatter(kernel, target)

@@ -13,13 +13,14 @@ from dataclasses import dataclass
 from duo_ir.core import Value
 from duo_ir.kernels.access import Position, expand, refine, respread
 from duo_ir.kernels.body import BodyBuilder, Row, finish
-from duo_ir.kernels.draft import Axes, Draft, DraftStage, Put, Ref, base, collapse, prune
+from duo_ir.kernels.draft import Axes, Draft, DraftStage, Put, Ref, Windows, base, collapse, prune
 from duo_ir.kernels.kernel import (
     Access,
     Affine,
     Arg,
     Body,
     ContractKernel,
+    ConvKernel,
     Guard,
     Instr,
     Kernel,
@@ -29,6 +30,7 @@ from duo_ir.kernels.kernel import (
     ScatterKernel,
     Stage,
     Store,
+    Window,
 )  # fmt: skip
 from duo_ir.opdef import compute_dtype
 from duo_ir.types import Dim, DimLike, product, row_major
@@ -218,7 +220,7 @@ class Nest:
 
 # ---------------------------------------------------------------------------------------------------------- kernels
 def build(members: Sequence[Member], target: Axes | None, keep: Callable[[Value], bool], symbolic: bool) -> Built:
-    """The kernel of a group. `target`: the axes (batch..., m, n) when a member is a contraction; `keep(value)`: is its memory needed?
+    """The kernel of a group. `target`: the axes of the epilogue when a member is a contraction; `keep(value)`: is its memory needed?
     `symbolic`: the program has named sizes."""
     head = members[0].draft
     where = next((m.draft.where for m in reversed(members) if m.draft.where), "")
@@ -238,11 +240,22 @@ def build(members: Sequence[Member], target: Axes | None, keep: Callable[[Value]
         contraction = next(m.draft.contraction for m in members if m.draft.contraction is not None)
         if len(members) > 1:
             _insert_single_turns(target, stages)
-        *batch, m, n = target
         a, b = names.access(contraction.a), names.access(contraction.b)
         (stage,) = stages
         body, stores, _ = names.stage(stage)
         args = names.args
+        if isinstance(contraction, Windows):
+            windows, c = contraction.windows, contraction.c
+            dims = () if not symbolic else _dims(args, target, windows, (c,), a, b, body, stores)
+            images, *_, groups, n = target
+            return names.built(
+                ConvKernel(
+                    args, images, windows, groups, n, c, a, b, contraction.acc, contraction.result, body, stores, dims,
+                    names.sites(),
+                ),
+                where,
+            )  # fmt: skip
+        *batch, m, n = target
         dims = () if not symbolic else _dims(args, target, (contraction.k,), a, b, body, stores)
         return names.built(
             ContractKernel(
@@ -390,6 +403,8 @@ def _dims(args: Iterable[Arg], *parts: object) -> tuple[str, ...]:
                 todo += (g.position, g.bound)
         elif isinstance(x, Store):
             todo.append(x.access)
+        elif isinstance(x, Window):
+            todo += (x.count, x.taps, x.bound, x.offset, x.stride, x.dilation)
         elif isinstance(x, Instr) and x.attr is not None and x.op != "const":
             todo.append(x.attr)
     return tuple(sorted(found))

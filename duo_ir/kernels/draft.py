@@ -14,6 +14,7 @@ from typing import NamedTuple, TypeAlias
 from duo_ir.core import Op, Value
 from duo_ir.kernels.access import Bounds, Position, merge, mergeable
 from duo_ir.kernels.body import BodyBuilder, Row
+from duo_ir.kernels.kernel import Window
 from duo_ir.opdef import Reshape
 from duo_ir.types import DimLike, DType, product
 
@@ -63,6 +64,18 @@ class Product:
     result: DType
 
 
+@dataclass(frozen=True)
+class Windows:
+    """The contraction of a 'contract' draft that is a convolution: outer axes are (image, q..., group, n)."""
+
+    windows: tuple[Window, ...]
+    c: DimLike
+    a: Ref  # over (image, p..., group, c)
+    b: Ref  # over (taps..., group, c, n)
+    acc: DType
+    result: DType
+
+
 @dataclass(eq=False)
 class Draft:
     """kind: 'map' (one stage without axes), 'reduce' (a stage that reduces over `inner`, then one that stores), 'contract' (the stage is
@@ -75,8 +88,8 @@ class Draft:
     outer: Axes = ()
     inner: Axes = ()
     stages: list[DraftStage] = field(default_factory=list)
-    contraction: Product | None = None
-    partial: bool = False  # stores only a part of its value (one operand of a concat)
+    contraction: Product | Windows | None = None
+    partial: bool = False  # stores only a part of its value (one operand of a concat, one phase of a convolution)
     inlined: set[Value] = field(default_factory=set)
     refs: list[Ref] = field(default_factory=list)  # every load
     rows: int = 0

@@ -18,6 +18,7 @@ from duo_ir.kernels.kernel import (
     Affine,
     Body,
     ContractKernel,
+    ConvKernel,
     Instr,
     Kernel,
     LoopKernel,
@@ -116,6 +117,8 @@ def execute(kernel: Kernel, buffers: Sequence[np.ndarray], sizes: Sizes) -> None
         machine.loop(kernel)
     elif isinstance(kernel, ContractKernel):
         machine.contract(kernel)
+    elif isinstance(kernel, ConvKernel):
+        machine.convolve(kernel)
     elif isinstance(kernel, ScanKernel):
         machine.scan(kernel)
     else:
@@ -253,6 +256,32 @@ class _Machine:
         a = np.broadcast_to(self.load(kernel.a, (*batch, m, k), ()), (*batch, m, k))
         b = np.broadcast_to(self.load(kernel.b, (*batch, k, n), ()), (*batch, k, n))
         self.acc = convert(reference.matmul(a, b), kernel.result)
+        values = self.body(kernel.body, out, len(out))
+        for store in kernel.stores:
+            self.store(store, out, values)
+
+    def convolve(self, kernel: ConvKernel) -> None:
+        images, *counts, groups, n = out = self.shape(kernel.axes)
+        if 0 in out:
+            return
+        (c,) = self.shape((kernel.c,))
+        windows = [
+            [size_of(d, self.sizes) for d in (w.offset, w.stride, w.dilation, w.bound, w.taps)] for w in kernel.windows
+        ]
+        bounds, taps = [w[3] for w in windows], [w[4] for w in windows]
+        # One more element along each spatial axis, of zeros, stands for all that is outside.
+        a = self.load(kernel.a, (images, *bounds, groups, c), ())
+        a = np.pad(np.broadcast_to(a, (images, *bounds, groups, c)), [(0, 0), *[(0, 1)] * len(windows), (0, 0), (0, 0)])
+        for axis, (count, (offset, stride, dilation, bound, most)) in enumerate(zip(counts, windows)):
+            at = offset + stride * np.arange(count)[:, None] + dilation * np.arange(most)
+            read = np.take(a, np.where((at >= 0) & (at < bound), at, bound), 1 + axis)
+            a = np.moveaxis(read, 2 + axis, 1 + len(windows) + axis)
+        b = np.broadcast_to(self.load(kernel.b, (*taps, groups, c, n), ()), (*taps, groups, c, n))
+        rows, depth = images * int(np.prod(counts)), c * int(np.prod(taps))
+        left = np.moveaxis(a, -2, 0).reshape(groups, rows, depth)
+        right = np.moveaxis(b, -3, 0).reshape(groups, depth, n)
+        sums = np.moveaxis(reference.contract(left, right), 0, 1).reshape(out)
+        self.acc = convert(sums, kernel.result)
         values = self.body(kernel.body, out, len(out))
         for store in kernel.stores:
             self.store(store, out, values)

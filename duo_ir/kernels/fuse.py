@@ -20,6 +20,7 @@ from duo_ir.opdef import (
     Concat,
     Contraction,
     Control,
+    Convolution,
     Cumulative,
     Elementwise,
     Gather,
@@ -151,6 +152,9 @@ class _Choice:
                 self._need_address(y)
             elif any(d != 1 for d in op.result.type.shape):
                 self._need_address(y)  # read once for every row
+        elif isinstance(kind, Convolution):
+            for v in op.operands:
+                self._need_address(v)
         elif isinstance(kind, Cumulative):
             self._need_address(op.operands[0])
         elif isinstance(kind, Scatter):
@@ -190,7 +194,7 @@ class _Choice:
         cost, depth = self.cost, dict[Value, int]()
         for op in self.ops:
             kind = op.definition.kind
-            if isinstance(kind, (Reduction, Contraction, Cumulative, Scatter, Control)):
+            if isinstance(kind, (Reduction, Contraction, Convolution, Cumulative, Scatter, Control)):
                 continue
             total = deep = 0
             for v in op.operands:

@@ -19,6 +19,7 @@ from duo_ir.kernels.kernel import (
     Arg,
     Body,
     ContractKernel,
+    ConvKernel,
     Guard,
     Instr,
     Kernel,
@@ -27,6 +28,7 @@ from duo_ir.kernels.kernel import (
     ScatterKernel,
     Stage,
     Store,
+    Window,
 )  # fmt: skip
 from duo_ir.kernels.program import Cond, Item, Program, Step, While
 from duo_ir.types import Dim, DimLike
@@ -89,6 +91,8 @@ class _Template:
             made = self.loop(kernel)
         elif isinstance(kernel, ContractKernel):
             made = self.contract(kernel)
+        elif isinstance(kernel, ConvKernel):
+            made = self.convolve(kernel)
         elif isinstance(kernel, ScanKernel):
             made = self.scan(kernel)
         else:
@@ -125,6 +129,27 @@ class _Template:
         return replace(
             kernel, args=args, batch=batch, m=m, n=n, k=k, a=a, b=b, body=body, stores=stores, dims=self.names()
         )
+
+    def convolve(self, kernel: ConvKernel) -> ConvKernel:
+        axes = self.extents(kernel.axes)
+        images, *counts, groups, n = axes
+        taps, bounds = self.extents([w.taps for w in kernel.windows]), self.extents([w.bound for w in kernel.windows])
+        c = self.name(_static(kernel.c))
+        windows = tuple([
+            Window(count, tap, bound, *[self.name(_static(d)) for d in (w.offset, w.stride, w.dilation)])
+            for w, count, tap, bound in zip(kernel.windows, counts, taps, bounds)
+        ])  # fmt: skip
+        left = (kernel.images, *[w.bound for w in kernel.windows], kernel.groups, kernel.c)
+        right = (*[w.taps for w in kernel.windows], kernel.groups, kernel.c, kernel.n)
+        a = self.access(kernel.a, _Scope(left, (images, *bounds, groups, c)))
+        b = self.access(kernel.b, _Scope(right, (*taps, groups, c, n)))
+        scope = _Scope(kernel.axes, axes)
+        stores, body = tuple([self.store(s, scope) for s in kernel.stores]), self.body(kernel.body, scope)
+        args = self.args(kernel.args)
+        return replace(
+            kernel, args=args, images=images, windows=windows, groups=groups, n=n, c=c, a=a, b=b, body=body,
+            stores=stores, dims=self.names(),
+        )  # fmt: skip
 
     def scan(self, kernel: ScanKernel) -> ScanKernel:
         axes = (*kernel.axes, kernel.length)

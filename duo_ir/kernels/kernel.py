@@ -5,7 +5,7 @@ over threads gives the same bits); positions in buffers are affine in the loop i
 `Body`, scalar SSA made by `body.py` from the ops' recipes. Sizes, strides and offsets are ints or `Dim`s, whose
 values arrive at run time as i64 arguments named by `dims`.
 
-Kinds: `LoopKernel` (everything elementwise, movement, reductions, gather), `ContractKernel` (matmul),
+Kinds: `LoopKernel` (everything elementwise, movement, reductions, gather), `ContractKernel` (matmul), `ConvKernel`,
 `ScanKernel` (cumulative ops) and `ScatterKernel`. All are frozen, compare by value and print (`text.py` beside this file).
 """
 
@@ -148,6 +148,49 @@ class ContractKernel:
 
 
 @dataclass(frozen=True, slots=True)
+class Window:
+    """One spatial axis of a convolution: tap j < `taps` of result position q < `count` reads element offset + stride*q + dilation*j of
+    the `bound` elements of x, or +0.0 outside."""
+
+    count: DimLike
+    taps: DimLike
+    bound: DimLike
+    offset: DimLike
+    stride: DimLike
+    dilation: DimLike
+
+
+@dataclass(frozen=True, slots=True)
+class ConvKernel:
+    """out[image, q..., group, n] = epilogue(sum over taps..., c of a[image, p..., group, c] * b[taps..., group, c, n]), where p is what the
+    `windows` say: rule 2 of the contract with K = (taps..., c) row-major.
+
+    `a` is affine over (image, p..., group, c), p within bounds, `b` over (taps..., group, c, n), the epilogue's body over (image, q..., group,
+    n). `acc` and `result` as in a ContractKernel.
+    """
+
+    args: tuple[Arg, ...]
+    images: DimLike
+    windows: tuple[Window, ...]
+    groups: DimLike
+    n: DimLike
+    c: DimLike
+    a: Access
+    b: Access
+    acc: DType
+    result: DType
+    body: Body
+    stores: tuple[Store, ...]
+    dims: tuple[str, ...] = ()
+    sites: tuple[str, ...] = field(default=(), compare=False)
+
+    @property
+    def axes(self) -> tuple[DimLike, ...]:
+        """Of the result and the body."""
+        return (self.images, *[w.count for w in self.windows], self.groups, self.n)
+
+
+@dataclass(frozen=True, slots=True)
 class ScanKernel:
     """Cumulative sum along one axis, sequential from +0.0 in ascending index: out[axes..., i] = sum of x[axes..., :i+1].
 
@@ -184,4 +227,4 @@ class ScatterKernel:
     sites: tuple[str, ...] = field(default=(), compare=False)
 
 
-Kernel: TypeAlias = LoopKernel | ContractKernel | ScanKernel | ScatterKernel
+Kernel: TypeAlias = LoopKernel | ContractKernel | ConvKernel | ScanKernel | ScatterKernel

@@ -7,6 +7,7 @@ inlining changes no bit. Where an index map cannot be expressed the emission sto
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -27,16 +28,31 @@ from duo_ir.kernels.access import (
     unravel,
 )
 from duo_ir.kernels.body import BodyBuilder
-from duo_ir.kernels.draft import Axes, Draft, DraftStage, Product, Put, Ref, base, collapse, collect_refs, prune
+from duo_ir.kernels.draft import (
+    Axes,
+    Draft,
+    DraftStage,
+    Product,
+    Put,
+    Ref,
+    Windows,
+    base,
+    collapse,
+    collect_refs,
+    prune,
+)
+from duo_ir.kernels.kernel import Window
 from duo_ir.opdef import (
     Concat,
     Contraction,
     Control,
+    Convolution,
     Cumulative,
     Elementwise,
     Gather,
     Generate,
     Movement,
+    Phase,
     Reduction,
     Reshape,
     Scatter,
@@ -89,6 +105,8 @@ class Lowering:
                 made = [self._reduction(op, kind.name)]
             elif isinstance(kind, Contraction):
                 made = [self._contraction(op)]
+            elif isinstance(kind, Convolution):
+                made = self._convolution(op, kind)
             elif isinstance(kind, Cumulative):
                 made = [self._scan(op)]
             elif isinstance(kind, Scatter):
@@ -247,6 +265,51 @@ class Lowering:
         put = Put(out, (0, strides_of(axes)), body.acc(out.type.dtype))
         product_ = Product(k, a, b, acc, out.type.dtype)
         return Draft("contract", op, self.order[op], (out,), axes, (), [DraftStage((), body, [put])], product_)
+
+    def _convolution(self, op: Op, kind: Convolution) -> list[Draft]:
+        """A draft for each phase, one unless x is dilated."""
+        x, w = op.operands
+        phases = list(itertools.product(*kind.phases(x.type.shape, w.type.shape, op.result.type.shape, **op.attrs)))
+        drafts = [self._phase(op, chosen) for chosen in phases]
+        for draft in drafts:
+            draft.partial = len(drafts) > 1
+        return drafts
+
+    def _phase(self, op: Op, phases: tuple[Phase, ...]) -> Draft:
+        x, w = op.operands
+        out, groups = op.result, op.attrs["groups"]
+        images, *sizes, _ = x.type.shape
+        *_, c, o = w.type.shape
+        n = divide(o, groups)
+        assert n is not None
+        last = len(phases) + 1
+
+        def within(count: int, before: int, inner: DimLike) -> Position:
+            """group * inner + the axis after it, of `count` axes of which `before` come first."""
+            return 0, tuple([inner if k == before else 1 if k == before + 1 else 0 for k in range(count)])
+
+        box = (images, *sizes, groups, c)
+        a = self.address(x, (*identity(box)[:last], within(len(box), last, c)), box)
+        taps = tuple([p.taps for p in phases])
+        box = (*taps, groups, c, n)
+        index: list[Position] = [
+            (p.tap_start, tuple([s * p.tap_step for s in walk])) for p, (_, walk) in zip(phases, identity(box))
+        ]
+        # A column of w is (group, n), but its channel is c alone.
+        column: Position = (0, tuple([n if k == last - 1 else 1 if k == last + 1 else 0 for k in range(len(box))]))
+        b = self.address(w, (*index, identity(box)[last], column), box)
+        axes = (images, *[p.count for p in phases], groups, n)
+        place = [(p.start, tuple([s * p.step for s in walk])) for p, (_, walk) in zip(phases, identity(axes)[1:])]
+        at = linear((identity(axes)[0], *place, within(len(axes), last, n)), out.type.shape, len(axes))
+        windows = tuple(
+            [Window(p.count, p.taps, size, p.offset, p.stride, p.dilation) for p, size in zip(phases, sizes)]
+        )
+        acc, body = compute_dtype(x.type.dtype), BodyBuilder()
+        put = Put(out, at, body.acc(out.type.dtype))
+        return Draft(
+            "contract", op, self.order[op], (out,), axes, (), [DraftStage((), body, [put])],
+            Windows(windows, c, a, b, acc, out.type.dtype),
+        )  # fmt: skip
 
     def _dot(self, op: Op, acc: DType) -> Draft:
         x, y = op.operands

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from duo_ir.core import Function, Op, Value
 from duo_ir.kernels.assemble import Built
 from duo_ir.kernels.fuse import Fused, fuse
-from duo_ir.kernels.kernel import Access, Body, ContractKernel, LoopKernel, ScatterKernel, Store
+from duo_ir.kernels.kernel import Access, Body, ContractKernel, ConvKernel, LoopKernel, ScatterKernel, Store
 from duo_ir.kernels.program import Cond, Copy, Item, Program, Step, Temp, While
 from duo_ir.opdef import Control
 from duo_ir.types import DimLike, TensorType
@@ -193,7 +193,7 @@ def _same_position(item: Item, source: int, target: int) -> bool:
     kernel = item.kernel
     if isinstance(kernel, ScatterKernel):
         return read == 0 and all(a.buffer != 0 for a in _loads(kernel.body))
-    if isinstance(kernel, ContractKernel):
+    if isinstance(kernel, ContractKernel | ConvKernel):
         if read in (kernel.a.buffer, kernel.b.buffer):
             return False
         return _in_place([((), kernel.body, kernel.stores)], read, written)

@@ -16,6 +16,7 @@ from duo_ir.kernels.kernel import (
     Arg,
     Body,
     ContractKernel,
+    ConvKernel,
     Instr,
     Kernel,
     LoopKernel,
@@ -92,6 +93,8 @@ def print_kernel(kernel: Kernel, head: str = "") -> str:
         a, b = _access(kernel.a, [*names, "m", "k"]), _access(kernel.b, [*names, "k", "n"])
         lines = [f"{head}contract({args}){sizes}", f"  {a} * {b} in {kernel.acc.name} to {kernel.result.name}"]
         lines += _body(kernel.body, kernel.stores, [*names, "m", "n"])
+    elif isinstance(kernel, ConvKernel):
+        lines = _conv(kernel, f"{head}conv({args})")
     elif isinstance(kernel, ScanKernel):
         names = [*_names("i", len(kernel.axes)), "l"]
         lines = [f"{head}scan({args}){_loops(names, (*kernel.axes, kernel.length))}"]
@@ -101,6 +104,19 @@ def print_kernel(kernel: Kernel, head: str = "") -> str:
     else:
         lines = _scatter(kernel, f"{head}scatter {kernel.mode}({args})")
     return "\n".join(lines) + "\n"
+
+
+def _conv(kernel: ConvKernel, head: str) -> list[str]:
+    spatial = len(kernel.windows)
+    q, t, p = _names("q", spatial), _names("t", spatial), _names("p", spatial)
+    names = ["image", *q, "group", "n"]
+    sizes = _loops([*names, *t, "c"], (*kernel.axes, *[w.taps for w in kernel.windows], kernel.c))
+    a, b = _access(kernel.a, ["image", *p, "group", "c"]), _access(kernel.b, [*t, "group", "c", "n"])
+    lines = [f"{head}{sizes}", f"  {a} * {b} in {kernel.acc.name} to {kernel.result.name}"]
+    for k, w in enumerate(kernel.windows):
+        at = _affine(Affine(w.offset, (w.stride, w.dilation)), [q[k], t[k]])
+        lines.append(f"  {p[k]} = {at}, zero unless 0 <= {p[k]} < {w.bound}")
+    return [*lines, *_body(kernel.body, kernel.stores, names)]
 
 
 def _scatter(kernel: ScatterKernel, head: str) -> list[str]:

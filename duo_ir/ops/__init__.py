@@ -5,6 +5,7 @@ An op's derivative rule may use any other op, so these modules refer to each oth
 
 from duo_ir.ops import broadcasting
 from duo_ir.ops.control import cond, while_
+from duo_ir.ops.conv import conv
 from duo_ir.ops.elementwise import (
     abs,
     acos,
@@ -70,7 +71,7 @@ from duo_ir.ops.shape import broadcast, concat, flip, pad, reshape, slice, trans
 
 __all__ = [
     "abs", "acos", "add", "all", "and_", "any", "argmax", "argmin", "asin", "atan", "bitcast", "broadcast", "broadcasting", "cast",
-    "ceil", "concat", "cond", "constant", "cos", "cosh", "cumsum", "div", "eq", "erf", "exp", "expm1", "flip", "floor", "floor_divide",
+    "ceil", "concat", "cond", "constant", "conv", "cos", "cosh", "cumsum", "div", "eq", "erf", "exp", "expm1", "flip", "floor", "floor_divide",
     "gather", "ge", "gt", "integer_pow", "iota", "is_finite", "le", "log", "log1p", "lt", "matmul", "max", "maximum", "min", "minimum",
     "mul", "ne", "neg", "normal_quantile", "not_", "or_", "pad", "pow", "prod", "random_bits", "remainder", "reshape", "round", "rsqrt",
     "scatter", "shift_left", "shift_right_arithmetic", "shift_right_logical", "sigmoid", "sign", "sin", "sinh", "size", "slice", "sqrt",

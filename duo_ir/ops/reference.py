@@ -1,4 +1,4 @@
-"""NumPy references in the exact orders of the numerics contract (reductions, contractions, cumulative sums, scatter).
+"""NumPy references in the exact orders of the numerics contract (reductions, contractions, convolution, cumulative sums, scatter).
 
 Each is vectorised over everything that is not reduced, and sequential where the contract is. f16 and bf16 accumulate in f32 and
 round once at the end.
@@ -6,8 +6,10 @@ round once at the end.
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable, Sequence
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import ml_dtypes
 import numpy as np
@@ -15,6 +17,10 @@ import numpy as np
 from duo_ir.errors import IndexOutOfRange
 from duo_ir.scalar.numpy_eval import convert, fma
 from duo_ir.types import dtype as dtype_of
+from duo_ir.types import evaluate
+
+if TYPE_CHECKING:
+    from duo_ir.opdef import Phase
 
 Array: TypeAlias = np.ndarray
 Ints: TypeAlias = tuple[int, ...]
@@ -180,6 +186,15 @@ def dot(a: Array, b: Array) -> Array:
 
 def matmul(a: Array, b: Array) -> Array:
     """Rule 2; with one result column, `dot`."""
+    if b.shape[-1] == 1 and a.size and b.size and _is_float(widen(a)):
+        x, y = widen(a), widen(b)
+        out = dot(x, np.broadcast_to(np.swapaxes(y, -1, -2), x.shape))[..., None]
+        return narrow(out, a.dtype)
+    return contract(a, b)
+
+
+def contract(a: Array, b: Array) -> Array:
+    """Rule 2: [..., m, k] x [..., k, n], rounded once to their dtype. Integers wrap."""
     k = a.shape[-1]
     shape = (*a.shape[:-1], b.shape[-1])
     x, y = widen(a), widen(b)
@@ -187,14 +202,43 @@ def matmul(a: Array, b: Array) -> Array:
         return np.matmul(a, b)
     if k == 0 or 0 in shape:
         return np.zeros(shape, a.dtype)
-    if b.shape[-1] == 1:
-        out = dot(x, np.broadcast_to(np.swapaxes(y, -1, -2), x.shape))[..., None]
-        return narrow(out, a.dtype)
     left, right = np.moveaxis(x, -1, 0)[..., None], np.moveaxis(y, -2, 0)[..., None, :]
     if k <= SEQUENTIAL:
         return narrow(_sequential(left, right), a.dtype)
     parts = [_sequential(left[i : i + SPLIT], right[i : i + SPLIT]) for i in range(0, k, SPLIT)]
     return narrow(adjacent_tree(np.stack(parts), np.add), a.dtype)
+
+
+def windows(x: Array, phases: Sequence[Phase]) -> Array:
+    """[n, *spatial, c] to [n, *count, *taps, c]: what each tap of each result position reads, +0 outside x."""
+    for d, p in enumerate(phases):
+        axis, size = 1 + d, x.shape[1 + d]
+        offset, count, taps = (evaluate(d, {}) for d in (p.offset, p.count, p.taps))
+        at = offset + p.stride * np.arange(count)[:, None] + p.dilation * np.arange(taps)
+        inside = (at >= 0) & (at < size)
+        padded = np.concatenate([x, np.zeros((*x.shape[:axis], 1, *x.shape[axis + 1 :]), x.dtype)], axis)
+        read = np.take(padded, np.where(inside, at, size), axis)  # [..., count, taps, ...]
+        x = np.moveaxis(read, axis + 1, 1 + len(phases) + d)
+    return x
+
+
+def convolution(x: Array, w: Array, shape: Ints, phases: Sequence[Sequence[Phase]], groups: int) -> Array:
+    """Rule 2 over (kernel positions, channels), phase by phase."""
+    n, o = shape[0], shape[-1]
+    spatial = len(phases)
+    out = np.zeros(shape, x.dtype)
+    for chosen in itertools.product(*phases):
+        taps = tuple([slice(p.tap_start, p.tap_start + p.tap_step * p.taps, p.tap_step) for p in chosen])
+        counts = [evaluate(p.count, {}) for p in chosen]
+        kernel = w[taps]
+        c = w.shape[-2]
+        a = windows(x, chosen).reshape(*[n, *counts, *kernel.shape[:spatial]], groups, c)
+        a = np.moveaxis(a, -2, 0).reshape(groups, math.prod([n, *counts]), math.prod(kernel.shape[:-1]))
+        b = np.moveaxis(kernel.reshape(*kernel.shape[:-1], groups, o // groups), -2, 0)
+        result = contract(a, b.reshape(groups, math.prod(kernel.shape[:-1]), o // groups))
+        place = tuple([slice(p.start, None, p.step) for p in chosen])
+        out[(slice(None), *place)] = np.moveaxis(result, 0, 1).reshape(n, *counts, o)
+    return out
 
 
 # ---------------------------------------------------------------------------------------------------------- indexing

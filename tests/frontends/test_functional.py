@@ -8,6 +8,7 @@ import pytest
 from duo import functional as F
 from duo.functional.indexing import getitem
 from duo.functional.shape import matrix_transpose, reverse_dims
+from duo_ir.errors import DuoError
 from tests.frontends.functional_support import b, f, flat, gradients, i, p, run
 
 torch = pytest.importorskip("torch")
@@ -292,6 +293,22 @@ LOSS = [
     simple("triplet_margin_loss", f(5, 3), f(5, 3), f(5, 3), of=TF),
 ]  # fmt: skip
 
+CONV = [
+    attrs("conv1d", f(2, 4, 9), f(6, 4, 3), f(6), of=TF, padding=1, stride=2),
+    attrs("conv1d", f(2, 4, 9), f(6, 2, 3), of=TF, padding="same", groups=2, dilation=2),
+    attrs("conv1d", f(2, 4, 9), f(6, 4, 4), of=TF, padding="same"),
+    simple("conv2d", f(2, 3, 5, 6), f(4, 3, 3, 3), f(4), of=TF),
+    simple("conv2d", f(3, 5, 6), f(4, 3, 3, 2), f(4), of=TF),
+    attrs("conv2d", f(2, 3, 7, 6), f(4, 3, 3, 2), f(4), of=TF, stride=(2, 3), padding=(2, 1)),
+    attrs("conv2d", f(2, 4, 7, 9), f(4, 1, 3, 3), f(4), of=TF, groups=4, padding=1, dilation=(1, 2)),
+    attrs("conv2d", f(1, 4, 7, 9), f(1, 4, 7, 9), of=TF, padding="valid"),
+    attrs("conv3d", f(1, 2, 4, 5, 3), f(3, 2, 2, 3, 1), f(3), of=TF, stride=(1, 2, 1), padding=(1, 0, 2)),
+    attrs("conv_transpose1d", f(2, 4, 5), f(4, 3, 3), f(3), of=TF, stride=2, padding=1, output_padding=1),
+    simple("conv_transpose2d", f(2, 3, 4, 5), f(3, 4, 3, 3), of=TF),
+    attrs("conv_transpose2d", f(4, 4, 5), f(4, 3, 3, 2), f(6), of=TF, stride=(2, 3), padding=(1, 0), groups=2, dilation=(2, 1)),
+    attrs("conv_transpose3d", f(1, 2, 2, 3, 2), f(2, 3, 2, 3, 1), f(3), of=TF, stride=2, output_padding=(0, 1, 1)),
+]  # fmt: skip
+
 _Q, _K, _V = f(2, 3, 4, 8), f(2, 3, 5, 8), f(2, 3, 5, 6)
 _SDPA = TF.scaled_dot_product_attention
 ATTENTION = [
@@ -308,7 +325,7 @@ ATTENTION = [
 
 @pytest.mark.parametrize(
     ("ours", "theirs", "arrays", "grad", "tol"),
-    ELEMENTWISE + REDUCE + SHAPE + INDEXING + LINALG + ACTIVATION + NORMALIZATION + LOSS + ATTENTION,
+    ELEMENTWISE + REDUCE + SHAPE + INDEXING + LINALG + ACTIVATION + NORMALIZATION + LOSS + CONV + ATTENTION,
 )
 def test_like_torch(ours, theirs, arrays, grad, tol):
     tensors = [torch.tensor(a) for a in arrays]
@@ -335,3 +352,30 @@ def test_like_torch(ours, theirs, arrays, grad, tol):
         e = torch.zeros_like(leaf) if e is None else e
         g = np.zeros(e.shape) if g is None else g
         np.testing.assert_allclose(g, e.numpy(), rtol=1e-7, atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda x, w: F.conv2d(x, w, stride=0), "conv2d: stride is at least 1, not 0"),
+        (lambda x, w: F.conv2d(x, w, padding="full"), "'valid' or 'same', not 'full'"),
+        (lambda x, w: F.conv2d(x, w, padding="same", stride=2), "'same' needs stride 1"),
+        (lambda x, w: F.conv2d(x, w, padding=(1, 2, 3)), r"padding is an int or 2 of them, not \(1, 2, 3\)"),
+        (lambda x, w: F.conv2d(x, w, groups=0), "groups is at least 1"),
+        (lambda x, w: F.conv2d(x, w, groups=3), "the kernel reads 3 channels, in 3 groups, but the input has 3"),
+        (
+            lambda x, w: F.conv2d(x, w, dilation=4),
+            "spatial axis 0 the kernel covers 9 elements, the padded input only 5",
+        ),
+        (lambda x, w: F.conv2d(x, w, bias=F.sum(w)), "bias needs 1 dimensions"),
+        (lambda x, w: F.conv2d(x, w, bias=F.sum(x, (0, 1, 2))), "needs 4 elements, one for each channel"),
+        (lambda x, w: F.conv1d(x, w), r"conv1d: input, \[n, c, w\] or \[c, w\], needs 3 or 2 dimensions"),
+        (
+            lambda x, w: F.conv_transpose2d(x, F.transpose(w, 0, 1), output_padding=1),
+            "output_padding 1 must be smaller",
+        ),
+    ],
+)
+def test_mistakes_in_convolutions(call, message):
+    with pytest.raises(DuoError, match=message):
+        run(call, f(2, 3, 5, 6), f(4, 3, 3, 3))

@@ -205,6 +205,49 @@ def _scatter(x: np.ndarray, updates: np.ndarray, *indices: np.ndarray, axes: tup
     return x
 
 
+def _conv(
+    x: np.ndarray, w: np.ndarray, strides: Shape, padding: Any, x_dilation: Shape, w_dilation: Shape, groups: int
+) -> np.ndarray:
+    spatial = tuple(range(1, x.ndim - 1))
+    for axis, d in zip(spatial, x_dilation):
+        spaced = np.zeros((*x.shape[:axis], max((x.shape[axis] - 1) * d + 1, 0), *x.shape[axis + 1 :]), x.dtype)
+        spaced[(slice(None),) * axis + (slice(None, None, d),)] = x
+        x = spaced
+    x = np.pad(x, [(0, 0), *[(max(lo, 0), max(hi, 0)) for lo, hi in padding], (0, 0)])
+    x = x[(slice(None), *[slice(max(-lo, 0), x.shape[a] - max(-hi, 0)) for a, (lo, hi) in zip(spatial, padding)])]
+    reach = [(k - 1) * d + 1 for k, d in zip(w.shape, w_dilation)]
+    counts = [(n - r) // s + 1 for n, r, s in zip(x.shape[1:], reach, strides)]
+    c, o = w.shape[-2], w.shape[-1] // groups
+    out = np.zeros((x.shape[0], *counts, w.shape[-1]), x.dtype)
+    for place in np.ndindex(*counts):
+        window = x[
+            (slice(None), *[slice(p * s, p * s + r, d) for p, s, r, d in zip(place, strides, reach, w_dilation)])
+        ]
+        for g in range(groups):
+            part, kernel = window[..., g * c : (g + 1) * c], w[..., g * o : (g + 1) * o]
+            out[(slice(None), *place, slice(g * o, (g + 1) * o))] = np.tensordot(part, kernel, x.ndim - 1)
+    return out
+
+
+def _convolved() -> Iterator[tuple[tuple[Shape, ...], dict[str, Any]]]:
+    """(x, w, strides, padding, x_dilation, w_dilation, groups)."""
+    for x, w, strides, padding, x_dilation, w_dilation, groups in (
+        ((2, 5, 3), (3, 3, 4), (1,), ((1, 1),), (1,), (1,), 1),
+        ((1, 4, 2), (4, 2, 1), (1,), ((0, 0),), (1,), (1,), 1),
+        ((2, 6, 5, 3), (3, 2, 3, 4), (2, 3), ((1, 0), (0, 2)), (1, 1), (1, 1), 1),
+        ((1, 5, 4, 4), (3, 2, 2, 6), (1, 1), ((2, 1), (-1, 2)), (1, 1), (2, 1), 2),
+        ((2, 4, 3, 3), (2, 3, 1, 3), (1, 2), ((1, 1), (1, 1)), (2, 3), (1, 2), 3),
+        ((1, 3, 3, 2), (1, 1, 2, 3), (1, 1), ((0, 0), (0, 0)), (2, 2), (1, 1), 1),
+        ((1, 2, 2, 2), (5, 5, 2, 2), (1, 1), ((2, 3), (4, 4)), (1, 1), (1, 1), 1),
+        ((0, 3, 3, 2), (2, 2, 2, 3), (1, 1), ((0, 0), (0, 0)), (1, 1), (1, 1), 1),
+        ((1, 3, 3, 0), (2, 2, 0, 3), (1, 1), ((0, 0), (0, 0)), (1, 1), (1, 1), 1),
+        ((1, 2, 3, 2, 2), (2, 2, 1, 2, 3), (1, 1, 2), ((0, 1), (1, 1), (0, 0)), (1, 1, 1), (1, 2, 1), 1),
+    ):
+        yield (x, w), {
+            "strides": strides, "padding": padding, "x_dilation": x_dilation, "w_dilation": w_dilation, "groups": groups,
+        }  # fmt: skip
+
+
 def _step(types: tuple[TensorType, ...], fn: Callable[..., Any], name: str) -> Function:
     builder = Builder(name)
     with builder:
@@ -368,6 +411,7 @@ def _table() -> list[Row]:
             ((3, 4), (4, 5)), ((1, 1), (1, 1)), ((3, 4), (4, 1)), ((1, 7), (7, 3)), ((2, 3, 4), (2, 4, 2)), ((3, 0), (0, 2)), ((0, 3), (3, 2)),
             ((5, 33), (33, 1)), ((2, 600), (600, 3)), ((2, 2, 3, 5), (2, 2, 5, 1)), ((2, 3), (3, 0)),
         )), None, (0, 1)),
+        Row(o.conv, _conv, (real, real), NUMBERS, tuple(_convolved()), None, (0, 1)),
         Row(o.gather, _gather, (real, index(0), index(1)), ALL, _INDEXED, 0, (0,)),
         Row(o.scatter, _scatter, (real, real, index(0), index(1)), NUMBERS, tuple(_scattered()), None, (0, 1)),
         Row(o.cond, lambda p, x, y, then, orelse: (x * y, x - y) if p else (x + y, y), (some(bool_), half, half), (f32,),

@@ -25,6 +25,18 @@ def T(d: DType, *shape: Any) -> TensorType:
     return TensorType(d, shape)
 
 
+def _conv(spatial: int, **attrs: Any) -> dict[str, Any]:
+    ones = (1,) * spatial
+    return {
+        "strides": ones,
+        "padding": ((0, 0),) * spatial,
+        "x_dilation": ones,
+        "w_dilation": ones,
+        "groups": 1,
+        **attrs,
+    }
+
+
 RESULTS = [
     (ops.add, (T(f32, b, 3), T(f32, b, 3)), {}, T(f32, b, 3)),
     (ops.lt, (T(f32, b), T(f32, b)), {}, T(bool_, b)),
@@ -42,6 +54,11 @@ RESULTS = [
     (ops.sum, (T(f32, b, t, 2),), {"axes": (0, 2)}, T(f32, t)),
     (ops.argmax, (T(f32, b, t),), {"axes": (1,)}, T(i64, b)),
     (ops.matmul, (T(bf16, b, 2, t), T(bf16, b, t, 5)), {}, T(bf16, b, 2, 5)),
+    (ops.conv, (T(f32, b, 8, 6, 3), T(f32, 3, 3, 3, 5)), _conv(2, padding=((1, 1), (0, 0))), T(f32, b, 8, 4, 5)),
+    (ops.conv, (T(f32, b, t, 4), T(f32, 3, 2, 6)), _conv(1, padding=((1, 1),), groups=2), T(f32, b, t, 6)),
+    (ops.conv, (T(f32, 1, t * 2, 4), T(f32, 3, 4, 6)), _conv(1, strides=(2,), padding=((1, 1),)), T(f32, 1, t, 6)),
+    (ops.conv, (T(bf16, 1, t, 4), T(bf16, 3, 4, 6)), _conv(1, padding=((1, 2),), x_dilation=(2,)), T(bf16, 1, t * 2, 6)),
+    (ops.conv, (T(f32, 1, 0, 4), T(f32, 1, 4, 6)), _conv(1), T(f32, 1, 0, 6)),
     (ops.gather, (T(f32, 9, t), T(i64, b, 2)), {"axes": (0,)}, T(f32, b, 2, t)),
     (ops.gather, (T(f32, 9, t, 3), T(i64, b), T(i64, b)), {"axes": (2, 0)}, T(f32, b, t)),
     (ops.random_bits, (T(i64), T(i64)), {"shape": (b, 3)}, T(i32, b, 3)),
@@ -109,6 +126,23 @@ ERRORS = [
     (ops.matmul, (T(f32, 3), T(f32, 3, 5)), {}, ShapeError, "reshape a vector"),
     (ops.matmul, (T(f32, 2, 3, 3), T(f32, 1, 3, 5)), {}, ShapeError, "batch sizes differ"),
     (ops.matmul, (T(bool_, 2, 3), T(bool_, 3, 5)), {}, DTypeError, "not bool"),
+    (ops.conv, (T(f32, 1, 5, 3), T(f64, 3, 3, 2)), _conv(1), DTypeError, "cast one"),
+    (ops.conv, (T(bool_, 1, 5, 3), T(bool_, 3, 3, 2)), _conv(1), DTypeError, "not bool"),
+    (ops.conv, (T(f32, 5, 3), T(f32, 3, 2)), _conv(0), ShapeError, "1 to 3 spatial axes"),
+    (ops.conv, (T(f32, 1, 5, 3), T(f32, 3, 3, 3, 2)), _conv(1), ShapeError, r"not f32\[1,5,3\] and f32\[3,3,3,2\]"),
+    (ops.conv, (T(f32, 1, 5, 3), T(f32, 3, 4, 2)), _conv(1), ShapeError, "the kernel reads 4 channels, but the input has 3"),
+    (ops.conv, (T(f32, 1, 5, 4), T(f32, 3, 4, 2)), _conv(1, groups=2), ShapeError, "4 channels, in 2 groups, but the input has 4"),
+    (ops.conv, (T(f32, 1, 5, 4), T(f32, 3, 2, 3)), _conv(1, groups=2), ShapeError, "3 output channels do not divide into 2"),
+    (ops.conv, (T(f32, 1, 5, 4), T(f32, 3, 2, 3)), _conv(1, groups=0), ArgumentError, "at least 1, not 0"),
+    (ops.conv, (T(f32, 1, 5, 3), T(f32, 3, 3, 2)), _conv(1, strides=(0,)), ArgumentError, "strides holds ints of at least 1, not 0"),
+    (ops.conv, (T(f32, 1, 5, 3), T(f32, 3, 3, 2)), _conv(1, w_dilation=(1, 1)), ArgumentError, "a tuple of 1; got"),
+    (ops.conv, (T(f32, 1, 5, 3), T(f32, 3, 3, 2)), _conv(1, padding=(1,)), ArgumentError, r"one pair \(low, high\)"),
+    (ops.conv, (T(f32, 1, 5, 3), T(f32, 3, 3, 2)), _conv(1, padding=((1, 0.5),)), ArgumentError, "ints or Dims"),
+    (ops.conv, (T(f32, 1, 5, 3), T(f32, 0, 3, 2)), _conv(1), ShapeError, "no elements along spatial axis 0"),
+    (ops.conv, (T(f32, 1, 5, 3), T(f32, 3, 3, 2)), _conv(1, w_dilation=(3,)), ShapeError, "covers 7 elements, the padded input only 5"),
+    (ops.conv, (T(f32, 1, 2, 3), T(f32, 3, 3, 2)), _conv(1), ShapeError, "covers 3 elements, the padded input only 2"),
+    (ops.conv, (T(f32, 1, t, 3), T(f32, 5, 3, 2)), _conv(1), ShapeError, "the padded input may be only t"),
+    (ops.conv, (T(f32, 1, t, 3), T(f32, 3, 3, 2)), _conv(1, strides=(2,), padding=((1, 1),)), ShapeError, "use a known size"),
     (ops.gather, (T(f32, 2, 3), T(i32, 4)), {"axes": (0,)}, DTypeError, "indices are i64, not i32"),
     (ops.gather, (T(f32, 2, 3), T(i64, 4), T(i64, 5)), {"axes": (0, 1)}, ShapeError, "indices need one shape"),
     (ops.gather, (T(f32, 2, 3), T(i64, 4)), {"axes": (0, 1)}, ArgumentError, "one axis for each"),

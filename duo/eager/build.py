@@ -83,6 +83,10 @@ class Construction:
         value = self.at(position)
         return next((n for n, v in enumerate(self.values) if v is value), None)
 
+    def numbers_of(self, value: Value) -> tuple[int, ...]:
+        """The numbers of the values that are that SSA value."""
+        return tuple([n for n, v in enumerate(self.values) if v is value])
+
     def entry_of(self, op: int) -> int:
         """The number of the entry that emitted that op."""
         return next(n for n, end in enumerate(self.ends) if op < end)

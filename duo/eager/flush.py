@@ -18,7 +18,7 @@ from duo import runtime
 from duo.eager.autograd import Inner
 from duo.eager.build import Construction, Watch
 from duo.eager.segments import Origin, Position, Pullback, Segment, unmarked
-from duo.eager.trace import END, NOTHING, Info, Macro, Node, Trace, Val, forget, hooks, settle, state
+from duo.eager.trace import END, NOTHING, Info, Macro, Node, Stamp, Trace, Val, forget, hooks, settle, state
 from duo_ir.core import Value
 from duo_ir.errors import GradientError, TraceError
 from duo_ir.types import DType
@@ -59,6 +59,7 @@ class Program:
             kept = [construction.builder.ops[i].results[r] for i, r in self.residuals]
         values = [construction.value(n) for n in live]
         self.same = {p: n for p, v in zip(self.residuals, kept) for n, w in zip(live, values) if v is w}
+        self.holders = {p: construction.numbers_of(v) for p, v in zip(self.residuals, kept)}
         function = construction.builder.build([*values, *kept])
         scalars = [i for i, (_, k) in enumerate(plan.inputs) if k is not None]
         self.run = runtime.runnable(function, fused, scalars).run
@@ -210,6 +211,7 @@ def _segment(trace: Trace, plan: FlushPlan, program: Program, buffers: list[Any]
             continue
         val = Val(None, -1, None, Info(_type_at(program, position)))
         val.buf = buffer
+        val.stamp = _stamp({entries[n].stamp for n in program.holders[position]})
         segment.residuals[position] = val
     for n in program.outs:
         origin = segment.origins[n] = Origin(segment, n, program.errors.get(n))
@@ -221,6 +223,12 @@ def _segment(trace: Trace, plan: FlushPlan, program: Program, buffers: list[Any]
 def _saved(val: Val) -> Val:
     """`val`, whose mark from now on tells of in-place ops after this flush; the path knows of those before."""
     return unmarked(val) if val.overwritten else val
+
+
+def _stamp(stamps: set[Stamp | None]) -> Stamp | None:
+    """The version that a saved value is of: the one that all entries with that value are of. In-place ops before this flush are known to the path."""
+    stamp = next(iter(stamps)) if len(stamps) == 1 else None
+    return stamp if stamp is not None and not stamp.overwritten else None
 
 
 def _type_at(program: Program, position: Position) -> Any:

@@ -109,7 +109,7 @@ def _make_sole_owner(tensor: Any, storage: Storage) -> None:
     holders = 1 + (tensor._val is val) + (base is not None and base is not tensor and base._val is val)
     if (sys.getrefcount(val) - holders, sys.getrefcount(val.buf)) != _SOLE_OWNER:
         own = storage.val = unmarked(val)
-        own.buf = runtime.from_numpy(runtime.to_numpy(settle(val), val.info.type))
+        own.buf, own.stamp = runtime.from_numpy(runtime.to_numpy(settle(val), val.info.type)), val.stamp
         storage.version += 1
 
 

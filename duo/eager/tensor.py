@@ -20,7 +20,7 @@ from duo.eager.flush import flush
 from duo.eager.hooks import RemovableHook
 from duo.eager.printing import format_tensor
 from duo.eager.sharing import Storage, is_shared, share_memory, snapshot, still_shared, write_through
-from duo.eager.trace import Val, record, record_pair, settle, state
+from duo.eager.trace import Val, alias, record, record_pair, settle, state
 from duo.eager.values import as_leaf, material, overwrite
 from duo.functional.indexing import getitem
 from duo.tensor import Tensor
@@ -46,6 +46,10 @@ def _data_write(x: Value, new: Value) -> Value:
 DETACH = View(_detach_read, _detach_write)
 DATA = View(_detach_read, _data_write)  # a write through `.data` is not seen by the check for overwritten values
 _SAME_MEMORY = (DETACH, DATA)
+
+
+def _through_data(chain: tuple) -> bool:
+    return any(view is DATA for view, _ in chain)
 
 
 def _conform(new: Value, dtype: DType, shape: Shape) -> Value:
@@ -109,6 +113,8 @@ class EagerTensor(Tensor):
         (val,) = record(view.read, (tensor,), attrs)
         out = EagerTensor(val)
         out._storage, out._chain, out._seen = storage, (*tensor._chain, (view, attrs)), storage.version
+        if not _through_data(out._chain):
+            alias(storage.val, val)
         return out
 
     @staticmethod
@@ -127,10 +133,10 @@ class EagerTensor(Tensor):
         storage = self._storage
         assert storage is not None
         if storage.shared is not None and still_shared(storage) and self._reads_shared(storage):
-            return self._as_mine(self._through(snapshot(storage)))
+            return self._read(snapshot(storage))
         if self._seen != storage.version:
             version = storage.version
-            self._val = self._as_mine(self._through(storage.val))
+            self._val = self._read(storage.val)
             self._seen = version
         return self._val
 
@@ -139,11 +145,14 @@ class EagerTensor(Tensor):
         """Whether what NumPy sees is what the storage holds; not once a function being recorded has written it."""
         return state.capture is None or not state.capture.exports_to(storage)
 
-    def _through(self, base: Val) -> Val:
-        """`base` seen through the chain of views."""
+    def _read(self, base: Val) -> Val:
+        """`base`, the storage's value, seen through the chain of views."""
         val = base
         for view, attrs in self._chain:
             (val,) = record(view.read, (EagerTensor(val),), attrs)
+        val = self._as_mine(val)
+        if not _through_data(self._chain):
+            alias(self._storage.val, val)  # type: ignore[union-attr]
         return val
 
     def _as_mine(self, val: Val) -> Val:
@@ -176,19 +185,20 @@ class EagerTensor(Tensor):
         if state.capture is not None:
             state.capture.write(self)
         storage = self._storage
-        if not any(view is DATA for view, _ in self._chain):
-            by = val if by is None else by
-            overwrite(self._val, by)
-            if storage is not None and storage.val is not self._val:
-                overwrite(storage.val, by)
+        watched = not _through_data(self._chain)
+        parents = [storage.val] if storage is not None else []
+        for view, attrs in self._chain[:-1]:
+            parents.append(record(view.read, (EagerTensor(parents[-1]),), attrs)[0])
+            if watched:
+                alias(parents[0], parents[-1])
+        if watched:
+            alone = storage is None or storage.val is self._val
+            overwrite((self._val,) if alone else (self._val, storage.val), val if by is None else by)  # type: ignore[union-attr]
         if storage is None:
             self._val = self._as_mine(val)
             return
         base = val
         if self._chain:
-            parents = [storage.val]
-            for view, attrs in self._chain[:-1]:
-                parents.append(record(view.read, (EagerTensor(parents[-1]),), attrs)[0])
             for parent, (view, attrs) in zip(reversed(parents), reversed(self._chain)):
                 if view.write is None:
                     raise ShapeError(

@@ -97,9 +97,9 @@ class Val:
     """One value: pending (an entry of `trace`), or there (`buf`), or failed (`buf` None and `trace` None: `extra` is the error).
 
     `extra` is what gradients need to know of it: a GradLeaf, an Origin (output of an earlier segment), or None.
-    `overwritten` is set once an in-place op has replaced it in its tensor."""
+    `stamp` says of which version of a storage it is (None as long as nobody asked)."""
 
-    __slots__ = ("buf", "extra", "index", "info", "node", "overwritten", "scalars", "trace")
+    __slots__ = ("buf", "extra", "index", "info", "node", "scalars", "stamp", "trace")
 
     def __init__(self, trace: Trace | None, index: int, node: Node | None, info: Info) -> None:
         self.trace = trace
@@ -109,7 +109,52 @@ class Val:
         self.buf: Buffer | None = None
         self.scalars: tuple | None = None
         self.extra: Any = None
-        self.overwritten = False
+        self.stamp: Stamp | None = None
+
+    @property
+    def overwritten(self) -> bool:
+        """Whether an in-place op has since written to the storage that it was read from."""
+        return self.stamp is not None and self.stamp.overwritten
+
+    @overwritten.setter
+    def overwritten(self, value: bool) -> None:
+        if self.stamp is None or self.stamp is OVERWRITTEN:
+            self.stamp = OVERWRITTEN if value else None
+        else:
+            self.stamp.overwritten = value
+
+
+class Stamp:
+    """One version of a storage, shared by its value and those that views have read from it: a write overwrites them all.
+    numbers: those of views in `trace`, the latest that read some."""
+
+    __slots__ = ("numbers", "overwritten", "trace")
+
+    def __init__(self, overwritten: bool = False) -> None:
+        self.overwritten = overwritten
+        self.trace: Trace | None = None
+        self.numbers: list[int] = []
+
+    def add(self, trace: Trace, number: int) -> None:
+        if self.trace is trace:
+            self.numbers.append(number)
+        else:
+            self.numbers, self.trace = [number], trace
+
+
+OVERWRITTEN = Stamp(True)  # of values that nobody else was read with
+
+
+def alias(base: Val, val: Val) -> None:
+    """`val` was read from the storage whose value is `base`: a write to the storage overwrites it."""
+    stamp = base.stamp
+    if stamp is None:
+        stamp = base.stamp = Stamp()
+    if stamp.overwritten or val is base:
+        return
+    val.stamp = stamp
+    if val.trace is not None:
+        stamp.add(val.trace, val.index)
 
 
 class Macro:
@@ -218,6 +263,8 @@ class Trace:
             return -1
         proxy = vals[0]
         self.leaves[val] = proxy.index
+        if val.stamp is not None and not val.stamp.overwritten:
+            val.stamp.add(self, proxy.index)
         if leaf is not None:
             self.link(leaf, proxy.index)
         return proxy.index
@@ -284,8 +331,16 @@ def settle(val: Val) -> Buffer:
 
 
 def note_overwritten(val: Val) -> None:
-    """An in-place op has replaced `val` in its tensor; a segment that saved it will refuse to go back through it."""
-    val.overwritten = True
+    """An in-place op has replaced `val` in its tensor; who saved it, or a view of it, will refuse to go back through it."""
+    stamp = val.stamp
+    if stamp is None:
+        val.stamp = OVERWRITTEN
+        return
+    stamp.overwritten = True
+    if stamp.numbers and stamp.trace is state.trace:
+        for number in stamp.numbers:
+            note_overwritten_here(stamp.trace, number, -1)
+        stamp.numbers = []
 
 
 def commit(trace: Trace, key: tuple, scalars: tuple | None = None, source: Val | None = None) -> list[Val] | None:
@@ -394,7 +449,7 @@ def record_pair(body: Any, a: Any, b: Any) -> Val:
         made.buf = None
         made.scalars = scalars
         made.extra = None
-        made.overwritten = False
+        made.stamp = None
         if trace.entries[-1] is last:
             trace.entries.append(made)
             if node.stop or last.index > MAX_ENTRIES or hooks.policy is not None:

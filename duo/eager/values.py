@@ -6,7 +6,7 @@ from typing import Any
 
 from duo.eager.autograd import GradLeaf
 from duo.eager.segments import Origin
-from duo.eager.trace import MARK, Info, Val, commit, note_overwritten_here, open_trace, settle, state
+from duo.eager.trace import MARK, Info, Val, commit, note_overwritten, note_overwritten_here, open_trace, settle, state
 from duo_ir.types import TensorType
 
 
@@ -35,15 +35,19 @@ def as_leaf(val: Val, leaf: GradLeaf) -> Val:
         return out
 
 
-def overwrite(val: Val, by: Val) -> None:
-    """Notes that an in-place op has replaced `val` by what it computed, `by`, for backward's check."""
+def overwrite(vals: tuple[Val, ...], by: Val) -> None:
+    """Notes that an in-place op has replaced `vals`, those of a tensor and of its storage, by what it computed, `by`, for backward's check."""
     if by.buf is not None and isinstance(by.extra, Origin) and by.extra.segment is not None:
-        by.extra.segment.note_overwritten(val, by.extra.number)
-    val.overwritten = True
+        for val in vals:
+            by.extra.segment.note_overwritten(val, by.extra.number)
     trace = state.trace
     node = trace.entries[-1].node
-    if node is None or not node.tracked:
-        return
-    number = val.index if val.trace is trace else trace.leaves.get(val)
-    if number is not None:
-        note_overwritten_here(trace, number, by.index if by.trace is trace else -1)
+    tracked = node is not None and node.tracked
+    numbers = {val.index if val.trace is trace else trace.leaves.get(val) for val in vals} if tracked else set()
+    for val in vals:
+        if val.stamp is not None and val.stamp.trace is trace:
+            val.stamp.numbers = [n for n in val.stamp.numbers if n not in numbers] if tracked else []
+        note_overwritten(val)
+    for number in numbers:
+        if number is not None:
+            note_overwritten_here(trace, number, by.index if by.trace is trace else -1)

@@ -14,8 +14,8 @@ from duo.eager.autograd import GradLeaf
 from duo.eager.creation import get_default_dtype
 from duo.eager.flush import _segment, flush
 from duo.eager.segments import Origin
-from duo.eager.tensor import EagerTensor, Storage
-from duo.eager.trace import END, NOTHING, Info, Trace, Val, settle, state
+from duo.eager.tensor import DATA, EagerTensor, Storage
+from duo.eager.trace import END, NOTHING, Info, Trace, Val, alias, settle, state
 from duo.eager.watch import Epoch
 from duo.jit import guards, nests
 from duo.jit.guards import Guard, brief
@@ -236,6 +236,7 @@ class _Writer:
             "MISS": MISS, "state": state, "Epoch": Epoch, "structure": replay.structure, "replay": replay, "settle": settle, "new": object.__new__,
             "Val": Val, "Tensor": EagerTensor, "stale": stale, "aliased": aliased, "put": put, "same": guards.same, "Storage": Storage,
             "unchanged": guards.unchanged, "MISSING": guards.MISSING, "close": close_open_trace, "storage_of": storage_of,
+            "alias": alias,
         }  # fmt: skip
         self.variables: dict[Source, str] = {}  # of tensors
         self.numbered: dict[int, str] = {}  # value number -> variable of its Val
@@ -451,7 +452,7 @@ class _Writer:
                 self.add(f"{v}.extra = Origin(None, {n}, {self.const(error, 'E')})")
             else:
                 self.add(f"{v}.extra = None")
-            self.add(f"{v}.overwritten = False")
+            self.add(f"{v}.stamp = None")
         if program.alive:
             table = ", ".join(f"{n}: {v}" for n, v in self.numbered.items())
             self.add(f"replay.segment({self.const(program, 'P')}, outs, {{{table}}}, [{', '.join(vals)}])")
@@ -502,6 +503,8 @@ class _Writer:
             self.add(f"{name}._storage = s{made.storage}", f"{name}._seen = 0")
         else:
             self.add(f"{name}._storage = None", f"{name}._seen = 0")
+        if made.chain and not any(view is DATA for view, _ in made.chain):
+            self.add(f"alias({name}._storage.val, {name}._val)")
 
     def _result(self) -> None:
         def leaf(value: Any) -> str:

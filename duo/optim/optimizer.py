@@ -43,7 +43,7 @@ class Optimize(Macro):
         hyper = [construction.scalar(k, f64) for k in range(len(rule.hyper))]
         count = _next(construction.value(step)) if step is not None else None
         values = [[construction.value(n) for n in row] for row in rows]
-        construction.overwritten.update((row[0], -1) for row in rows)
+        construction.overwritten.update((n, -1) for p, _, *slots in rows for n in (p, *slots))
         out = apply_rule(rule, options, count, hyper, values)
         made = [construction.stop(v) for row in out for v in row]
         return tuple(made if count is None else [count, *made])

@@ -189,3 +189,22 @@ def check_device(device: object) -> str:
     if name.split(":")[0] != "cpu":
         raise DeviceError(f"device {name!r} is not there: this build of duo runs on 'cpu'")
     return "cpu"
+
+
+# ---------------------------------------------------------------------------------------------------------- profiles
+def recording(capacity: int) -> Any:
+    """A profile of the backend, to be entered. Raises ArgumentError where programs run by the interpreter."""
+    if _use_interpreter or _check_nan:
+        raise ArgumentError("duo.profile times kernels, and programs run by the reference interpreter have none")
+    return importlib.import_module("duo_backends.cpu.profile").Recording(capacity)
+
+
+def peaks() -> Any:
+    """The machine's measured peaks: `gflops_per_core`, `gbytes`, `threads`."""
+    return importlib.import_module("duo_backends.cpu.peaks").peaks()
+
+
+def work() -> tuple[Any, Any, Any]:
+    """(describe, flops, traffic) of `duo_ir.kernels.work`."""
+    module = importlib.import_module("duo_ir.kernels.work")
+    return module.describe, module.flops, module.traffic

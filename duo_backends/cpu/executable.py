@@ -19,6 +19,7 @@ from types import CodeType
 import numpy as np
 
 from duo_backends.base import Scalar
+from duo_backends.cpu import profile
 from duo_backends.cpu import runner_text as layout
 from duo_backends.cpu.memory import Buffer, allocate, allocator
 from duo_backends.cpu.pool_text import CHUNKS_PER_THREAD, STATUS_BYTES
@@ -100,6 +101,7 @@ class CpuBound:
         self.entry = native().make_entry(self._plan.ctypes.data)
         self._measure()
         on_change(self)
+        profile.register(self)
 
     # --------------------------------------------------------------------------------------------------------- running
     # `run(inputs, donated=())`, see `duo_backends.base.Bound.run`, is made by _make_run: a function with the program's

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import sys
 
 SIG_SETMASK = 3  # of macOS and the BSDs
 
@@ -32,6 +33,19 @@ done:
 }
 define internal void @duo.wake(ptr %word) nounwind {
   ret void
+}
+"""
+
+
+def clock_text() -> str:
+    """@duo.now() as in `os_linux.py`: macOS's clock; 0, which profiles refuse, on other systems."""
+    if sys.platform != "darwin":
+        return "define internal i64 @duo.now() nounwind {\n  ret i64 0\n}\n"
+    return """
+declare i64 @clock_gettime_nsec_np(i32)
+define internal i64 @duo.now() nounwind {
+  %now = call i64 @clock_gettime_nsec_np(i32 8)
+  ret i64 %now
 }
 """
 

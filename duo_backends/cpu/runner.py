@@ -33,7 +33,8 @@ class Native:
 
     def __init__(self) -> None:
         arch = {"AMD64": "x86_64", "arm64": "aarch64"}.get(platform.machine(), platform.machine())
-        text = pool_text.pool_text(arch, system.wait_text(), system.SIG_SETMASK) + runner_text.runner_text()
+        text = pool_text.pool_text(arch, system.wait_text(), system.SIG_SETMASK)
+        text += system.clock_text() + runner_text.runner_text()
         symbols = (*pool_text.SYMBOLS, *runner_text.SYMBOLS)
         # Addresses taken from the running interpreter: its symbols need not be visible to a linker.
         imports = {
@@ -47,6 +48,7 @@ class Native:
         self.set_spins = number(addresses["duo_set_spins"])
         self.relax_times = number(addresses["duo_relax_times"])
         self.forget = ctypes.CFUNCTYPE(None)(addresses["duo_forget"])
+        self.set_profile = number(addresses["duo_set_profile"])
         self.copy = addresses["duo_copy"]
         self._method = _MethodDef(b"duo_program", addresses["duo_entry"], _METH_FASTCALL, None)
         new = ctypes.pythonapi.PyCMethod_New

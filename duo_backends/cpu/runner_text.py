@@ -8,6 +8,8 @@ Plan, i64 words:   0 arguments  1 code  2 argument specs  3 patches  4 flags (1:
 Argument spec:     0 kind  1 scalar cell (frame offset)  2, 3 range in patches: frame offsets that get the address
 Frame header:      0 threads it has scratch for  1 scratch  2 status words (64 bytes a chunk)
 Code, 8 words:     PHASE fn, args (frame offset), dims, units, threads, threads while no worker sleeps | BRANCH cell, target if false | JUMP target | END
+Profile:           while one is set, each phase appends an event to it: 64 bytes of header (events so far, room for how many), then
+                   per event the address of its code row, start and end in nanoseconds, threads
 Result:            0; position + 1 of the phase whose bounds check failed; or a negative code about an argument
 """
 
@@ -23,7 +25,8 @@ NULL_ARGUMENT, OUT_OF_RANGE, WRONG_COUNT = 0, 1 << 32, 1 << 48
 # Argument kinds. BITS16 is an f16 or bf16 given as the int of its bits.
 POINTER, F64, F32, I64, I32, I16, I8, U8, BOOL, BITS16 = range(10)
 
-SYMBOLS = ("duo_entry", "duo_copy")
+SYMBOLS = ("duo_entry", "duo_copy", "duo_set_profile")
+PROFILE_HEADER, EVENT_WORDS = 64, 4
 PYTHON = (
     "PyLong_AsVoidPtr", "PyLong_AsLongLong", "PyLong_FromLongLong", "PyFloat_AsDouble", "PyObject_IsTrue",
     "PyErr_Occurred", "PyEval_SaveThread", "PyEval_RestoreThread",
@@ -49,6 +52,34 @@ define void @duo_copy(ptr %args, ptr %dims, i64 %begin, i64 %end, i64 %tid, ptr 
   ret void
 }
 
+@duo.profile = internal global ptr null, align 8
+define void @duo_set_profile(ptr %memory) nounwind {
+  store atomic ptr %memory, ptr @duo.profile seq_cst, align 8
+  ret void
+}
+define internal void @duo.note(ptr %profile, ptr %row, i64 %start, i64 %threads) noinline nounwind {
+entry:
+  %end = call i64 @duo.now()
+  %number = atomicrmw add ptr %profile, i64 1 monotonic
+  %room.at = getelementptr i64, ptr %profile, i64 1
+  %room = load i64, ptr %room.at
+  %fits = icmp ult i64 %number, %room
+  br i1 %fits, label %write, label %done
+write:
+  %events = getelementptr i8, ptr %profile, i64 PROFILE_HEADER
+  %event = getelementptr [EVENT_WORDS x i64], ptr %events, i64 %number
+  store ptr %row, ptr %event
+  %e1 = getelementptr i64, ptr %event, i64 1
+  store i64 %start, ptr %e1
+  %e2 = getelementptr i64, ptr %event, i64 2
+  store i64 %end, ptr %e2
+  %e3 = getelementptr i64, ptr %event, i64 3
+  store i64 %threads, ptr %e3
+  br label %done
+done:
+  ret void
+}
+
 ; Only the calling thread walks the code; workers see phases. Stops at the first phase that reports a failed check and
 ; leaves that report (of the lowest chunk, so that it does not depend on timing) in the first status words.
 define internal i64 @duo.interpret(ptr %frame, ptr %code, i64 %threads) nounwind {
@@ -59,7 +90,7 @@ entry:
   %status = load ptr, ptr %status.at
   br label %fetch
 fetch:
-  %pc = phi i64 [ 0, %entry ], [ %step, %following ], [ %where, %branch ], [ %a, %fetch ]
+  %pc = phi i64 [ 0, %entry ], [ %step, %onward ], [ %where, %branch ], [ %a, %fetch ]
   %ip = getelementptr [8 x i64], ptr %code, i64 %pc
   %step = add i64 %pc, 1
   %op = load i64, ptr %ip
@@ -94,6 +125,14 @@ phase:
   %awake = icmp eq i32 %sleepers, 0
   %most = select i1 %awake, i64 %eager, i64 %patient
   %parts = call i64 @llvm.umin.i64(i64 %most, i64 %threads)
+  %profile = load atomic ptr, ptr @duo.profile monotonic, align 8
+  %profiled = icmp ne ptr %profile, null
+  br i1 %profiled, label %clock, label %begin
+clock:
+  %now = call i64 @duo.now()
+  br label %begin
+begin:
+  %start = phi i64 [ 0, %phase ], [ %now, %clock ]
   %serial = icmp ult i64 %parts, 2
   br i1 %serial, label %alone, label %together
 alone:
@@ -134,6 +173,11 @@ move:
 failed:
   ret i64 %step
 following:
+  br i1 %profiled, label %note, label %onward
+note:
+  call void @duo.note(ptr %profile, ptr %ip, i64 %start, i64 %parts)
+  br label %onward
+onward:
   br label %fetch
 }
 
@@ -364,4 +408,6 @@ define internal float @duo.narrow(double %d) noinline nounwind {
 def runner_text() -> str:
     """The runner; belongs in one module with the text of `pool_text.py`."""
     entry = _ENTRY.replace("OUT_OF_RANGE", str(OUT_OF_RANGE)).replace("WRONG_COUNT", str(WRONG_COUNT))
-    return _INTERPRETER.replace("CHUNKS_PER_THREAD", str(CHUNKS_PER_THREAD)) + entry
+    interpreter = _INTERPRETER.replace("CHUNKS_PER_THREAD", str(CHUNKS_PER_THREAD))
+    interpreter = interpreter.replace("PROFILE_HEADER", str(PROFILE_HEADER)).replace("EVENT_WORDS", str(EVENT_WORDS))
+    return interpreter + entry

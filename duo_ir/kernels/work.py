@@ -1,0 +1,66 @@
+"""How much work a kernel is: arithmetic operations and bytes that must move, for profiles and rooflines.
+
+`flops` counts an fma as two and any other arithmetic instruction of a body as one, an exp as the dozen that its polynomial
+has; conversions, comparisons, selections and index arithmetic count nothing. `traffic` counts each argument once, however often a
+cache serves it again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from duo_ir.kernels.kernel import Body, ContractKernel, Kernel, LoopKernel, ScanKernel, ScatterKernel
+from duo_ir.types import evaluate, product
+
+_ARITHMETIC = {"add": 1, "sub": 1, "mul": 1, "div": 1, "fma": 2, "sqrt": 1, "neg": 1}
+_REDUCING = {"sum": 1, "prod": 1, "dot": 2, "max": 1, "min": 1}
+
+
+def _body(body: Body) -> int:
+    return sum(_ARITHMETIC.get(i.op, 0) for i in body if i.dtype.kind == "f")
+
+
+def flops(kernel: Kernel, sizes: Mapping[str, int]) -> int:
+    """Floating-point operations of one run with these values of `kernel.dims`."""
+    if isinstance(kernel, ContractKernel):
+        results = evaluate(product(kernel.batch) * kernel.m * kernel.n, sizes)
+        return results * (2 * evaluate(kernel.k, sizes) + _body(kernel.body))
+    if isinstance(kernel, LoopKernel):
+        each = 0
+        for stage in kernel.stages:
+            inner = sum(_REDUCING.get(r.kind, 0) for r in stage.reduces if r.dtype.kind == "f") + _body(stage.body)
+            each += evaluate(product(stage.axes), sizes) * inner
+        return evaluate(product(kernel.axes), sizes) * each
+    if isinstance(kernel, ScatterKernel):
+        return evaluate(product(kernel.axes), sizes) * (_body(kernel.body) + (kernel.mode == "add"))
+    if isinstance(kernel, ScanKernel):
+        return evaluate(product(kernel.axes) * kernel.length, sizes)
+    return 0
+
+
+def traffic(kernel: Kernel, sizes: Mapping[str, int]) -> int:
+    """Bytes of the arguments."""
+    return sum(evaluate(arg.size, sizes) * arg.dtype.itemsize for arg in kernel.args)
+
+
+def describe(kernel: Kernel, sizes: Mapping[str, int]) -> str:
+    """A few words for a person: the kind, the sizes, what is reduced."""
+
+    def numbers(dims: tuple) -> str:
+        return "x".join(str(evaluate(d, sizes)) for d in dims) or "1"
+
+    if isinstance(kernel, ContractKernel):
+        batch = f"{numbers(kernel.batch)} of " if kernel.batch else ""
+        return f"matmul {batch}{numbers((kernel.m, kernel.k, kernel.n))} {kernel.result.name}"
+    if isinstance(kernel, LoopKernel):
+        parts = []
+        for stage in kernel.stages:
+            kinds = "+".join(dict.fromkeys(r.kind for r in stage.reduces))
+            if kinds:
+                parts.append(f"{kinds} over {numbers(stage.axes)}")
+        return f"loop {numbers(kernel.axes)}" + (f", {', '.join(dict.fromkeys(parts))}" if parts else "")
+    if isinstance(kernel, ScanKernel):
+        return f"cumulative {numbers((*kernel.axes, kernel.length))}"
+    if isinstance(kernel, ScatterKernel):
+        return f"scatter {numbers(kernel.axes)} into {evaluate(kernel.size, sizes)}"
+    return type(kernel).__name__

@@ -29,11 +29,13 @@ MAX_EXECUTABLES = 2048
 
 @dataclass
 class Statistics:
-    """What this process has compiled and run. `compiled`: programs; `fused`: of those, compiled as a whole; `hits`: found in the cache."""
+    """What this process has compiled and run. `compiled`: programs; `fused`: of those, compiled as a whole; `hits`: found in the cache;
+    `overwritten`: bytes of inputs of eager programs whose memory results took, as nobody could read them any more."""
 
     compiled: int = 0
     fused: int = 0
     hits: int = 0
+    overwritten: int = 0
 
 
 statistics = Statistics()
@@ -57,6 +59,8 @@ def _interpreter() -> Any:
 
 class Interpreted:
     """Runs a Function by the reference interpreter. With `check`, an op whose result holds the first NaN or infinity raises NanError."""
+
+    givable: frozenset[int] = frozenset()  # it overwrites no input
 
     def __init__(self, function: Function, check: bool = False) -> None:
         self.function, self.check = function, check

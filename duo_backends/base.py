@@ -18,7 +18,7 @@ Scalar: TypeAlias = float | int | bool
 
 
 class DeviceBuffer(Protocol):
-    """Memory on a device. `donatable`: it belongs to this object alone, so a program may write its result there."""
+    """Memory on a device. `donatable`: nobody else sees it, so a program may write its result there."""
 
     nbytes: int
 
@@ -27,13 +27,21 @@ class DeviceBuffer(Protocol):
 
 
 class Bound(Protocol):
-    """A program with all sizes known."""
+    """A program with all sizes known. `givable`: numbers of the inputs that a result may overwrite."""
+
+    givable: frozenset[int]
 
     def run(self, inputs: Sequence[Any], donated: Collection[int] = ()) -> list[Any]:
         """Runs once. `inputs`: a buffer per program input, or a Python number for one declared scalar. `donated`: numbers
-        of inputs that the caller gives away; a result may take their memory, and such a buffer is empty afterwards.
-        Returns a buffer per program result; where a result is an input, that very buffer. Raises IndexOutOfRange when a bounds check
-        fails."""
+        of inputs that may be overwritten: such a buffer may be a result's. Returns a buffer per program result; where a result is an
+        input, that very buffer. Raises IndexOutOfRange when a bounds check fails, with all inputs as they were."""
+        ...
+
+    def begin(
+        self, inputs: Sequence[Any], donated: Collection[int] = (), preferred: Sequence[tuple[int, int]] = ()
+    ) -> Any:
+        """The same as an object: `run()` runs it once, `results` lists the buffers from the start, `done` says whether they hold the
+        results, truthfully also when an interrupt came out of `run()`. preferred: pairs (result, input) that should share a buffer."""
         ...
 
 

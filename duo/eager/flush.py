@@ -37,6 +37,37 @@ def _baseline() -> int:
 
 
 _ALONE = _baseline()
+_OVERWRITE_FROM = 1 << 14  # bytes from which reusing an input's memory is worth the asking
+
+
+def _counts(leaves: dict[Val, int], entries: list[int], buffers: list[Any]) -> list[tuple[int, int]]:
+    """Reference counts of the outside values of these entries, and of their buffers, as `_unreadable` sees them."""
+    outside = {number: val for val, number in leaves.items()}
+    out = []
+    for entry, buffer in zip(entries, buffers):
+        val = outside[entry]
+        out.append((_getrefcount(val), _getrefcount(buffer)))
+    return out
+
+
+def _owned_once() -> tuple[int, int]:
+    """What `_counts` gives for a value and buffer that only a trace's leaf still holds; nothing where counts do not tell."""
+    leaves: dict[Val, int] = {}
+    proxies = []
+    for number in range(2):
+        val, proxy = Val(None, 0, None, NOTHING), Val(None, 0, None, NOTHING)
+        val.buf = proxy.buf = object()  # type: ignore[assignment]
+        leaves[val] = number
+        proxies.append(proxy)
+    del val, proxy
+    inputs = [p.buf for p in proxies]
+    first, second = _counts(leaves, [0, 1], [inputs[j] for j in (0, 1)])
+    keep = list(leaves)
+    held, _ = _counts(leaves, [0, 1], [inputs[j] for j in (0, 1)])
+    return first if first == second and held == (first[0] + 1, first[1]) and keep and _ALONE != -1 else (-1, -1)
+
+
+_OWNED_ONCE = _owned_once()
 
 
 class Program:
@@ -62,8 +93,22 @@ class Program:
         self.holders = {p: construction.numbers_of(v) for p, v in zip(self.residuals, kept)}
         function = construction.builder.build([*values, *kept])
         scalars = [i for i, (_, k) in enumerate(plan.inputs) if k is not None]
-        self.run = runtime.runnable(function, fused, scalars).run
+        self.runnable = runtime.runnable(function, fused, scalars)
+        self.run = self.runnable.run
         self.function = function
+        # What a segment keeps may be read again by a backward pass; otherwise results may overwrite inputs that nobody else can read.
+        params = function.params
+        rows = [j for j in sorted(self.runnable.givable) if params[j].type.nbytes >= _OVERWRITE_FROM]
+        self.givable = ([], []) if self.alive else (rows, [plan.inputs[j][0] for j in rows])
+        self.updates = _updates(plan, live) if rows else []
+
+
+def _updates(plan: FlushPlan, live: tuple[int, ...]) -> list[tuple[int, int]]:
+    """Pairs (result, input) of which one is the new state of the other: they stay where they are."""
+    place = {e: i for i, (e, k) in enumerate(plan.inputs) if k is None}
+    steps = [step for step in plan.node.path() if isinstance(step.key[0], Macro)]
+    new = {n: old for step in steps for n, old in step.key[0].updates(step).items() if old in place}
+    return [(k, place[new[n]]) for k, n in enumerate(live) if n in new]
 
 
 def _freed_outputs(construction: Construction, outs: list[int]) -> dict[int, Exception]:
@@ -79,7 +124,7 @@ def _freed_outputs(construction: Construction, outs: list[int]) -> dict[int, Exc
             try:
                 construction.backward(0, {construction.value(n): construction.value(n)}, (), watch)
             except GradientError as error:
-                errors[n] = error
+                errors[n] = error.with_traceback(None)  # its frames would keep this flush's values alive
         del builder.ops[start:]
     return errors
 
@@ -142,6 +187,12 @@ def _run(trace: Trace) -> None:
     if node.parent is None:
         trace.done = True
         return
+    if trace.call is not None:
+        known, program, call = trace.call
+        if call.done:  # an interrupt came after the program had run
+            _publish(trace, known, program, call.results)
+            _finish(trace)
+            return
     plan: FlushPlan = node.memo
     if plan is None:
         plan = node.memo = FlushPlan(node)
@@ -170,21 +221,35 @@ def _salvage(trace: Trace, plan: FlushPlan, live: tuple[int, ...], error: Except
     middle = len(live) // 2
     for part in (live[:middle], live[middle:]):
         try:
-            _execute(trace, plan, part, Program(plan, part, fused=False))
+            _execute(trace, plan, part, Program(plan, part, fused=False), overwrite=False)
         except Exception as again:
             _salvage(trace, plan, part, again)
 
 
-def _execute(trace: Trace, plan: FlushPlan, live: tuple[int, ...], program: Program) -> None:
-    """Runs what the values `live` need, and publishes them."""
+def _execute(trace: Trace, plan: FlushPlan, live: tuple[int, ...], program: Program, overwrite: bool = True) -> None:
+    """Runs what the values `live` need, and publishes them. `overwrite`: results may take the memory of inputs that nobody else can read."""
     entries = trace.entries
     trace.program = program
     inputs: list[Any] = []
     for e, k in plan.inputs:
         entry = entries[e]
         inputs.append(entry.buf if k is None else entry.scalars[k])  # type: ignore[index]
-    # No input is given away: an interrupt after the call and before its results are stored would lose both.
-    buffers = program.run(inputs)
+    given = _unreadable(trace, program, inputs) if overwrite and program.givable[0] else None
+    if not given:
+        _publish(trace, plan, program, program.run(inputs))
+        return
+    # An interrupt may come between the run and the publishing, when old values are gone and new ones not there yet. The trace holds the
+    # call, which knows whether it has run: whoever touches a value next publishes, or runs, what is missing (`_run`).
+    call = program.runnable.begin(inputs, given, program.updates)
+    trace.call = (plan, program, call)
+    call.run()
+    runtime.statistics.overwritten += sum(b.nbytes for b in set(inputs).intersection(call.results))
+    _publish(trace, plan, program, call.results)
+
+
+def _publish(trace: Trace, plan: FlushPlan, program: Program, buffers: list[Any]) -> None:
+    """Gives the results of a program to the values they are of."""
+    entries = trace.entries
     origins: dict[int, Origin] = {}
     if program.alive:
         origins = _segment(trace, plan, program, buffers).origins
@@ -197,6 +262,13 @@ def _execute(trace: Trace, plan: FlushPlan, live: tuple[int, ...], program: Prog
             val.extra = origins[n]
         val.buf = buffer  # last: another thread may take the value up from here on
         val.trace = None
+
+
+def _unreadable(trace: Trace, program: Program, inputs: list[Any]) -> tuple[int, ...]:
+    """Inputs that nobody will read again: their values are held by this trace alone, their buffers by those values and as inputs."""
+    numbers, entries = program.givable
+    counts = _counts(trace.leaves, entries, [inputs[j] for j in numbers])
+    return tuple([j for j, count in zip(numbers, counts) if count == _OWNED_ONCE])
 
 
 def _segment(trace: Trace, plan: FlushPlan, program: Program, buffers: list[Any]) -> Segment:
@@ -237,6 +309,7 @@ def _type_at(program: Program, position: Position) -> Any:
 
 def _finish(trace: Trace) -> None:
     trace.done = True
+    trace.call = None
     trace.leaves = {}
     trace.leaf_numbers = {}
     trace.entries = [END]  # entries refer to their trace: without this only the garbage collector would free them

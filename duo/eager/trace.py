@@ -170,6 +170,10 @@ class Macro:
         """Emits into the current Builder; gives one Value per info (None where there is none)."""
         raise NotImplementedError
 
+    def updates(self, node: Node) -> dict[int, int]:
+        """Number of a value that it makes -> of the one that it is the new state of."""
+        return {}
+
 
 class Leaf(Macro):
     """A value from outside enters the trace: key (LEAF, type, requires_grad, number of an earlier entry of the same leaf or -1)."""
@@ -226,6 +230,7 @@ class Trace:
 
     __slots__ = (
         "__weakref__",
+        "call",
         "done",
         "entries",
         "hooked",
@@ -247,6 +252,7 @@ class Trace:
         self.node: Node | None = None  # set when closed
         self.done = False
         self.program: Any = None  # what a flush ran for it
+        self.call: Any = None  # of a flush that overwrites inputs (flush.py)
 
     def enter(self, val: Val, tensor: Any = None) -> int:
         """The number of a value from outside, which `tensor` holds; -1 when this trace has been closed meanwhile."""

@@ -48,6 +48,11 @@ class Optimize(Macro):
         made = [construction.stop(v) for row in out for v in row]
         return tuple(made if count is None else [count, *made])
 
+    def updates(self, node: Node) -> dict[int, int]:
+        _, _, _, step, rows = node.key
+        old = [n for p, _, *slots in rows for n in (p, *slots)]
+        return dict(enumerate(old if step is None else [step, *old], node.first))
+
 
 def _next(step: Value) -> Value:
     return step + 1  # type: ignore[operator]

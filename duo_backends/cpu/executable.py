@@ -28,12 +28,12 @@ from duo_backends.cpu.table import LoadedKernel, Table, build_table
 from duo_backends.cpu.threads import get_num_threads, on_change
 from duo_ir.errors import ArgumentError, DeviceError, IndexOutOfRange
 from duo_ir.kernels.kernel import Kernel
+from duo_ir.kernels.plan import written_after_checks
 from duo_ir.kernels.program import Program, Step
 from duo_ir.types import DType, evaluate
 
 KEPT_FRAME = 1 << 20  # bytes up to which a bound program keeps its frames
 RELEASE_NANOSECONDS = 30_000  # estimated work from which on other Python threads may run meanwhile
-DONATION_LIMIT = 8  # choices of inputs given away that a bound program has a function for
 BOUND_LIMIT = 256  # sets of sizes that an executable remembers
 _LINE = 64
 _KINDS = {
@@ -78,6 +78,33 @@ class CpuExecutable:
         return bound
 
 
+class Call:
+    """One run that may overwrite inputs: `results` lists its buffers beforehand, `done` tells whether they hold the results. Whoever keeps
+    it can tell after an interrupt, at whatever moment, whether the inputs are old and whole or gone: native code sets the mark."""
+
+    __slots__ = ("_arguments", "_bound", "_frame", "_inputs", "_mark", "results")
+
+    def __init__(
+        self, bound: CpuBound, inputs: Sequence[object], arguments: list[object], frame: Buffer, results: list[Buffer]
+    ) -> None:
+        self._bound, self._inputs, self._frame, self.results = bound, inputs, frame, results
+        self._mark = ctypes.c_int64.from_address(frame.ptr + layout.DONE_AT)
+        self._mark.value = 0
+        self._arguments = [*arguments, frame.ptr]
+
+    @property
+    def done(self) -> bool:
+        """Whether it has run to its end."""
+        return self._mark.value == 1
+
+    def run(self) -> list[Buffer]:
+        """Runs once and gives `results`. Raises IndexOutOfRange, with every input as it was."""
+        failed = self._bound.entry(*self._arguments)
+        if failed:
+            self._bound.fail(failed, self._frame)
+        return self.results
+
+
 class CpuBound:
     """A program ready to run. `run` may be called from several threads at once."""
 
@@ -90,13 +117,16 @@ class CpuBound:
         self._scalars = executable.scalars
         count = len(program.inputs)
         self._plain = list(program.results) == list(range(count, count + len(program.outputs)))
+        safe = written_after_checks(program)  # a program that fails leaves its inputs as they were
         self._donations = [
             (output, given)
             for output, given in program.donations
             if given not in program.results
             and given not in self._scalars
             and self._in_bytes[given] >= self._out_bytes[output]
+            and output in safe
         ]
+        self.givable = frozenset([given for _, given in self._donations])
         self._plan = self._make_plan()
         self.entry = native().make_entry(self._plan.ctypes.data)
         self._measure()
@@ -108,34 +138,19 @@ class CpuBound:
     # number of inputs and outputs written out costs half of one with loops.
     run: Callable[..., list[Buffer]]
 
-    def _make_run(self, donated: frozenset[int] | None = None) -> Callable[..., list[Buffer]]:
-        """With `donated`, the function for exactly those inputs given away."""
+    def _make_run(self) -> Callable[..., list[Buffer]]:
         names = {
-            "Buffer": Buffer, "allocate": allocate, "entry": self.entry, "fail": self._fail, "frames": self._frames,
-            "new_frame": self.new_frame, "general": self.run_general, "donating": self.run_donating,
-            "results": self._results, "bits": self._bits, "check": self.check_inputs,
+            "Buffer": Buffer, "allocate": allocate, "entry": self.entry, "fail": self.fail, "frames": self._frames,
+            "new_frame": self.new_frame, "begin": self.begin, "results": self._results, "bits": self._bits, "check": self.check_inputs,
         }  # fmt: skip
         inputs = [f"a{k}" for k in range(len(self._in_bytes))]
-        donors = {} if donated is None else self._assign_donors(donated)
-        lines = ["def run(inputs, donated=()):"]
-        if donated is None:
-            lines.append("  if donated: return donating(inputs, donated)")
+        lines = ["def run(inputs, donated=()):", "  if donated: return begin(inputs, donated).run()"]
         if os.environ.get("DUO_VERIFY") == "1":
             lines.append("  check(inputs)")
         if inputs:
             lines.append(f"  {', '.join(inputs)}, = inputs")
-        if donors:
-            buffers = [name for k, name in enumerate(inputs) if k not in self._scalars]
-            alone = " and ".join(f"a{given}.donatable" for given in donors.values())
-            lines.append(f"  if len({{{', '.join(buffers)}}}) != {len(buffers)} or not ({alone}):")
-            lines.append("    return general(inputs, donated)")
-            names["donated"] = donated
-            lines[0] = "def run(inputs):"
         addresses = [self._address(k, name) for k, name in enumerate(inputs)]
         for k, nbytes in enumerate(self._out_bytes):
-            if k in donors:
-                addresses.append(f"a{donors[k]}.ptr")
-                continue
             home = allocator.class_of(nbytes)
             names[f"home{k}"], names[f"pop{k}"] = home, home.pop
             lines.append(f"  try: o{k} = Buffer(pop{k}(), {nbytes}, home{k})")
@@ -149,31 +164,10 @@ class CpuBound:
         lines.append("  if failed: fail(failed, frame)")
         if self._keeps_frames:
             lines.append("  frames.append(frame)")
-        lines += [f"  o{k} = a{given}.give_away({self._out_bytes[k]})" for k, given in donors.items()]
         outputs = f"[{', '.join(f'o{k}' for k in range(len(self._out_bytes)))}]"
         lines.append(f"  return {outputs}" if self._plain else f"  return results(inputs, {outputs})")
         exec(_compiled("\n".join(lines)), names)  # type: ignore[arg-type]
         return names["run"]  # type: ignore[return-value]
-
-    def run_donating(self, inputs: Sequence[Buffer | Scalar], donated: Collection[int]) -> list[Buffer]:
-        """`run` with inputs given away, by the function made for that choice of inputs."""
-        try:
-            run = self._donating[donated]
-        except TypeError:  # a set or a list
-            return self.run_donating(inputs, frozenset(donated))
-        except KeyError:
-            if len(self._donating) >= DONATION_LIMIT:
-                return self.run_general(inputs, donated)
-            run = self._donating[donated] = self._make_run(frozenset(donated))
-        return run(inputs)
-
-    def _assign_donors(self, donated: Collection[int]) -> dict[int, int]:
-        """Output number -> the given-away input whose memory it may take."""
-        donors: dict[int, int] = {}
-        for output, given in self._donations:
-            if output not in donors and given in donated and given not in donors.values():
-                donors[output] = given
-        return donors
 
     def _address(self, k: int, name: str) -> str:
         """The expression for what the entry takes for input k."""
@@ -185,9 +179,15 @@ class CpuBound:
         """The bits of an f16 or bf16 scalar input."""
         return int(_rounded(value, self.program.inputs[k].dtype).view(np.uint16))
 
-    def run_general(self, inputs: Sequence[Buffer | Scalar], donated: Collection[int] = ()) -> list[Buffer]:
-        """`run` for any choice of inputs given away, also when others see their memory (then they keep it)."""
-        donors = self._donors(inputs, donated)
+    def begin(
+        self,
+        inputs: Sequence[Buffer | Scalar],
+        donated: Collection[int] = (),
+        preferred: Sequence[tuple[int, int]] = (),
+    ) -> Call:
+        """A call that may write results into the buffers of the inputs `donated`, where the program allows it and nobody else sees their
+        memory: the result is that very buffer. Pairs (result, input) that are `preferred` come first."""
+        donors = self._donors(inputs, donated, preferred)
         outputs = [donors.get(k) or allocate(n) for k, n in enumerate(self._out_bytes)]
         given: list[object] = []
         for k, x in enumerate(inputs):
@@ -195,19 +195,8 @@ class CpuBound:
                 given.append(x.ptr)  # type: ignore[union-attr]
             else:
                 given.append(self._bits(x, k) if self.program.inputs[k].dtype.is_narrow_float else x)
-        frames = self._frames
-        try:
-            frame = frames.pop()
-        except IndexError:
-            frame = self.new_frame()
-        failed = self.entry(*given, *[x.ptr for x in outputs], frame.ptr)
-        if failed:
-            self._fail(failed, frame)
-        if self._keeps_frames:
-            frames.append(frame)
-        for k, buffer in donors.items():
-            outputs[k] = buffer.give_away(self._out_bytes[k])
-        return outputs if self._plain else self._results(inputs, outputs)
+        given += [x.ptr for x in outputs]
+        return Call(self, inputs, given, self.new_frame(), outputs if self._plain else self._results(inputs, outputs))
 
     def check_inputs(self, inputs: Sequence[Buffer | Scalar]) -> None:
         """Raises ArgumentError when there are too few inputs or a buffer is too small (each call does under DUO_VERIFY=1)."""
@@ -217,12 +206,19 @@ class CpuBound:
             if k not in self._scalars and (not isinstance(x, Buffer) or x.nbytes < nbytes):
                 raise ArgumentError(f"input {k}, {self.program.inputs[k]}, needs a buffer of {nbytes} bytes, not {x!r}")
 
-    def _donors(self, inputs: Sequence[Buffer | Scalar], donated: Collection[int]) -> dict[int, Buffer]:
-        """Output number -> the given-away input whose memory it takes: one that the program allows and nobody else sees."""
+    def _donors(
+        self,
+        inputs: Sequence[Buffer | Scalar],
+        donated: Collection[int],
+        preferred: Sequence[tuple[int, int]],
+    ) -> dict[int, Buffer]:
+        """Output number -> the given-away input that it overwrites: one that the program allows and nobody else sees."""
         donors: dict[int, Buffer] = {}
         taken: set[int] = set()
         uses = Counter(map(id, inputs))
-        for output, given in self._donations:
+        count, allowed = len(self.program.inputs), set(self._donations)
+        first = [(self.program.results[k] - count, given) for k, given in preferred]
+        for output, given in [*[pair for pair in first if pair in allowed], *self._donations]:
             if output in donors or given in taken or given not in donated:
                 continue
             buffer = inputs[given]
@@ -246,7 +242,7 @@ class CpuBound:
                 out.append(inputs[slot])  # type: ignore[arg-type]
         return out
 
-    def _fail(self, code: int, frame: Buffer) -> None:
+    def fail(self, code: int, frame: Buffer) -> None:
         if code > 0:
             raise self._index_error(self.table.steps[code - 1], frame)
         if code == -layout.WRONG_COUNT:
@@ -254,8 +250,7 @@ class CpuBound:
         if code < -layout.OUT_OF_RANGE:
             k = -code - layout.OUT_OF_RANGE - 1
             raise ArgumentError(f"input {k} does not fit {self.program.inputs[k].dtype.name}")
-        k = -code - 1
-        raise DeviceError(f"input {k} of the program is a buffer that was given away (donated) to an earlier call")
+        raise DeviceError(f"input {-code - 1} of the program has no memory")
 
     def _index_error(self, step: Step | None, frame: Buffer) -> IndexOutOfRange:
         assert step is not None
@@ -302,7 +297,6 @@ class CpuBound:
         self._keeps_frames = self._geometry[3] <= KEPT_FRAME
         templates = any(isinstance(item, Step) and item.sizes for item in self.program.items)
         self._frames: list[Buffer] = _FromSecondCall() if templates else []
-        self._donating: dict[Collection[int], Callable[..., list[Buffer]]] = {}
         self.run = self._make_run()
 
     def threads_changed(self) -> None:

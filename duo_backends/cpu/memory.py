@@ -74,10 +74,7 @@ class _Class:
 
 
 class Buffer:
-    """A block of memory: `ptr` (address) and `nbytes`. It owns a block of an allocator, or borrows memory of an array.
-
-    `ptr` is 0 after its memory was given away (donated).
-    """
+    """A block of memory: `ptr` (address) and `nbytes`. It owns a block of an allocator, or borrows memory of an array."""
 
     # _home has append(address), called at the end; None: borrowed. _shared is set when others see the memory: the array
     # it was borrowed from, or True once a NumPy view was made (left unset otherwise, which makes Buffers cheaper).
@@ -105,13 +102,6 @@ class Buffer:
     def donatable(self) -> bool:
         """Whether its memory belongs to it alone, so that a program may write its result there."""
         return self._home is not None and not hasattr(self, "_shared")
-
-    def give_away(self, nbytes: int) -> Buffer:
-        """A new Buffer over this one's memory; this one is empty from here on (`donatable` must hold)."""
-        home, ptr = self._home, self.ptr
-        self._home = None
-        self.ptr = 0
-        return Buffer(ptr, nbytes, home)
 
     @staticmethod
     def from_numpy(array: np.ndarray) -> Buffer:
@@ -151,8 +141,6 @@ class _ArrayInterface:
         nbytes = dtype.itemsize * math.prod(shape)
         if nbytes > buffer.nbytes:
             raise ArgumentError(f"{buffer.nbytes} bytes do not hold {dtype} of shape {shape}")
-        if buffer.ptr == 0:
-            raise ArgumentError("this buffer was donated to a program and holds nothing any more")
         self.buffer = buffer
         self.__array_interface__ = {
             "version": 3, "shape": shape, "typestr": _type_string(dtype), "data": (buffer.ptr, False)

@@ -6,7 +6,7 @@ output, and last the address of a frame: all memory that one call needs, so that
 
 Plan, i64 words:   0 arguments  1 code  2 argument specs  3 patches  4 flags (1: release the GIL, 2: has parallel phases)
 Argument spec:     0 kind  1 scalar cell (frame offset)  2, 3 range in patches: frame offsets that get the address
-Frame header:      0 threads it has scratch for  1 scratch  2 status words (64 bytes a chunk)
+Frame header:      0 threads it has scratch for  1 scratch  2 status words (64 bytes a chunk)  3 set to 1 when a run has ended well
 Code, 8 words:     PHASE fn, args (frame offset), dims, units, threads, threads while no worker sleeps | BRANCH cell, target if false | JUMP target | END
 Profile:           while one is set, each phase appends an event to it: 64 bytes of header (events so far, room for how many), then
                    per event the address of its code row, start and end in nanoseconds, threads
@@ -21,6 +21,7 @@ PHASE, BRANCH, JUMP, END = 0, 1, 2, 3
 CODE_WORDS, SPEC_WORDS = 8, 4
 RELEASE_GIL, HAS_PARALLEL = 1, 2
 FRAME_HEADER = 64
+DONE_AT = 24  # bytes
 NULL_ARGUMENT, OUT_OF_RANGE, WRONG_COUNT = 0, 1 << 32, 1 << 48
 # Argument kinds. BITS16 is an f16 or bf16 given as the int of its bits.
 POINTER, F64, F32, I64, I32, I16, I8, U8, BOOL, BITS16 = range(10)
@@ -109,6 +110,8 @@ branch:
   %where = select i1 %true, i64 %step, i64 %b
   br label %fetch
 end:
+  %done.at = getelementptr i64, ptr %frame, i64 3
+  store i64 1, ptr %done.at
   ret i64 0
 phase:
   %fn = inttoptr i64 %a to ptr

@@ -236,7 +236,9 @@ class _Choice:
                     for r in user.results:
                         homes |= where[r] if r in where else reach.get(r, 0)
                 count = homes.bit_count()
-                if count > 1 and self.cost.get(v, 0) * (count - 1) >= WORTH_MEMORY and base(v) is v:
+                # What repeats a smaller value is never stored itself: the smaller one is.
+                worth = base(v) is v and not (isinstance(op.definition.kind, Movement) and _stretches(op))
+                if worth and count > 1 and self.cost.get(v, 0) * (count - 1) >= WORTH_MEMORY:
                     found.add(v)
                     where[v] = homes & -homes
                 else:

@@ -150,11 +150,14 @@ def touched(item: Item) -> tuple[int, ...]:
 
 
 # -------------------------------------------------------------------------------------------------------- donations
+_EARLIER = 32  # inputs read before that are noted for one output
+
+
 def _donations(
     inputs: tuple[TensorType, ...], outputs: tuple[TensorType, ...], items: tuple[Item, ...], results: list[int]
 ) -> tuple[tuple[int, int], ...]:
     """Pairs (output, input) that may share memory: the input is read for the last time before the output is first written, or in the
-    same kernel at the very position that is written. Pairs of one kernel come first (an optimiser's new and old parameter)."""
+    same kernel at the very position that is written. For each output, pairs of one kernel come first (an optimiser's new and old parameter)."""
     last_read: dict[int, int] = {}
     first_write: dict[int, int] = {}
     for n, item in enumerate(items):
@@ -163,26 +166,36 @@ def _donations(
             last_read[slot] = n
         for slot in writes:
             first_write.setdefault(slot, n)
-    free = {n: t for n, t in enumerate(inputs) if n not in results and t.size != 0}
-    found: dict[int, int] = {}
-    for together in (True, False):
-        for out, t in enumerate(outputs):
-            written = first_write.get(len(inputs) + out)
-            if written is None or out in found:
-                continue
-            for n, candidate in free.items():
-                if candidate.dtype is not t.dtype or candidate.size != t.size:
-                    continue
-                read = last_read.get(n, -1)
-                if together:
-                    fits = read == written and _same_position(items[written], n, len(inputs) + out)
-                else:
-                    fits = read < written
-                if fits:
-                    found[out] = n
-                    del free[n]
-                    break
-    return tuple(sorted(found.items()))
+    free: dict[tuple[object, object], list[int]] = {}
+    for n, t in enumerate(inputs):
+        if n not in results and t.size != 0:
+            free.setdefault((t.dtype, t.size), []).append(n)
+    found: list[tuple[int, int]] = []
+    for out, t in enumerate(outputs):
+        written = first_write.get(len(inputs) + out)
+        if written is None:
+            continue
+        candidates = free.get((t.dtype, t.size), ())
+        together = [n for n in candidates if last_read.get(n) == written]
+        found += [(out, n) for n in together if _same_position(items[written], n, len(inputs) + out)]
+        found += [(out, n) for n in candidates if last_read.get(n, -1) < written][:_EARLIER]
+    return tuple(found)
+
+
+def written_after_checks(program: Program) -> frozenset[int]:
+    """The outputs that are first written when every item that may fail (an index out of range) has run."""
+    checked = max([n for n, item in enumerate(program.items) if _may_fail(item)], default=-1)
+    early = {slot for item in program.items[: checked + 1] for slot in reads_writes(item)[1]}
+    return frozenset([n for n in range(len(program.outputs)) if len(program.inputs) + n not in early])
+
+
+def _may_fail(item: Item) -> bool:
+    if isinstance(item, Step):
+        return bool(item.kernel.sites)
+    if isinstance(item, Copy):
+        return False
+    parts = (item.then, item.orelse) if isinstance(item, Cond) else (item.test, item.body)
+    return any(_may_fail(inner) for part in parts for inner in part.items)
 
 
 def _same_position(item: Item, source: int, target: int) -> bool:

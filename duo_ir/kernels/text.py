@@ -34,9 +34,9 @@ def print_program(program: Program) -> str:
     lines: list[str] = []
     for n, t in enumerate(program.inputs):
         lines.append(f"s{n}: {t} input")
-    given = dict(program.donations)
     for n, t in enumerate(program.outputs):
-        donated = f", may take the memory of s{given[n]}" if n in given else ""
+        given = [i for out, i in program.donations if out == n]
+        donated = f", may take the memory of {' or '.join([f's{i}' for i in given])}" if given else ""
         lines.append(f"s{len(program.inputs) + n}: {t} output{donated}")
     start = len(program.inputs) + len(program.outputs)
     for n, temp in enumerate(program.temps):

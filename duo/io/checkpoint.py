@@ -7,6 +7,8 @@ safetensors library checks sizes, offsets and overlaps before data is touched.
 
 from __future__ import annotations
 
+import functools
+import importlib
 import json
 import os
 from collections import OrderedDict
@@ -14,8 +16,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import safetensors
-from safetensors.numpy import save_file
 
 from duo.eager.tensor import tensor_of
 from duo_ir.errors import ArgumentError, FormatError
@@ -29,6 +29,13 @@ _CODES = {
 }  # fmt: skip
 
 
+@functools.cache
+def _safetensors() -> Any:
+    """The safetensors library, loaded with the first checkpoint."""
+    importlib.import_module("safetensors.numpy")
+    return importlib.import_module("safetensors")
+
+
 def save_arrays(path: Any, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None) -> None:
     """Writes named arrays as safetensors, through a temporary file so that a crash leaves no half-written checkpoint."""
     for array in arrays.values():
@@ -38,13 +45,13 @@ def save_arrays(path: Any, arrays: Mapping[str, np.ndarray], metadata: Mapping[s
         raise FileNotFoundError(f"cannot save {os.fspath(path)!r}: there is no folder {folder!r}")
     temporary = f"{os.fspath(path)}.tmp{os.getpid()}"
     try:
-        save_file(
+        _safetensors().numpy.save_file(
             {k: np.ascontiguousarray(a).reshape(a.shape) for k, a in arrays.items()},
             temporary,
             dict(metadata) if metadata else None,
         )
         os.replace(temporary, path)
-    except safetensors.SafetensorError as error:
+    except _safetensors().SafetensorError as error:
         raise OSError(f"cannot save {os.fspath(path)!r}: {error}") from None
     finally:
         if os.path.exists(temporary):
@@ -56,8 +63,8 @@ def load_arrays(path: Any) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     try:
         with open(path, "rb") as file:
             content = file.read()
-        rows = safetensors.deserialize(content)
-    except safetensors.SafetensorError as error:
+        rows = _safetensors().deserialize(content)
+    except _safetensors().SafetensorError as error:
         raise FormatError(f"{os.fspath(path)!r} is not a safetensors file: {error}") from None
     arrays = {}
     for name, row in rows:

@@ -8,7 +8,6 @@ twice, and shifts by the protocol's signedness. Nothing warns: overflow, NaN and
 from __future__ import annotations
 
 from collections.abc import Callable
-from fractions import Fraction
 from typing import Any, TypeVar
 
 import ml_dtypes
@@ -116,13 +115,14 @@ def _two_product(x: Array, y: Array, product: Array) -> tuple[Array, Array]:
 
 def _fma_exact(x: float, y: float, z: float) -> float:
     """One finite element by rational arithmetic: Python's int / int rounds once to nearest even, denormals too."""
-    exact = Fraction(x) * Fraction(y) + Fraction(z)
-    if exact == 0:
+    (p, q), (r, t), (u, v) = x.as_integer_ratio(), y.as_integer_ratio(), z.as_integer_ratio()
+    numerator, denominator = p * r * v + u * q * t, q * t * v
+    if numerator == 0:
         return 0.0  # cancellation: factors are not zero here, so +0.0 by IEEE 754
     try:
-        return exact.numerator / exact.denominator
+        return numerator / denominator
     except OverflowError:
-        return float("inf") if exact > 0 else float("-inf")
+        return float("inf") if numerator > 0 else float("-inf")
 
 
 # -------------------------------------------------------------------------------------------------------- convert

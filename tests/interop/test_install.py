@@ -16,8 +16,14 @@ HEAVY = (
     "sklearn",
     "scipy",
     "pycuda",
-    "duo_backends.cpu.emit",
+    "onnx",
+    "safetensors",
+    "fractions",
+    "numpy.testing",
+    "duo_backends.cpu.body",
     "duo_backends.cpu.backend",
+    "duo_backends.cpu.llvm",
+    "duo_ir.kernels",
     "duo_ir.pipeline",
 )
 

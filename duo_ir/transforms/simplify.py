@@ -13,6 +13,7 @@ from duo_ir.interpret import interpret
 from duo_ir.opdef import Elementwise
 from duo_ir.ops import broadcasting as nd
 from duo_ir.ops import constant
+from duo_ir.transforms.products import turn_products
 from duo_ir.transforms.rewrite import dce, rewrite
 
 
@@ -22,7 +23,13 @@ def simplify(function: Function) -> Function:
     Differentiate first: simplification forgets what only derivatives ask about (stop_gradient). A Function that is simple already is
     returned itself.
     """
-    return dce(rewrite(dce(function), _simpler, share=True, nested=simplify))
+    function = dce(function)
+    while True:
+        function = dce(rewrite(function, _simpler, share=True, nested=simplify))
+        turned = turn_products(function)
+        if turned is function:
+            return function
+        function = turned
 
 
 def _simpler(op: Op) -> Sequence[Value] | None:

@@ -356,6 +356,23 @@ def test_views_of_matrices_are_read_in_place() -> None:
     assert kernel.a.at.strides == (1, -3) and kernel.a.at.offset == 21 and kernel.b.at.strides == (6, 2)
 
 
+def test_an_update_is_done_on_the_tiles_of_the_weight_gradient() -> None:
+    """The weight lies [out, in], its gradient is asked for as well; or it lies [in, out]."""
+
+    def update(x: Value, g: Value, w: Value, v: Value, lr: Value) -> tuple[Value, ...]:
+        gw, gv = nd.swap_last(nd.matmul(nd.swap_last(x), g)), nd.matmul(nd.swap_last(x), g)
+        return w - nd.mul(lr, gw), gw, v - nd.mul(lr, gv)
+
+    types = (F(9, 6), F(9, 5), F(5, 6), F(6, 5), F())
+    function = function_of(update, *types)
+    check(function, *arrays_for(types))
+    check(Function(function.params, function.ops, function.results[:2]), *arrays_for(types))
+    for results, stores in ((function.results[:2], 2), (function.results[2:], 1)):
+        (kernel,) = kernels(Function(function.params, function.ops, results))
+        assert isinstance(kernel, ContractKernel)
+        assert len(kernel.stores) == stores
+
+
 def test_loops_are_merged() -> None:
     (kernel,) = kernels(lambda x, y: ops.tanh(nd.transpose(x, (0, 2, 1)) + y), F(2, 3, 4), F(2, 4, 3))
     assert isinstance(kernel, LoopKernel) and kernel.axes == (2, 4, 3)

@@ -153,6 +153,43 @@ def test_unchanged_functions_and_ops_are_shared():
     assert simplify(g).ops[0] is g.ops[0]
 
 
+@pytest.mark.parametrize("batch", [(), (2,), (B,)])
+def test_a_product_read_transposed_is_computed_transposed(batch):
+    x, g, w = (TensorType(f32, (*batch, *dims)) for dims in ((5, 3), (5, 4), (4, 3)))
+
+    def update(x, g, w):
+        return w - nd.swap_last(nd.matmul(nd.swap_last(x), g))
+
+    out = simplified(update, x, g, w)
+    assert names(out) == ["transpose", "matmul", "sub"]  # g' x
+    rng = np.random.default_rng(0)
+    arrays = [rng.standard_normal(t.static_shape({"b": 2})).astype(np.float32) for t in (x, g, w)]
+    for a, b in zip(interpret(function_of(update, x, g, w), *arrays), interpret(out, *arrays), strict=True):
+        assert same_bits(a, b)
+
+
+def test_products_turn_up_to_their_roots():
+    a, b, c = (TensorType(f32, dims) for dims in ((2, 3), (3, 4), (4, 5)))
+    out = simplified(lambda a, b, c: nd.swap_last(nd.matmul(a, nd.matmul(b, c))), a, b, c)
+    assert names(out) == ["transpose", "transpose", "matmul", "transpose", "matmul"]
+    assert all(not v.op for op in out.ops if op.definition.name == "transpose" for v in op.operands)
+
+
+def test_other_products_stay_as_they_are():
+    a, b = TensorType(f32, (3, 4)), TensorType(f32, (4, 5))
+    row, column = TensorType(f32, (1, 4)), TensorType(f32, (4, 1))
+    cases = [
+        (lambda a, b: nd.swap_last(nd.matmul(a, b)), (row, b)),  # turned, it would be a reduction: another order
+        (lambda a, b: nd.swap_last(nd.matmul(a, b)), (a, column)),
+        (lambda a, b: ops.exp(nd.swap_last(m := nd.matmul(a, b))) + nd.swap_last(ops.sin(m)), (a, b)),
+        (lambda a, b: (m := nd.matmul(a, b), nd.swap_last(m)), (a, b)),
+        (lambda a, b: nd.reshape(nd.matmul(a, b), (5, 3)), (a, b)),
+    ]
+    for fn, types in cases:
+        function = function_of(fn, *types)
+        assert simplify(function) is function
+
+
 # ----------------------------------------------------------------------------------------------------------- rewrite
 def test_a_rule_that_never_rests_is_reported():
     def around(op):

@@ -108,3 +108,16 @@ def _quotient(over: tuple[DimLike, ...], under: tuple[DimLike, ...]) -> DimLike 
         else:
             rest.append(d)
     return exact_div(product(left), product(rest))
+
+
+def per_axis(name: str, what: str, value: Any, n: int, least: int = 1) -> tuple[int, ...]:
+    """`value`, an int or one for each of n spatial dims, as n ints of at least `least`."""
+    values = tuple(value) if isinstance(value, (tuple, list)) else (value,) * n
+    if len(values) == 1:
+        values *= n
+    if len(values) != n:
+        raise ArgumentError(f"{name}: {what} is an int or {n} of them, not {value!r}")
+    ints = tuple([integer(name, what, v) for v in values])
+    if ints and min(ints) < least:
+        raise ArgumentError(f"{name}: {what} is at least {least}, not {min(ints)}")
+    return ints

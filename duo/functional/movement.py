@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from duo.dispatch import View, apply, apply_view
-from duo.functional._args import choice, integer, one_axis, some_axes, type_of
+from duo.functional._args import choice, integer, one_axis, per_axis, some_axes, type_of
 from duo.functional._ssa import Axes, along, insert_axis, move_axes, typed
 from duo_ir.core import Value
 from duo_ir.errors import ArgumentError, ShapeError
@@ -14,7 +14,7 @@ from duo_ir.ops import elementwise as ew
 from duo_ir.ops import indexing
 from duo_ir.ops import reduce as red
 from duo_ir.ops import shape as movement
-from duo_ir.types import Shape, i64
+from duo_ir.types import Shape, f32, i64
 
 
 # ------------------------------------------------------------------------------------------------------ flip and roll
@@ -227,6 +227,53 @@ def pad(input: Any, pad: Any, mode: str = "constant", value: Any = None) -> Any:
         if isinstance(limit, int) and max(a, b) > limit:
             raise ShapeError(f"pad: mode {mode!r} cannot give {max(a, b)} elements from a dim of {d}")
     return apply(_pad_mirror, (input,), (low, high, mode))
+
+
+# ------------------------------------------------------------------------------------------------------------ resizing
+def _nearest(x: Value, extents: Axes, sizes: Axes, steps: tuple[float, ...]) -> Value:
+    """Along each of the last axes, element floor(i * step) for i < size, at most the last."""
+    for axis, (extent, size, step) in enumerate(zip(extents, sizes, steps), x.type.rank - len(sizes)):
+        if size == extent and step == 1.0:
+            continue
+        if size % extent == 0 and step == extent / size:
+            stretched = insert_axis(x, axis + 1)
+            shape = (*x.type.shape[: axis + 1], size // extent, *x.type.shape[axis + 1 :])
+            x = nd.reshape(nd.broadcast_to(stretched, shape), (*x.type.shape[:axis], size, *x.type.shape[axis + 1 :]))
+            continue
+        at = nd.cast_to(ew.floor(nd.cast_to(nd.iota((size,), 0, i64), f32) * step), i64)
+        found = indexing.gather(x, nd.minimum(at, extent - 1), axes=(axis,))
+        x = move_axes(found, (0,), (axis,))
+    return x
+
+
+def interpolate(input: Any, size: Any = None, scale_factor: Any = None, mode: str = "nearest") -> Any:
+    """[batch, channels, spatial...] with its spatial dims resized to `size`, or by `scale_factor` (an int or float, or one per dim).
+
+    Only mode 'nearest': element i is element floor(i / factor) of the input."""
+    t = type_of(input)
+    n = t.rank - 2
+    if mode != "nearest":
+        raise ArgumentError(f"interpolate: the mode is 'nearest', not {mode!r}")
+    if n < 1:
+        raise ShapeError(f"interpolate: it takes [batch, channels, spatial...], got {t}")
+    if (size is None) == (scale_factor is None):
+        raise ArgumentError("interpolate: give size or scale_factor, one of them")
+    extents = tuple([d for d in t.shape[2:] if isinstance(d, int) and d > 0])
+    if len(extents) != n:
+        raise ShapeError(f"interpolate: spatial sizes must be known and not 0, got {t}")
+    if size is not None:
+        sizes = per_axis("interpolate", "size", size, n)
+        steps = tuple([d / s for d, s in zip(extents, sizes)])
+    else:
+        given = tuple(scale_factor) if isinstance(scale_factor, (tuple, list)) else (scale_factor,) * n
+        factors = tuple([float(f) for f in given])
+        if len(factors) != n or min(factors) <= 0:
+            raise ArgumentError(f"interpolate: scale_factor is a positive number or {n} of them, not {scale_factor!r}")
+        sizes = tuple([int(d * f) for d, f in zip(extents, factors)])
+        if min(sizes) < 1:
+            raise ShapeError(f"interpolate: nothing is left of {t} after scaling by {scale_factor}")
+        steps = tuple([1.0 / f for f in factors])
+    return apply(_nearest, (input,), (extents, sizes, steps))
 
 
 # ------------------------------------------------------------------------------------------------- grids and classes

@@ -131,27 +131,34 @@ def _batch_axes(x: Value) -> Axes:
 
 
 def _batch_norm_train(x: Value, *arguments: Any) -> Any:
-    """(y, new running mean, new running variance), or y alone without running statistics. The statistics take part in no gradient."""
-    *tensors, eps, tracked, weighted, biased = arguments
+    """(y, then those of the new running mean, variance and count that are tracked). The statistics take part in no gradient."""
+    *tensors, eps, tracked, counted, averaged, weighted, biased = arguments
     y, axes = wide(x), _batch_axes(x)
     mean = mean_kept(y, axes)
     centred = y - mean
     squares = sum_(centred * centred, axes)
     n = nd.size_of(elements(x.type.shape, axes), y.type.dtype)
     out = centred * ew.rsqrt(kept(squares / n, x.type.shape, axes) + eps)
-    affine = tuple([_per_channel(t, x.type.rank) for t in (tensors[3:] if tracked else tensors)])
+    states, rest = (tensors[: 2 + counted], tensors[2 + counted :]) if tracked else ([], tensors)
+    momentum = rest.pop(0) if tracked and not averaged else None
+    affine = tuple([_per_channel(t, x.type.rank) for t in rest])
     out = nd.cast_to(_affine(out, affine, weighted, biased), float_dtype(x))
     if not tracked:
         return out
-    running_mean, running_var, momentum = tensors[:3]
+    running_mean, running_var, *counts = states
+    counts = [c + 1 for c in counts]
+    if averaged:
+        momentum = 1.0 / nd.cast_to(counts[0], y.type.dtype)
     less = n - 1.0
     less = ew.where(nd.gt(less, 0.0), less, nd.zeros_like(less))
     new_mean = _mixed(running_mean, nd.reshape(mean, (x.type.shape[1],)), momentum)
-    return out, new_mean, _mixed(running_var, squares / less, momentum)
+    return out, new_mean, _mixed(running_var, squares / less, momentum), *counts
 
 
 def _mixed(old: Value, new: Value, momentum: Any) -> Value:
     new = nd.cast_to(ew.stop_gradient(new), old.type.dtype)
+    if momentum.__class__ is Value:
+        momentum = nd.cast_to(momentum, old.type.dtype)
     return nd.cast_to(old * (1.0 - momentum) + new * momentum, old.type.dtype)
 
 
@@ -172,20 +179,28 @@ def batch_norm_train(
     bias: Any = None,
     momentum: Any = 0.1,
     eps: float = 1e-5,
+    count: Any = None,
 ) -> Any:
     """[batch, channels, ...] normalised by its own statistics over all but the channels.
 
     With running statistics: (y, new mean, new variance), the new ones (1 - momentum) * old + momentum * batch, the variance
-    there divided by n - 1; the caller stores them. Without: y."""
+    there divided by n - 1; the caller stores them. With `count`, i64[], also count + 1, and momentum may be None, which is
+    1 / (count + 1): the average of all batches. Without: y."""
     _channels("batch_norm", input, 2, running_mean, running_var, weight, bias)
     if (running_mean is None) != (running_var is None):
         raise ArgumentError("batch_norm: give running_mean and running_var, or neither")
+    if elements(type_of(input).shape, tuple(a for a in range(type_of(input).rank) if a != 1)) == 1:
+        raise ShapeError(f"batch_norm: in training it needs more than one value per channel, got {type_of(input)}")
     tensors, flags = _present(weight, bias)
     if running_mean is None:
-        return apply(_batch_norm_train, (input, *tensors), (float(eps), False, *flags))
-    return apply(
-        _batch_norm_train, (input, running_mean, running_var, momentum, *tensors), (float(eps), True, *flags)
-    )  # fmt: skip
+        return apply(_batch_norm_train, (input, *tensors), (float(eps), False, False, False, *flags))
+    counts, (counted,) = _present(count)
+    averaged = momentum is None
+    if averaged and not counted:
+        raise ArgumentError("batch_norm: momentum None needs the number of batches seen (count)")
+    states = (running_mean, running_var, *counts, *(() if averaged else (momentum,)))
+    attrs = (float(eps), True, counted, averaged, *flags)
+    return apply(_batch_norm_train, (input, *states, *tensors), attrs)
 
 
 def batch_norm_eval(

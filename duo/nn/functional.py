@@ -10,6 +10,15 @@ from typing import Any
 from duo import functional as F
 from duo.dispatch import apply
 from duo.functional import (
+    adaptive_avg_pool1d,
+    adaptive_avg_pool2d,
+    adaptive_avg_pool3d,
+    adaptive_max_pool1d,
+    adaptive_max_pool2d,
+    adaptive_max_pool3d,
+    avg_pool1d,
+    avg_pool2d,
+    avg_pool3d,
     bilinear,
     binary_cross_entropy,
     binary_cross_entropy_with_logits,
@@ -26,12 +35,16 @@ from duo.functional import (
     group_norm,
     hardshrink,
     huber_loss,
+    interpolate,
     kl_div,
     l1_loss,
     layer_norm,
     linear,
     logsigmoid,
     margin_ranking_loss,
+    max_pool1d,
+    max_pool2d,
+    max_pool3d,
     mse_loss,
     nll_loss,
     normalize,
@@ -202,12 +215,18 @@ def batch_norm(
         if running_mean is None or running_var is None:
             raise ArgumentError("batch_norm: without training it needs running_mean and running_var")
         return F.batch_norm_eval(input, running_mean, running_var, weight, bias, eps)
+    return batch_norm_tracked(input, running_mean, running_var, None, weight, bias, momentum, eps)
+
+
+def batch_norm_tracked(
+    input: Any, running_mean: Any, running_var: Any, count: Any, weight: Any, bias: Any, momentum: Any, eps: float
+) -> Any:
+    """`batch_norm` in training, which also counts the batches (i64[]); momentum None is 1 / count. States that are None are not kept."""
     if running_mean is None:
         return F.batch_norm_train(input, None, None, weight, bias, momentum, eps)
-    y, mean, var = F.batch_norm_train(input, running_mean, running_var, weight, bias, momentum, eps)
-    kind = type(running_mean)
-    kind._update(running_mean, mean)
-    kind._update(running_var, var)
+    y, *new = F.batch_norm_train(input, running_mean, running_var, weight, bias, momentum, eps, count)
+    for state, value in zip((running_mean, running_var, count), new):
+        value._update(state, value)
     return y
 
 
@@ -265,7 +284,17 @@ def pairwise_distance(x1: Any, x2: Any, p: float = 2.0, eps: float = 1e-6, keepd
 
 
 __all__ = [
+    "adaptive_avg_pool1d",
+    "adaptive_avg_pool2d",
+    "adaptive_avg_pool3d",
+    "adaptive_max_pool1d",
+    "adaptive_max_pool2d",
+    "adaptive_max_pool3d",
+    "avg_pool1d",
+    "avg_pool2d",
+    "avg_pool3d",
     "batch_norm",
+    "batch_norm_tracked",
     "bilinear",
     "binary_cross_entropy",
     "binary_cross_entropy_with_logits",
@@ -293,6 +322,7 @@ __all__ = [
     "hardtanh",
     "huber_loss",
     "instance_norm",
+    "interpolate",
     "kl_div",
     "l1_loss",
     "layer_norm",
@@ -301,6 +331,9 @@ __all__ = [
     "log_softmax",
     "logsigmoid",
     "margin_ranking_loss",
+    "max_pool1d",
+    "max_pool2d",
+    "max_pool3d",
     "mish",
     "mse_loss",
     "nll_loss",

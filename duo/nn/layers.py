@@ -1,4 +1,4 @@
-"""Layers with parameters: Linear, Bilinear, Embedding, LayerNorm, RMSNorm."""
+"""Linear, embedding, layer norm, dropout, and layers that reshape."""
 
 from __future__ import annotations
 
@@ -152,6 +152,42 @@ class Dropout(Module):
 
     def extra_repr(self) -> str:
         return f"p={self.p}, inplace={self.inplace}"
+
+
+class Dropout1d(Dropout):
+    """Dropout of whole channels of [batch, channels, length]."""
+
+    def forward(self, input: Any) -> Any:
+        return F.dropout1d(input, self.p, self.training, self.inplace)
+
+
+class Dropout2d(Dropout):
+    """Dropout of whole channels of [batch, channels, height, width]."""
+
+    def forward(self, input: Any) -> Any:
+        return F.dropout2d(input, self.p, self.training, self.inplace)
+
+
+class Dropout3d(Dropout):
+    """Dropout of whole channels of [batch, channels, depth, height, width]."""
+
+    def forward(self, input: Any) -> Any:
+        return F.dropout3d(input, self.p, self.training, self.inplace)
+
+
+class Upsample(Module):
+    """[batch, channels, spatial...] resized to `size` or by `scale_factor`, each element the nearest one of the input."""
+
+    def __init__(self, size: Any = None, scale_factor: Any = None, mode: str = "nearest") -> None:
+        super().__init__()
+        self.size, self.scale_factor, self.mode = size, scale_factor, mode
+
+    def forward(self, input: Any) -> Any:
+        return F.interpolate(input, self.size, self.scale_factor, self.mode)
+
+    def extra_repr(self) -> str:
+        what = f"size={self.size}" if self.scale_factor is None else f"scale_factor={float(self.scale_factor)}"
+        return f"{what}, mode={self.mode!r}"
 
 
 class Flatten(Module):

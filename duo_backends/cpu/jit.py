@@ -2,7 +2,8 @@
 
 `machine()` answers what is compiled for (DUO_CPU). `build()` and `build_many()` go from text to a `Library` of
 symbol addresses: object code comes from the disk cache or from LLVM's code generator, without an optimisation
-pipeline (the emitters write explicit vectors), and is linked by ORC. llvmlite is imported when first needed.
+pipeline (the emitters write explicit vectors), and is loaded by `objects.py`, or by LLVM's linker (ORC) where that does not know
+the format. llvmlite is imported when first needed.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import hashlib
 import itertools
 import os
 import platform
+import sys
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +24,7 @@ from typing import Any
 
 from duo_backends.cpu.cache import DiskCache, default_directory
 from duo_backends.cpu.code import Target
+from duo_backends.cpu.objects import Unsupported, load_objects
 from duo_ir.errors import ArgumentError, DeviceError
 
 REVISION = "1"  # part of every cache key: change it when options of code generation change
@@ -228,10 +231,31 @@ _numbers = itertools.count()
 
 def load(code: bytes, symbols: Sequence[str], imports: Mapping[str, int] | None = None) -> Library:
     """Links one object file against the process (and `imports`: name -> address) and finds `symbols`."""
+    return load_many([(code, symbols)], imports)[0]
+
+
+def load_many(
+    objects: Sequence[tuple[bytes, Sequence[str]]], imports: Mapping[str, int] | None = None
+) -> list[Library]:
+    """`load` for several (object file, symbols) that will be kept together."""
+    if _OWN_LOADER:
+        try:
+            found, memory = load_objects([code for code, _ in objects], imports)
+            return [Library({s: each[s] for s in symbols}, memory) for each, (_, symbols) in zip(found, objects)]
+        except Unsupported:
+            pass
+    return [_link(code, symbols, imports or {}) for code, symbols in objects]
+
+
+_OWN_LOADER = sys.platform == "linux" and platform.machine() == "x86_64"
+
+
+def _link(code: bytes, symbols: Sequence[str], imports: Mapping[str, int]) -> Library:
+    """By LLVM's linker, which knows every system's formats."""
     with _lock:
         linker = _linker()
         builder = _llvm().JITLibraryBuilder().add_object_img(code).add_current_process()
-        for name, address in (imports or {}).items():
+        for name, address in imports.items():
             builder.import_symbol(name, address)
         for symbol in symbols:
             builder.export_symbol(symbol)
@@ -250,4 +274,4 @@ def build(text: str, symbols: Sequence[str], m: Machine, imports: Mapping[str, i
 def build_many(modules: Sequence[tuple[str, Sequence[str]]], m: Machine) -> list[Library]:
     """As `build`, for several (text, symbols) at once."""
     codes = object_codes([text for text, _ in modules], m)
-    return [load(code, symbols) for code, (_, symbols) in zip(codes, modules)]
+    return load_many([(code, symbols) for code, (_, symbols) in zip(codes, modules)])

@@ -20,6 +20,7 @@ _libc.mmap.restype = ctypes.c_void_p
 _libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long)
 _libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
 _libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+_libc.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 _FAILED = ctypes.c_void_p(-1).value
 
 
@@ -80,6 +81,12 @@ def map_block(nbytes: int) -> int:
         _libc.munmap(block + nbytes, start + length - block - nbytes)
     _libc.madvise(block, nbytes, _MADV_HUGEPAGE)
     return block
+
+
+def protect(address: int, nbytes: int, executable: bool) -> None:
+    """Makes whole pages read-only, for code `executable` too."""
+    if _libc.mprotect(address, nbytes, mmap.PROT_READ | (mmap.PROT_EXEC if executable else 0)) != 0:
+        raise OSError(ctypes.get_errno(), "mprotect refuses to make code executable")
 
 
 def unmap_block(address: int, nbytes: int) -> None:

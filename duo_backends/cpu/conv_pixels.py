@@ -1,0 +1,351 @@
+"""Convolution from tiles of result positions: an implicit matrix product with rows (image, position), columns channels, K (taps, channels).
+
+A unit is some result rows of one image and group, and some column panels. It copies what it reads of x to a *slab* (padded with zeros,
+widened, channels contiguous) unless x can be read in place, packs w block by block of K unless all of it was packed at the
+start, and lets micro-kernels (`conv_tile.py`) sum over runs of both. After the last block the body runs on each tile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+from duo_backends.cpu.body import Emitter
+from duo_backends.cpu.code import SIGNATURE, Target
+from duo_backends.cpu.conv_epilogue import emit_epilogue, pointers_of
+from duo_backends.cpu.conv_plan import Plan
+from duo_backends.cpu.conv_tile import MOST_UNROLLED, RUN_WORDS, RunTile, emit_run_kernel
+from duo_backends.cpu.convert import convert
+from duo_backends.cpu.gemm_pack import emit_copy, emit_gather, emit_transpose
+from duo_backends.cpu.gemm_tile import BLOCK, transposed_lanes
+from duo_backends.cpu.llvm import Function, Module, mangle, memory_type, register_type, vector
+
+
+class _Tile(NamedTuple):
+    """SSA names: its number in the unit, first row from the unit's, first position along a row; and its shape."""
+
+    number: str
+    h: str
+    w: str
+    high: int
+    wide: int
+
+
+def emit_pixels(module: Module, target: Target, plan: Plan, name: str) -> None:
+    """define void @name(SIGNATURE)."""
+    _Pixels(module, target, plan, name).emit()
+
+
+class _Pixels:
+    def __init__(self, module: Module, target: Target, plan: Plan, name: str) -> None:
+        self.module, self.target, self.plan, self.name = module, target, plan, name
+        self.kernel, self.size = plan.kernel, plan.compute.itemsize
+        self.a_type = self.kernel.args[self.kernel.a.buffer].dtype
+        self.b_type = self.kernel.args[self.kernel.b.buffer].dtype
+        self.made: dict[object, str] = {}
+
+    def _function(self, key: object, kind: str, emit: Callable[[str], None]) -> str:
+        if key not in self.made:
+            self.made[key] = f"{self.name}_{kind}{len(self.made)}"
+            emit(self.made[key])
+        return self.made[key]
+
+    # -------------------------------------------------------------------------------------------------------- main
+    def emit(self) -> None:
+        plan, kernel = self.plan, self.kernel
+        f = self.f = Function(self.module, f"define void @{self.name}({SIGNATURE}) #0")
+        emitter = Emitter(f, self.target, kernel.args, pointers_of(f, kernel), kernel.dims)
+        self.dim = emitter.dim
+        mine = f.gep("i8", "%scratch", f.mul("%tid", str(plan.scratch), f.top), f.top)
+        self.slab = mine
+        self.packed = f.gep("i8", mine, str(plan.slab_bytes), f.top)
+        self.sums = f.gep("i8", mine, str(plan.slab_bytes + plan.packed_bytes), f.top)
+        self._fill_table()
+        x, w = emitter.pointers[kernel.a.buffer], emitter.pointers[kernel.b.buffer]
+        self.x = f.gep(memory_type(self.a_type), x, self.dim(kernel.a.at.offset), f.top)
+        self.w = f.gep(memory_type(self.b_type), w, self.dim(kernel.b.at.offset), f.top)
+        if plan.resident:
+            with f.loop("0", str(plan.groups), 1) as group:
+                panels = f.mul(group.index, str(plan.panels))
+                for first, last, vectors in self._panel_kinds():
+                    with f.loop(str(first), str(last), 1) as panel, f.loop("0", str(plan.blocks), 1) as block:
+                        to = self._packed_panel(f.add(panels, panel.index), block.index, vectors)
+                        self._pack(group.index, panel.index, block.index, to, vectors)
+        with f.loop("%begin", "%end") as unit:
+            self._unit(unit.index)
+        f.finish()
+
+    def _panel_kinds(self) -> list[tuple[int, int, int]]:
+        """(first panel, last, vectors): the full ones and the tail, if it is narrower."""
+        plan = self.plan
+        if plan.tail_vectors == plan.vectors:
+            return [(0, plan.panels, plan.vectors)]
+        kinds = [(0, plan.panels - 1, plan.vectors), (plan.panels - 1, plan.panels, plan.tail_vectors)]
+        return [kind for kind in kinds if kind[0] < kind[1]]
+
+    def _fill_table(self) -> None:
+        """The runs of all blocks: for each block as many entries as the longest has."""
+        f, blocks = self.f, self.plan.runs
+        self.longest = max(len(runs) for runs in blocks)
+        self.table = f.alloca("i64", len(blocks) * self.longest * RUN_WORDS)
+        self.counts = f.alloca("i64", len(blocks))
+        for b, runs in enumerate(blocks):
+            f.emit(f"store i64 {len(runs)}, ptr {f.gep('i64', self.counts, str(b), f.top)}, align 8", f.top)
+            for r, run in enumerate(runs):
+                for n, word in enumerate((run.a, run.length, run.w)):
+                    at = f.gep("i64", self.table, str((b * self.longest + r) * RUN_WORDS + n), f.top)
+                    f.emit(f"store i64 {word}, ptr {at}, align 8", f.top)
+
+    def _runs_of(self, block: str) -> tuple[str, str]:
+        """(address of the block's first run, their number)."""
+        f = self.f
+        count = f.op(f"load i64, ptr {f.gep('i64', self.counts, block)}, align 8")
+        return f.gep("i64", self.table, f.mul(block, str(self.longest * RUN_WORDS))), count
+
+    def _unit(self, unit: str) -> None:
+        f, plan = self.f, self.plan
+        columns, rest = f.rem(unit, str(plan.column_units)), f.div(unit, str(plan.column_units))
+        self.h0 = f.mul(f.rem(rest, str(plan.row_units)), str(plan.block_high))
+        rest = f.div(rest, str(plan.row_units))
+        self.d, rest = f.rem(rest, str(plan.axes[0].count)), f.div(rest, str(plan.axes[0].count))
+        self.group, self.image = f.rem(rest, str(plan.groups)), f.div(rest, str(plan.groups))
+        self.rows = f.min(f.sub(str(plan.axes[1].count), self.h0), str(plan.block_high))
+        image_step, group_step = self.kernel.a.at.strides[0], self.kernel.a.at.strides[-2]
+        at = f.add(f.mul(self.image, self.dim(image_step)), f.mul(self.group, self.dim(group_step)))
+        self.x_unit = f.gep(memory_type(self.a_type), self.x, at)
+        if plan.in_place:
+            place = "0"
+            for axis, q in zip(plan.axes, (self.d, self.h0, "0")):
+                place = f.add(place, f.mul(f.add(str(axis.offset), f.mul(q, str(axis.stride))), str(axis.x_step)))
+            self.a = f.gep(memory_type(self.a_type), self.x_unit, place)
+        else:
+            self.a = self.slab
+            first = f.op(f"or i1 {f.op(f'icmp eq i64 {columns}, 0')}, {f.op(f'icmp eq i64 {unit}, %begin')}")
+            with f.when(first):  # units of other columns before it have filled the slab already
+                self._fill_slab()
+        p0 = f.mul(columns, str(plan.unit_panels))
+        p1 = f.min(f.add(p0, str(plan.unit_panels)), str(plan.panels))
+        for first_panel, last, vectors in self._panel_kinds():
+            begin = f.op(f.intrinsic("smax", "i64", [("i64", p0), ("i64", str(first_panel))]))
+            with f.loop(begin, f.min(p1, str(last))) as panel:
+                self._panel(panel.index, vectors)
+
+    def _panel(self, panel: str, vectors: int) -> None:
+        f, plan = self.f, self.plan
+        with f.loop("0", str(plan.blocks), 1) as block:
+            if plan.resident:
+                number = f.add(f.mul(self.group, str(plan.panels)), panel)
+                b = self._packed_panel(number, block.index, vectors)
+            else:
+                b = self.packed
+                self._pack(self.group, panel, block.index, b, vectors)
+            runs, count = self._runs_of(block.index)
+            add = "false" if plan.blocks == 1 else f.op(f"icmp ne i64 {block.index}, 0")
+            last = f.op(f"icmp eq i64 {block.index}, {plan.blocks - 1}")
+            for tile in self._tiles():
+                sums = (
+                    self.sums if plan.blocks == 1 else f.gep("i8", self.sums, f.mul(tile.number, str(plan.tile_bytes)))
+                )
+                name = self._micro_kernel(tile.high, tile.wide, vectors)
+                f.emit(
+                    f"call void @{name}(ptr {self._a_of(tile)}, ptr {b}, ptr {runs}, i64 {count}, ptr {sums}, i1 {add})"
+                )
+                if plan.blocks == 1:
+                    self._finish(tile, panel, vectors, sums)
+                else:
+                    with f.when(last):
+                        self._finish(tile, panel, vectors, sums)
+
+    def _tiles(self) -> Iterator[_Tile]:
+        """Emits loops over the unit's tiles: yields once for each shape, inside its loops."""
+        f, plan = self.f, self.plan
+        across, big = plan.wide
+        full = f.div(self.rows, str(plan.tile_high))
+        rest = plan.axes[1].count % plan.tile_high
+        for high in (plan.tile_high, rest):
+            if high == 0:
+                continue
+            begin, end = ("0", full) if high == plan.tile_high else (full, self._ceil(self.rows, plan.tile_high))
+            with f.loop(begin, end) as down:
+                h, number = f.mul(down.index, str(plan.tile_high)), f.mul(down.index, str(across))
+                for first, count, wide in ((0, big, plan.tile_wide), (big, across - big, plan.tile_wide - 1)):
+                    if count == 0:
+                        continue
+                    with f.loop("0", str(count)) as along:
+                        w = f.add(str(first * plan.tile_wide), f.mul(along.index, str(wide)))
+                        yield _Tile(f.add(number, f.add(str(first), along.index)), h, w, high, wide)
+
+    def _ceil(self, x: str, y: int) -> str:
+        return self.f.div(self.f.add(x, str(y - 1)), str(y))
+
+    def _a_of(self, tile: _Tile) -> str:
+        f, plan = self.f, self.plan
+        _, line, pixel = plan.a_steps
+        _, h, w = plan.axes
+        high, wide = (h.stride, w.stride) if plan.in_place else (h.step, w.step)
+        at = f.add(f.mul(tile.h, str(high * line * self.size)), f.mul(tile.w, str(wide * pixel * self.size)))
+        return f.gep("i8", self.a, at)
+
+    def _micro_kernel(self, high: int, wide: int, vectors: int) -> str:
+        plan = self.plan
+        steps: tuple[int, ...] = ()
+        if plan.k <= MOST_UNROLLED:
+            steps = tuple([run.a + i * self.size for run in plan.runs[0] for i in range(run.length)])
+        tile = RunTile(plan.row_offsets(high, wide), vectors, plan.compute, self.size, steps, plan.blocks > 1)
+        return self._function(tile, "tile", lambda name: emit_run_kernel(self.module, self.target, name, tile))
+
+    def _finish(self, tile: _Tile, panel: str, vectors: int, sums: str) -> None:
+        f, plan = self.f, self.plan
+        name = self._function(
+            "epilogue",
+            "epilogue",
+            lambda name: emit_epilogue(self.module, self.target, name, self.kernel, plan.compute, plan.lanes),
+        )
+        column = f.mul(panel, str(plan.panel))
+        columns = f.min(f.sub(str(plan.n), column), str(vectors * plan.lanes))
+        row = vectors * plan.lanes * self.size
+        f.emit(
+            f"call void @{name}(ptr %args, ptr %dims, ptr %status, i64 {self.image}, i64 {self.d}, i64 {f.add(self.h0, tile.h)}, "
+            f"i64 {tile.w}, i64 {self.group}, i64 {column}, i64 {columns}, i64 {tile.high}, i64 {tile.wide}, ptr {sums}, i64 {row})"
+        )
+
+    # ---------------------------------------------------------------------------------------------------- packing w
+    def _packed_panel(self, number: str, block: str, vectors: int) -> str:
+        """Where all of w is packed: one panel after the other, each K block after K block."""
+        f, plan = self.f, self.plan
+        at = f.mul(number, str(plan.packed_k * plan.k_row))
+        return f.gep("i8", self.packed, f.add(at, f.mul(block, str(BLOCK * vectors * plan.lanes * self.size))))
+
+    def _packer(self, vectors: int) -> tuple[str, int]:
+        """(packing function, columns it packs at once)."""
+        plan, module, target = self.plan, self.module, self.target
+        _, c, n = plan.w_steps
+        dtype, compute, lanes = self.b_type, plan.compute, plan.lanes
+        if n == 1:
+            copy = self._function(
+                ("copy", vectors),
+                "copy",
+                lambda name: emit_copy(module, target, name, dtype, compute, lanes, vectors, lanes * self.size),
+            )
+            return copy, lanes * vectors
+        gather = self._function("gather", "gather", lambda name: emit_gather(module, target, name, dtype, compute))
+        if c != 1:
+            return gather, lanes
+        some = transposed_lanes(target, compute)
+        transpose = self._function(
+            "transpose", "transpose", lambda name: emit_transpose(module, target, name, gather, dtype, compute, some)
+        )
+        return transpose, some
+
+    def _pack(self, group: str, panel: str, block: str, to: str, vectors: int) -> None:
+        """Packs one panel over one K block: [k][vectors * lanes]. Lanes wholly beyond the last column repeat it."""
+        f, plan = self.f, self.plan
+        name, at_once = self._packer(vectors)
+        group_step, c, n = plan.w_steps
+        item, row = self.b_type.itemsize, vectors * plan.lanes * self.size
+        runs, count = self._runs_of(block)
+        column = f.mul(panel, str(plan.panel))
+        start = f.add(f.mul(group, str(group_step * item)), f.mul(column, str(n * item)))
+        with f.loop("0", count, 1, [("ptr", to)], runs=True) as run:
+            entry = f.gep("i64", runs, f.mul(run.index, str(RUN_WORDS)))
+            length = f.op(f"load i64, ptr {f.gep('i64', entry, '1')}, align 8")
+            offset = f.op(f"load i64, ptr {f.gep('i64', entry, '2')}, align 8")
+            source = f.gep("i8", self.w, f.add(start, f.mul(offset, str(item))))
+            last = f.sub(f.sub(str(plan.n), column), "1")
+            with f.loop("0", str(vectors * plan.lanes), at_once, runs=True) as lane:
+                begin = f.min(lane.index, last)
+                valid = f.min(f.sub(f.add(last, "1"), begin), str(at_once))
+                from_ = f.gep("i8", source, f.mul(begin, str(n * item)))
+                place = f.gep("i8", run.values[0], f.mul(lane.index, str(self.size)))
+                f.emit(
+                    f"call void @{name}(ptr {from_}, i64 {n * item}, i64 {c * item}, i64 {valid}, i64 {length}, ptr {place}, i64 {row})"
+                )
+            run.next = [f.gep("i8", run.values[0], f.mul(length, str(row)))]
+
+    # ------------------------------------------------------------------------------------------------------ the slab
+    def _fill_slab(self) -> None:
+        """Line by line: zeros outside x; the end of each step may spill into what comes after it."""
+        f, plan = self.f, self.plan
+        d, h, w = plan.axes
+        _, line, pixel = plan.a_steps
+        spacing = w.stride if w.taps == 1 else 1
+        covered = w.covered(w.count)
+        first = min(covered, max(0, (spacing - 1 - w.offset) // spacing))
+        last = max(first, min(covered, (w.bound - 1 - w.offset) // spacing + 1))
+        with f.loop("0", str(d.taps)) as tap, f.loop("0", str(plan.slab_high)) as row:
+            p_d = f.add(f.add(str(d.offset), f.mul(self.d, str(d.stride))), f.mul(tap.index, str(d.dilation)))
+            p_h = f.add(str(h.offset), f.mul(self.h0, str(h.stride)))
+            p_h = f.add(p_h, f.mul(row.index, str(h.stride if h.taps == 1 else 1)))
+            number = f.add(f.mul(tap.index, str(plan.slab_high)), row.index)
+            to = f.gep("i8", self.slab, f.mul(number, str(line * self.size)))
+            conditions = [f.op(f"icmp ult i64 {p}, {axis.bound}") for p, axis in ((p_d, d), (p_h, h))]
+            inside = f.op(f"and i1 {conditions[0]}, {conditions[1]}")
+            with f.when(inside):
+                self._zeros(to, first * pixel)
+                at = f.add(f.mul(p_d, str(d.x_step)), f.mul(p_h, str(h.x_step)))
+                from_ = f.gep(
+                    memory_type(self.a_type), self.x_unit, f.add(at, str((w.offset + first * spacing) * w.x_step))
+                )
+                self._copy_positions(
+                    from_, f.gep("i8", to, str(first * pixel * self.size)), last - first, spacing * w.x_step
+                )
+                self._zeros(f.gep("i8", to, str(last * pixel * self.size)), (covered - last) * pixel)
+            with f.when(f.op(f"xor i1 {inside}, true")):
+                self._zeros(to, covered * pixel)
+
+    def _zeros(self, to: str, count: int) -> None:
+        f, plan = self.f, self.plan
+        type_ = vector(plan.lanes, register_type(plan.compute))
+        with f.loop("0", str(count), plan.lanes) as loop:
+            f.emit(
+                f"store {type_} zeroinitializer, ptr {f.gep('i8', to, f.mul(loop.index, str(self.size)))}, align {self.size}"
+            )
+
+    def _copy_positions(self, from_: str, to: str, count: int, step: int) -> None:
+        """`count` positions, `step` elements apart in x."""
+        if count == 0:
+            return
+        f, plan, item = self.f, self.plan, self.a_type.itemsize
+        channel = self.kernel.a.at.strides[-1]
+        assert isinstance(channel, int)
+        if channel == 1 and step == plan.c == plan.pixel:
+            self._copy(from_, to, count * plan.c)
+            return
+        if channel == 1 and plan.c > 1:
+            with f.loop("0", str(count)) as position:
+                source = f.gep("i8", from_, f.mul(position.index, str(step * item)))
+                self._copy(source, f.gep("i8", to, f.mul(position.index, str(plan.pixel * self.size))), plan.c)
+            return
+        element = register_type(plan.compute)
+        with f.loop("0", str(plan.c)) as c, f.loop("0", str(count)) as position:
+            source = f.gep(
+                "i8", from_, f.add(f.mul(c.index, str(channel * item)), f.mul(position.index, str(step * item)))
+            )
+            value = f.op(f"load {memory_type(self.a_type)}, ptr {source}, align {item}")
+            value = convert(f, self.target, value, self.a_type, plan.compute, 1, None)
+            at = f.add(f.mul(position.index, str(plan.pixel)), c.index)
+            f.emit(f"store {element} {value}, ptr {f.gep('i8', to, f.mul(at, str(self.size)))}, align {self.size}")
+
+    def _copy(self, from_: str, to: str, count: int) -> None:
+        """`count` contiguous elements, in whole vectors: the last writes zeros beyond."""
+        f, plan, item = self.f, self.plan, self.a_type.itemsize
+        lanes = plan.lanes
+        source = vector(lanes, memory_type(self.a_type))
+
+        def move(index: str, mask: str | None) -> None:
+            at = f.gep("i8", from_, f.mul(index, str(item)))
+            if mask is None:
+                value = f.op(f"load {source}, ptr {at}, align {item}")
+            else:
+                operands = [("ptr", at), ("i32", str(item)), (vector(lanes, "i1"), mask), (source, "zeroinitializer")]
+                value = f.op(f.intrinsic("masked.load", source, operands, f"{mangle(source)}.p0"))
+            value = convert(f, self.target, value, self.a_type, plan.compute, lanes, None)
+            place = f.gep("i8", to, f.mul(index, str(self.size)))
+            f.emit(f"store {vector(lanes, register_type(plan.compute))} {value}, ptr {place}, align {self.size}")
+
+        whole = count // lanes * lanes
+        with f.loop("0", str(whole), lanes) as loop:
+            move(loop.index, None)
+        if whole < count:
+            bits = ", ".join(f"i1 {'true' if lane < count - whole else 'false'}" for lane in range(lanes))
+            move(str(whole), f"<{bits}>")

@@ -1,0 +1,335 @@
+"""What the convolution kernel does with given sizes and strides: tile shape, where it reads x, packing, work units, scratch.
+
+The rows of a tile are a rectangle of result positions, at constant distances from each other in memory, so that one micro-kernel serves
+all tiles of a shape. None of this changes a bit. `conv_pixels.py` emits what a `Plan` says.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from duo_backends.cpu.code import Target
+from duo_backends.cpu.gemm_plan import SEQUENTIAL_K
+from duo_backends.cpu.gemm_tile import BLOCK, compute_dtype, lanes_of, max_rows, registers_of, tile_cost
+from duo_ir.kernels.kernel import ConvKernel, Window
+from duo_ir.types import DType, evaluate
+
+MOST_ROWS = 14  # of a tile
+SLAB_BYTES = 1 << 18  # the part of x that a unit works on stays in the second-level cache
+RESIDENT_BYTES = 3 << 16  # packed weights up to here are kept by each thread for all its units
+UNITS = 8  # that the work is cut into at least, while
+UNIT_WORK = 1 << 18  # multiply-adds of a unit are more than this
+_ALIGN = 64
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A spatial axis with known sizes, and the distances in elements of its positions in x and of its taps in w."""
+
+    count: int
+    taps: int
+    bound: int
+    offset: int
+    stride: int
+    dilation: int
+    x_step: int = 0
+    w_step: int = 0
+
+    @property
+    def inside(self) -> bool:
+        """Whether no tap lies outside x."""
+        last = self.offset + self.stride * (self.count - 1) + self.dilation * (self.taps - 1)
+        return self.offset >= 0 and last < self.bound
+
+    def covered(self, count: int) -> int:
+        """Positions of x that `count` result positions read; only those between taps when there is one tap."""
+        return count if self.taps == 1 else (count - 1) * self.stride + (self.taps - 1) * self.dilation + 1
+
+    @property
+    def step(self) -> int:
+        """From one result position to the next in what `covered` counts."""
+        return 1 if self.taps == 1 else self.stride
+
+
+@dataclass(frozen=True)
+class Run:
+    """Consecutive k of one block: byte offset in A, element offset in w, and their number."""
+
+    a: int
+    w: int
+    length: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    kernel: ConvKernel
+    compute: DType
+    lanes: int
+    axes: tuple[Axis, Axis, Axis]  # with axes of size 1 in front where the convolution has fewer
+    vectors: int  # of a column panel
+    tile_high: int  # result rows of a tile,
+    tile_wide: int  # and columns of positions: tiles along a row differ by one at most
+    block_high: int  # result rows of a unit
+    unit_panels: int
+    in_place: bool
+    pixel: int  # elements from one position to the next in the slab
+    resident: bool
+
+    # ------------------------------------------------------------------------------------------------------- sizes
+    @property
+    def c(self) -> int:
+        assert isinstance(self.kernel.c, int)
+        return self.kernel.c
+
+    @property
+    def n(self) -> int:
+        assert isinstance(self.kernel.n, int)
+        return self.kernel.n
+
+    @property
+    def groups(self) -> int:
+        assert isinstance(self.kernel.groups, int)
+        return self.kernel.groups
+
+    @property
+    def k(self) -> int:
+        return self.c * math.prod(axis.taps for axis in self.axes)
+
+    @property
+    def blocks(self) -> int:
+        return -(-self.k // BLOCK)
+
+    @property
+    def panel(self) -> int:
+        """Columns of a panel."""
+        return self.vectors * self.lanes
+
+    @property
+    def panels(self) -> int:
+        return -(-self.n // self.panel)
+
+    @property
+    def tail_vectors(self) -> int:
+        """Vectors of the last panel."""
+        return -(-(self.n - (self.panels - 1) * self.panel) // self.lanes)
+
+    @property
+    def column_units(self) -> int:
+        return -(-self.panels // self.unit_panels)
+
+    @property
+    def row_units(self) -> int:
+        return -(-self.axes[1].count // self.block_high)
+
+    @property
+    def wide(self) -> tuple[int, int]:
+        """(tiles along a row, how many of them are `tile_wide`, the rest one less)."""
+        tiles = -(-self.axes[2].count // self.tile_wide)
+        return tiles, self.axes[2].count - tiles * (self.tile_wide - 1)
+
+    # ------------------------------------------------------------------------------------------------------ memory
+    @property
+    def a_steps(self) -> tuple[int, int, int]:
+        """Elements between neighbouring positions of x along the three axes, where tiles read it."""
+        if self.in_place:
+            d, h, w = self.axes
+            return d.x_step, h.x_step, w.x_step
+        line = self.axes[2].covered(self.axes[2].count) * self.pixel
+        return self.slab_high * line, line, self.pixel
+
+    @property
+    def slab_high(self) -> int:
+        """Lines of the slab."""
+        return self.axes[1].covered(self.block_high)
+
+    @property
+    def slab_bytes(self) -> int:
+        """Its depth axis holds one slice per tap."""
+        if self.in_place:
+            return 0
+        return _round(self.axes[0].taps * self.a_steps[0] * self.compute.itemsize + self.lanes * self.compute.itemsize)
+
+    def row_offsets(self, high: int, wide: int) -> tuple[int, ...]:
+        """Bytes from a tile's first row to each."""
+        _, line, pixel = self.a_steps
+        _, h, w = self.axes
+        high_step, wide_step = (h.stride * line, w.stride * pixel) if self.in_place else (h.step * line, w.step * pixel)
+        size = self.compute.itemsize
+        return tuple([(r * high_step + q * wide_step) * size for r in range(high) for q in range(wide)])
+
+    @property
+    def runs(self) -> tuple[tuple[Run, ...], ...]:
+        """For each block of K its runs."""
+        _, w_c, _ = self.w_steps
+        size, steps = self.compute.itemsize, self.a_steps
+        spread = [axis.dilation for axis in self.axes]
+        if not self.in_place:
+            spread[0] = 1
+        out: list[list[Run]] = [[] for _ in range(self.blocks)]
+        k = 0
+        for taps in _places([axis.taps for axis in self.axes]):
+            a = sum(t * s * step for t, s, step in zip(taps, spread, steps))
+            w = sum(t * axis.w_step for t, axis in zip(taps, self.axes))
+            c = 0
+            while c < self.c:
+                length = min(self.c - c, BLOCK - k % BLOCK)
+                block, run = out[k // BLOCK], Run((a + c) * size, w + c * w_c, length)
+                if block and _follows(block[-1], run, size, w_c):
+                    block[-1] = Run(block[-1].a, block[-1].w, block[-1].length + length)
+                else:
+                    block.append(run)
+                c, k = c + length, k + length
+        return tuple([tuple(block) for block in out])
+
+    @property
+    def w_steps(self) -> tuple[int, int, int]:
+        """Elements of w between groups, channels, columns."""
+        *_, group, c, n = self.kernel.b.at.strides
+        return _int(group), _int(c), _int(n)
+
+    @property
+    def k_row(self) -> int:
+        """Bytes of one k step of packed w."""
+        return self.panel * self.compute.itemsize
+
+    @property
+    def packed_k(self) -> int:
+        """K steps of w that are packed at a time."""
+        return self.k if self.resident else min(self.k, BLOCK)
+
+    @property
+    def packed_bytes(self) -> int:
+        panels = self.panels * self.groups if self.resident else 1
+        return _round(panels * self.packed_k * self.k_row)
+
+    @property
+    def tile_bytes(self) -> int:
+        return self.tile_high * self.tile_wide * self.k_row
+
+    @property
+    def unit_tiles(self) -> int:
+        return -(-self.block_high // self.tile_high) * self.wide[0]
+
+    @property
+    def sums_bytes(self) -> int:
+        return _round(self.tile_bytes * (1 if self.blocks == 1 else self.unit_tiles))
+
+    @property
+    def scratch(self) -> int:
+        """Bytes per thread."""
+        return self.slab_bytes + self.packed_bytes + self.sums_bytes
+
+    def units(self, sizes: Mapping[str, int]) -> int:
+        return (
+            evaluate(self.kernel.images, sizes) * self.groups * self.axes[0].count * self.row_units * self.column_units
+        )
+
+
+def _follows(before: Run, run: Run, size: int, w_c: int) -> bool:
+    return run.a == before.a + before.length * size and run.w == before.w + before.length * w_c
+
+
+def _places(counts: list[int]) -> list[tuple[int, ...]]:
+    out: list[tuple[int, ...]] = [()]
+    for n in counts:
+        out = [(*place, k) for place in out for k in range(n)]
+    return out
+
+
+def _round(size: int) -> int:
+    return -(-size // _ALIGN) * _ALIGN
+
+
+def _int(d: object) -> int:
+    assert isinstance(d, int)
+    return d
+
+
+def _axis(window: Window, x_step: object, w_step: object) -> Axis:
+    return Axis(
+        _int(window.count), _int(window.taps), _int(window.bound), _int(window.offset), _int(window.stride),
+        _int(window.dilation), _int(x_step), _int(w_step),
+    )  # fmt: skip
+
+
+def is_static(kernel: ConvKernel) -> bool:
+    """Whether all but the number of images is known."""
+    parts: list[object] = [kernel.groups, kernel.n, kernel.c, *kernel.a.at.strides, *kernel.b.at.strides]
+    for w in kernel.windows:
+        parts += [w.count, w.taps, w.bound, w.offset, w.stride, w.dilation]
+    return all(isinstance(d, int) for d in parts)
+
+
+def make_plan(kernel: ConvKernel, target: Target) -> Plan | None:
+    """The plan for tiles of result positions, or None where the convolution is not one for such tiles."""
+    if not is_static(kernel):
+        return None
+    compute = compute_dtype(kernel.acc)
+    lanes, registers = lanes_of(target, compute), registers_of(target)
+    dummy = Axis(1, 1, 1, 0, 1, 1)
+    axes = [_axis(w, x, t) for w, x, t in zip(kernel.windows, kernel.a.at.strides[1:], kernel.b.at.strides)]
+    d, h, w = (*[dummy] * (3 - len(axes)), *axes)
+    groups, n, c = _int(kernel.groups), _int(kernel.n), _int(kernel.c)
+    k = c * d.taps * h.taps * w.taps
+    if k == 0 or k > SEQUENTIAL_K or 0 in (n, groups, d.count, h.count, w.count) or (n == 1 and groups > 1):
+        return None
+    vectors, high, wide = _tile(h.count, w.count, -(-n // lanes), registers)
+    in_place = (
+        kernel.args[kernel.a.buffer].dtype is compute
+        and kernel.a.at.strides[-1] == 1
+        and d.inside and h.inside and w.inside
+        and (w.stride * w.x_step * compute.itemsize) % 4096 != 0
+    )  # fmt: skip
+    pixel = c if (w.step * c * compute.itemsize) % 4096 != 0 else c + lanes
+    block, panels = _unit(kernel, compute, (d, h, w), high, k, vectors * lanes, pixel)
+    units = (kernel.images if isinstance(kernel.images, int) else UNITS) * d.count * -(-h.count // block)
+    columns = -(-n // (vectors * lanes)) * vectors * lanes
+    resident = units > 1 and columns * groups * k * compute.itemsize <= RESIDENT_BYTES
+    return Plan(kernel, compute, lanes, (d, h, w), vectors, high, wide, block, panels, in_place, pixel, resident)
+
+
+def _tile(high: int, wide: int, column_vectors: int, registers: int) -> tuple[int, int, int]:
+    """(vectors, result rows, positions along a row) of the fastest tile."""
+    best: tuple[float, int, int, int] | None = None
+    for vectors in range(1, min(4, column_vectors) + 1):
+        most = min(max_rows(vectors, registers), MOST_ROWS)
+        if wide >= most:
+            th, tw = 1, -(-wide // -(-wide // most))
+        else:
+            th, tw = min(most // wide, high), wide
+        tiles = -(-high // th) * -(-wide // tw)
+        full, rest = divmod(column_vectors, vectors)
+        cost = tiles * (full * tile_cost(th * tw, vectors) + (tile_cost(th * tw, rest) if rest else 0))
+        cost *= 1 + 0.3 / (th * tw) + 0.1 / vectors
+        if best is None or cost < best[0]:
+            best = (cost, vectors, th, tw)
+    assert best is not None
+    return best[1:]
+
+
+def _unit(
+    kernel: ConvKernel, compute: DType, axes: tuple[Axis, Axis, Axis], tile_high: int, k: int, panel: int, pixel: int
+) -> tuple[int, int]:
+    """(result rows, panels) of a unit: what the cache holds of x and all columns, cut while there are few units with much work."""
+    d, h, w = axes
+    n, groups = _int(kernel.n), _int(kernel.groups)
+    line = d.taps * w.covered(w.count) * pixel * compute.itemsize
+    high = h.count
+    while high > tile_high and h.covered(high) * line > SLAB_BYTES:
+        high = -(-high // 2)
+    high = min(h.count, -(-high // tile_high) * tile_high)
+    panels = all_panels = -(-n // panel)
+    outer = (kernel.images if isinstance(kernel.images, int) else UNITS) * groups * d.count
+    while outer * -(-h.count // high) * -(-all_panels // panels) < UNITS:
+        if high * w.count * min(n, panels * panel) * k < 2 * UNIT_WORK:
+            break
+        slab, weights = h.covered(high) * line, k * panels * panel * compute.itemsize
+        if panels > 1 and (weights > slab or high <= tile_high):
+            panels = -(-panels // 2)
+        elif high > tile_high:
+            high = -(-high // (2 * tile_high)) * tile_high
+        else:
+            break
+    return high, panels

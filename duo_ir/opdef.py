@@ -158,6 +158,8 @@ class OpDef:
     jvp(op, tangents) -> tangent Value(s); tangents may be None. `linear` (operand numbers): the op is linear in those operands jointly and constant in the
       others, so its JVP is itself on the tangents (None there becomes zeros).
     canonicalize(op) -> replacement Values or None: bit-exact local simplification.
+    batch(op, operands, batched, size) -> result Value(s), all with the samples' axis in front: the op on operands of which those marked
+      `batched` have that axis, of `size`. None where the kind tells (transforms/batch.py).
     """
 
     name: str

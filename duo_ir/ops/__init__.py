@@ -65,7 +65,7 @@ from duo_ir.ops.elementwise import (
 from duo_ir.ops.generate import constant, iota, size
 from duo_ir.ops.indexing import gather, scatter
 from duo_ir.ops.linalg import matmul
-from duo_ir.ops.random import random_bits
+from duo_ir.ops.random import random_bits, random_word
 from duo_ir.ops.reduce import all, any, argmax, argmin, cumsum, max, min, prod, sum
 from duo_ir.ops.shape import broadcast, concat, flip, pad, reshape, slice, transpose
 
@@ -73,7 +73,7 @@ __all__ = [
     "abs", "acos", "add", "all", "and_", "any", "argmax", "argmin", "asin", "atan", "bitcast", "broadcast", "broadcasting", "cast",
     "ceil", "concat", "cond", "constant", "conv", "cos", "cosh", "cumsum", "div", "eq", "erf", "exp", "expm1", "flip", "floor", "floor_divide",
     "gather", "ge", "gt", "integer_pow", "iota", "is_finite", "le", "log", "log1p", "lt", "matmul", "max", "maximum", "min", "minimum",
-    "mul", "ne", "neg", "normal_quantile", "not_", "or_", "pad", "pow", "prod", "random_bits", "remainder", "reshape", "round", "rsqrt",
+    "mul", "ne", "neg", "normal_quantile", "not_", "or_", "pad", "pow", "prod", "random_bits", "random_word", "remainder", "reshape", "round", "rsqrt",
     "scatter", "shift_left", "shift_right_arithmetic", "shift_right_logical", "sigmoid", "sign", "sin", "sinh", "size", "slice", "sqrt",
     "stop_gradient", "straight_through", "sub", "sum", "tan", "tanh", "transpose", "trunc", "where", "while_", "xor",
 ]  # fmt: skip

@@ -81,6 +81,7 @@ transpose: OpDef = OpDef(
     "transpose", _transpose_type, Movement(_transpose_view),
     reference=lambda x, permutation: np.transpose(x, permutation),
     vjp=lambda op, g: (transpose(g, permutation=inverse_permutation(op.attrs["permutation"])),),
+    batch=lambda op, xs, batched, size: transpose(xs[0], permutation=(0, *[p + 1 for p in op.attrs["permutation"]])),
     linear=(0,), canonicalize=_transpose_canonical, doc="Result axis i is operand axis permutation[i].",
 )  # fmt: skip
 
@@ -109,11 +110,18 @@ def _broadcast_canonical(op: Op) -> Replacement:
     return None
 
 
+def _broadcast_batch(op: Op, operands: Sequence[Value], batched: Sequence[bool], size: DimLike) -> Value:
+    """The samples' axis stays in front of the axes that are added."""
+    shape, own = op.attrs["shape"], op.operands[0].type.shape
+    aligned = nd.reshape(operands[0], (size, *(1,) * (len(shape) - len(own)), *own))
+    return nd.broadcast_to(aligned, (size, *shape))
+
+
 broadcast = OpDef(
     "broadcast", _broadcast_type, Movement(_broadcast_view),
     reference=lambda x, shape: np.broadcast_to(x, shape),
     vjp=lambda op, g: (nd.sum_to(g, op.operands[0].type.shape),),
-    linear=(0,), canonicalize=_broadcast_canonical, doc="NumPy's alignment: stretches axes of size 1, adds axes in front.",
+    batch=_broadcast_batch, linear=(0,), canonicalize=_broadcast_canonical, doc="NumPy's alignment: stretches axes of size 1, adds axes in front.",
 )  # fmt: skip
 
 
@@ -161,10 +169,15 @@ def _slice_vjp(op: Op, g: Value) -> tuple[Value]:
     return (pad(g, zero, low=start, high=high, interior=tuple(by - 1 for by in step)),)
 
 
-slice = OpDef(
+def _slice_batch(op: Op, operands: Sequence[Value], batched: Sequence[bool], size: DimLike) -> Value:
+    start, stop, step = (op.attrs[name] for name in ("start", "stop", "step"))
+    return slice(operands[0], start=(0, *start), stop=(size, *stop), step=(1, *step))
+
+
+slice: OpDef = OpDef(
     "slice", _slice_type, Movement(_slice_view),
     reference=lambda x, start, stop, step: x[tuple([np.s_[a:b:c] for a, b, c in zip(start, stop, step)])],
-    vjp=_slice_vjp, linear=(0,),
+    vjp=_slice_vjp, batch=_slice_batch, linear=(0,),
     canonicalize=lambda op: op.operands if op.operands[0].type is op.result.type else None,
     doc="x[start:stop:step] on each axis, 0 <= start <= stop <= size, step >= 1.",
 )  # fmt: skip
@@ -211,15 +224,27 @@ def _pad_vjp(op: Op, g: Value) -> tuple[Value, Value]:
     return inside, reduce.sum(outside, axes=tuple(range(g.type.rank)))
 
 
+def _pad_batch(op: Op, operands: Sequence[Value], batched: Sequence[bool], size: DimLike) -> Value:
+    """With a fill of each sample's own, a choice between the padded operand and the fill."""
+    x, fill = operands
+    widths = {name: (0, *op.attrs[name]) for name in ("low", "high", "interior")}
+    if not batched[1]:
+        return pad(x, fill, **widths)
+    padded = pad(x, nd.zeros_like(op.operands[1]), **(widths if batched[0] else op.attrs))
+    marks = pad(nd.full(op.operands[0].type.shape, False, bool_), nd.constant_of(True, bool_), **op.attrs)
+    fills = nd.reshape(fill, (size, *(1,) * len(op.result.type.shape)))
+    return nd.where(marks, fills, padded)
+
+
 def _pad_canonical(op: Op) -> Replacement:
     if all(n == 0 for name in ("low", "high", "interior") for n in op.attrs[name]):
         return (op.operands[0],)
     return None
 
 
-pad = OpDef(
+pad: OpDef = OpDef(
     "pad", _pad_type, Movement(_pad_view), reference=_pad_reference,
-    vjp=_pad_vjp, linear=(0, 1), canonicalize=_pad_canonical,
+    vjp=_pad_vjp, batch=_pad_batch, linear=(0, 1), canonicalize=_pad_canonical,
     doc="pad(x, fill): `low` fills before, `high` after, `interior` between neighbours, on each axis.",
 )  # fmt: skip
 
@@ -251,6 +276,7 @@ flip: OpDef = OpDef(
     "flip", _flip_type, Movement(_flip_view),
     reference=lambda x, axes: np.flip(x, axes),
     vjp=lambda op, g: (flip(g, axes=op.attrs["axes"]),),
+    batch=lambda op, xs, batched, size: flip(xs[0], axes=tuple([a + 1 for a in op.attrs["axes"]])),
     linear=(0,), canonicalize=_flip_canonical, doc="Reverses the order along `axes`.",
 )  # fmt: skip
 

@@ -369,6 +369,7 @@ def _table() -> list[Row]:
         Row(o.random_bits, None, (some(i64, wild), some(i64, wild)), (i64,), tuple(
             (((), ()), {"shape": s}) for s in ((), (1,), (4,), (7,), (3, 5), (0,))
         )),
+        Row(o.random_word, None, (some(i64, wild),) * 3, (i64,), _every_shape(3)),
         Row(o.sum, lambda x, axes: x.sum(axis=axes, dtype=x.dtype), (real,), NUMBERS, _REDUCED, None, (0,)),
         Row(o.prod, lambda x, axes: x.prod(axis=axes, dtype=x.dtype), (real,), NUMBERS, _REDUCED[:-1], None, (0,)),
         Row(o.max, lambda x, axes: x.max(axis=axes), (spread,), NUMBERS, _CHOSEN, 0, (0,)),

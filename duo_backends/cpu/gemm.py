@@ -18,6 +18,7 @@ from duo_backends.cpu.code import SIGNATURE, KernelCode, Phase, Target
 from duo_backends.cpu.convert import convert
 from duo_backends.cpu.gemm_pack import emit_copy, emit_gather, emit_transpose
 from duo_backends.cpu.gemm_plan import CHUNK_BLOCKS, SEQUENTIAL_K, Plan, make_plan
+from duo_backends.cpu.gemm_rows import emit_rows_kernel
 from duo_backends.cpu.gemm_tile import BLOCK, Tile, emit_micro_kernel, transposed_lanes
 from duo_backends.cpu.llvm import Function, Module, memory_type, register_type, vector
 from duo_ir.errors import ArgumentError
@@ -38,9 +39,10 @@ def compile_contract(kernel: ContractKernel, target: Target) -> KernelCode:
     _Driver(module, kernel, target, plan, name).emit()
 
     def cost(sizes: Mapping[str, int]) -> float:
-        work = evaluate(product(kernel.batch) * kernel.m * kernel.n * kernel.k, sizes)
-        stored = evaluate(product(kernel.batch) * kernel.m * kernel.n, sizes)
-        return 50.0 + work * 2 / (1.5 * target.vector_bytes * (4 / plan.compute.itemsize)) + stored * 0.1
+        batch, m, n, k = (evaluate(d, sizes) for d in (product(kernel.batch), kernel.m, kernel.n, kernel.k))
+        multiplied = batch * m * n * k / (1.9 * target.vector_bytes / plan.compute.itemsize * 4)
+        moved = batch * (m * k + k * n + m * n) * plan.compute.itemsize / 80
+        return 50.0 + multiplied + moved
 
     return KernelCode(
         module.text(), (Phase(name, plan.units),), lambda sizes, threads: threads * plan.scratch(sizes), cost
@@ -94,7 +96,8 @@ class _Driver:
         if not packed_b and b_column != 1:
             spread = b_column * b.itemsize if isinstance(b_column, int) else None
         tile = Tile(rows, vectors, a, row_bytes, b, b_vector, plan.compute, spread, not plan.one_block)
-        return self._function(tile, "tile", lambda name: emit_micro_kernel(self.module, self.target, name, tile))
+        emit = emit_rows_kernel if spread != 0 else emit_micro_kernel
+        return self._function(tile, "tile", lambda name: emit(self.module, self.target, name, tile))
 
     def packer(
         self, dtype: DType, lane: DimLike, step: DimLike, lanes: int, vectors: int, apart: int

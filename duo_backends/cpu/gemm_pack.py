@@ -7,6 +7,8 @@ ones hold anything: nothing reads the sums they enter. k is never padded.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from duo_backends.cpu.code import Target
 from duo_backends.cpu.convert import convert
 from duo_backends.cpu.llvm import Function, Module, mangle, memory_type, register_type, vector
@@ -135,6 +137,40 @@ def load_transposed(f: Function, target: Target, lanes: list[str], dtype: DType,
         whole = concatenate(f, pieces[i::steps], steps, memory_type(dtype))
         strided.append(convert(f, target, whole, dtype, compute, len(lanes), None))
     return interleave(f, strided, len(lanes), vector(len(lanes), register_type(compute)))
+
+
+def load_square(f: Function, target: Target, lanes: list[str], dtype: DType, compute: DType) -> list[str]:
+    """One vector for each of as many k steps as there are lanes: whole vectors are loaded, so that each cache line is asked for
+    once, and 128-bit pieces exchanged until they lie as `load_transposed` has them."""
+    count, steps = len(lanes), 16 // compute.itemsize
+    type_, loose = vector(count, register_type(compute)), vector(count, memory_type(dtype))
+    rows = [
+        convert(f, target, f.op(f"load {loose}, ptr {at}, align {dtype.itemsize}"), dtype, compute, count, None)
+        for at in lanes
+    ]
+    width = count // steps  # pieces of a vector
+    out = []
+    strided = [_exchange(f, rows[i::steps], width, steps, type_) for i in range(steps)]
+    for piece in range(width):
+        out += interleave(f, [some[piece] for some in strided], count, type_)
+    return out
+
+
+def _exchange(f: Function, rows: list[str], width: int, steps: int, type_: str) -> list[str]:
+    """The transpose of `width` (1, 2 or 4) rows of `width` pieces of `steps` elements."""
+
+    def pick(x: str, y: str, pieces: Sequence[int]) -> str:
+        mask = ", ".join(f"i32 {piece * steps + e}" for piece in pieces for e in range(steps))
+        return f.op(f"shufflevector {type_} {x}, {type_} {y}, <{width * steps} x i32> <{mask}>")
+
+    if width == 1:
+        return rows
+    if width == 2:
+        return [pick(rows[0], rows[1], pieces) for pieces in ((0, 2), (1, 3))]
+    even, odd = (0, 2, 4, 6), (1, 3, 5, 7)
+    low = [pick(rows[i], rows[i + 1], even) for i in (0, 2)]  # pieces 0 and 2 of two rows
+    high = [pick(rows[i], rows[i + 1], odd) for i in (0, 2)]
+    return [pick(pair[0], pair[1], pieces) for pieces in (even, odd) for pair in (low, high)]
 
 
 def concatenate(f: Function, pieces: list[str], width: int, element: str) -> str:

@@ -18,10 +18,12 @@ from duo_ir.types import DimLike, DType, evaluate, product
 CHUNK_BLOCKS = 8  # blocks per chunk of a long K
 SEQUENTIAL_K = 16384  # up to here blocks are added in order, beyond it chunks combine by the adjacent tree
 CACHED_ROWS = 168  # rows of A packed at a time: with K blocks of 512 they stay in the second-level cache
-TRANSPOSED_ROWS = 4  # up to here B with contiguous k is transposed on the fly instead of packed
+TRANSPOSED_ROWS = 8  # up to here B with contiguous k is transposed on the fly instead of packed
+TRANSPOSED_VECTORS = 4  # vectors of columns of a panel of such a B; half as many where its columns share cache sets
 UNIT_SIDE = 512  # largest rows and columns of a unit
 UNITS = 16  # units that large work is cut into at least
 UNIT_WORK = 1 << 21  # multiply-adds of a unit below which it is not cut further
+STREAMED_ROWS = 24  # with one or two row tiles a unit counts as having these rows: it waits for B's memory
 _ALIGN = 64
 
 
@@ -150,17 +152,18 @@ def make_plan(kernel: ContractKernel, target: Target) -> Plan:
     m, n, k = _known(kernel.m), _known(kernel.n), _known(kernel.k)
     column_vectors = None if n is None else -(-n // lanes)
     rows, vectors = best_tile(m or None, column_vectors or None, registers)
+    a_type, b_type = kernel.args[kernel.a.buffer].dtype, kernel.args[kernel.b.buffer].dtype
     b_step, b_column = kernel.b.at.strides[-2:]
     transposing = b_step == 1 and b_column != 1 and m is not None and 0 < m <= TRANSPOSED_ROWS
     if transposing and m is not None:
-        widest = max(1, 64 // target.vector_bytes)
-        rows, vectors = m, widest if column_vectors is None else min(column_vectors or 1, widest)
+        apart = b_column * b_type.itemsize if isinstance(b_column, int) else 0
+        vectors = TRANSPOSED_VECTORS if apart % 1024 else TRANSPOSED_VECTORS // 2
+        rows, vectors = m, min(column_vectors or vectors, vectors)
     segments = _segments(m, rows)
     tail_vectors = vectors
     if column_vectors and column_vectors % vectors:
         tail_vectors = column_vectors % vectors
 
-    a_type, b_type = kernel.args[kernel.a.buffer].dtype, kernel.args[kernel.b.buffer].dtype
     a_row, a_step = kernel.a.at.strides[-2:]
     panels = math.inf if column_vectors is None else -(-column_vectors // vectors)
     tiles = math.inf if m is None else -(-m // rows)
@@ -206,8 +209,9 @@ def _unit(kernel: ContractKernel, rows: int, columns: int, tiles: float, panels:
     all_tiles = min(tiles, -(-side // rows)) if tiles == math.inf else tiles
     all_panels = min(panels, -(-4 * side // columns)) if panels == math.inf else panels
     unit_tiles, unit_panels = max(1, min(all_tiles, side // rows)), max(1, min(all_panels, max(1, side // columns)))
+    least = STREAMED_ROWS if tiles <= 2 else 1
     while batch * -(-all_tiles // unit_tiles) * -(-all_panels // unit_panels) < UNITS:
-        if unit_tiles * rows * unit_panels * columns * k < 2 * UNIT_WORK:
+        if max(unit_tiles * rows, least) * unit_panels * columns * k < 2 * UNIT_WORK:
             break
         if unit_panels > 1 and (unit_panels * columns >= unit_tiles * rows or unit_tiles == 1):
             unit_panels = -(-unit_panels // 2)

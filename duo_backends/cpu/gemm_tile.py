@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 from duo_backends.cpu.code import Target
 from duo_backends.cpu.convert import convert
-from duo_backends.cpu.gemm_pack import load_transposed
 from duo_backends.cpu.llvm import Function, Module, memory_type, register_type, vector
 from duo_ir.types import DType, f32, f64, i32, i64
 
@@ -88,7 +87,7 @@ def _pieces(total: int, largest: int, even: bool) -> list[tuple[int, int]]:
 class Tile:
     """A micro-kernel's shape and how it reads A and B: the dtypes in memory (converted to `compute` as they are read), the
     bytes between rows of A and between vectors of one k step of B. With `b_column`, the bytes between columns, B is contiguous along
-    k instead and transposed on the fly: for few rows that is faster than packing (None: so many bytes as the call's step of B says)."""
+    k instead (None: so many bytes as the call's step of B says); that is for `gemm_rows.py`."""
 
     rows: int
     vectors: int
@@ -101,99 +100,71 @@ class Tile:
     adds: bool = True  # whether it is ever called with `add`
 
 
+PARAMETERS = (
+    "i64 %k, ptr noalias readonly %a, i64 %as, ptr noalias readonly %b, i64 %bs, ptr noalias %tile, i1 %add"  # see below
+)
+
+
 def emit_micro_kernel(module: Module, target: Target, name: str, tile: Tile) -> None:
     """define void @name(i64 k, ptr a, i64 a_step, ptr b, i64 b_step, ptr tile, i1 add); steps in bytes per k.
 
-    The tile's rows are `vectors * lanes` elements apart."""
-    f = Function(
-        module,
-        f"define internal void @{name}(i64 %k, ptr noalias readonly %a, i64 %as, ptr noalias readonly %b, i64 %bs, "
-        "ptr noalias %tile, i1 %add) noinline #0",
-    )
-    rows, a, b, compute = tile.rows, tile.a, tile.b, tile.compute
-    lanes = lanes_of(target, compute)
-    vectors, transposes = tile.vectors, tile.b_column != 0
-    if transposes:
-        lanes, vectors = transposed_lanes(target, compute), vectors * lanes // transposed_lanes(target, compute)
-    element = register_type(compute)
+    The tile's rows are `vectors * lanes` elements apart. Not for a `tile` with `b_column`."""
+    f = Function(module, f"define internal void @{name}({PARAMETERS}) noinline #0")
+    rows, vectors, a, b, compute = tile.rows, tile.vectors, tile.a, tile.b, tile.compute
+    lanes, element = lanes_of(target, compute), register_type(compute)
     type_ = vector(lanes, element)
 
-    def columns(v: int, b_at: str, steps: int) -> list[str]:
-        """Vector v of the columns of B, for each of some k steps."""
-        if not transposes:
+    def step(a_at: str, b_at: str, acc: list[str]) -> list[str]:
+        columns = []
+        for v in range(vectors):
             at = f.gep("i8", b_at, str(v * tile.b_vector))
             loaded = f.op(f"load {vector(lanes, memory_type(b))}, ptr {at}, align {b.itemsize}")
-            return [convert(f, target, loaded, b, compute, lanes, None)]
-        apart = "%bs" if tile.b_column is None else str(tile.b_column)
-        starts = [f.gep("i8", b_at, f.mul(apart, str(v * lanes + lane), f.top)) for lane in range(lanes)]
-        if steps == 1:
-            loose, value = vector(lanes, memory_type(b)), "poison"
-            for lane, at in enumerate(starts):
-                loaded = f.op(f"load {memory_type(b)}, ptr {at}, align {b.itemsize}")
-                value = f.op(f"insertelement {loose} {value}, {memory_type(b)} {loaded}, i64 {lane}")
-            return [convert(f, target, value, b, compute, lanes, None)]
-        out: list[str] = []
-        while len(out) < steps:
-            pieces = [f.gep("i8", start, str(len(out) * b.itemsize)) for start in starts]
-            out += load_transposed(f, target, pieces, b, compute)
-        return out
-
-    def step(a_at: list[str], b_at: str, acc: list[str]) -> list[str]:
-        """One k step for each address of A's column; all steps of a vector of columns of B before the next vector."""
-        out = list(acc)
-        loaded = [columns(v, b_at, len(a_at)) for v in range(1 if transposes else vectors)]
-        for v0 in range(vectors if transposes else 1):
-            if v0:
-                loaded = [columns(v0, b_at, len(a_at))]
-            for number, a_k in enumerate(a_at):
-                for r in range(rows):
-                    at = f.gep("i8", a_k, str(r * tile.a_row))
-                    scalar = f.op(f"load {memory_type(a)}, ptr {at}, align {a.itemsize}")
-                    splat = broadcast(f, convert(f, target, scalar, a, compute, 1, None), lanes, element)
-                    for v, values in enumerate(loaded, v0):
-                        place = r * vectors + v
-                        out[place] = multiply_add(f, type_, splat, values[number], out[place], compute)
+            columns.append(convert(f, target, loaded, b, compute, lanes, None))
+        out = []
+        for r in range(rows):
+            at = f.gep("i8", a_at, str(r * tile.a_row))
+            scalar = f.op(f"load {memory_type(a)}, ptr {at}, align {a.itemsize}")
+            splat = broadcast(f, convert(f, target, scalar, a, compute, 1, None), lanes, element)
+            for v, column in enumerate(columns):
+                out.append(multiply_add(f, type_, splat, column, acc[r * vectors + v], compute))
         return out
 
     a_at, b_at, acc = "%a", "%b", ["zeroinitializer"] * (rows * vectors)
-    unroll = 64 // compute.itemsize if transposes else 4 if rows * vectors <= 8 else 2 if rows * vectors <= 12 else 1
-    together = unroll if transposes else 1  # k steps that share their loads of B
-    k_done = "0"
+    unroll = 4 if rows * vectors <= 8 else 2 if rows * vectors <= 12 else 1
+    done = "0"
     for count in dict.fromkeys((unroll, 1)):
         end = "%k" if count == 1 else f.op(f"and i64 %k, {-count}")
-        carried = [("ptr", a_at), ("ptr", b_at), *((type_, x) for x in acc)]
-        with f.loop(k_done, end, count, carried) as loop:
+        with f.loop(done, end, count, [("ptr", a_at), ("ptr", b_at), *((type_, x) for x in acc)]) as loop:
             a_at, b_at, *acc = loop.values
-            for _ in range(0, count, together):
-                addresses = [a_at]
-                for _ in range(min(count, together)):
-                    addresses.append(f.op(f"getelementptr i8, ptr {addresses[-1]}, i64 %as"))
-                acc = step(addresses[:-1], b_at, acc)
-                a_at = addresses[-1]
-                advance = "%bs" if together == 1 else str(min(count, together) * b.itemsize)
-                b_at = f.op(f"getelementptr i8, ptr {b_at}, i64 {advance}")
+            for _ in range(count):
+                acc = step(a_at, b_at, acc)
+                a_at = f.op(f"getelementptr i8, ptr {a_at}, i64 %as")
+                b_at = f.op(f"getelementptr i8, ptr {b_at}, i64 %bs")
             loop.next = [a_at, b_at, *acc]
         a_at, b_at, *acc = loop.results
-        k_done = end
+        done = end
+    leave_sums(f, tile, type_, lanes * compute.itemsize, acc)
+    f.finish()
 
-    align = lanes * compute.itemsize
-    places = [f.gep("i8", "%tile", str(i * align)) for i in range(rows * vectors)]
+
+def leave_sums(f: Function, tile: Tile, type_: str, size: int, sums: list[str]) -> None:
+    """Writes vectors of `size` bytes to the tile in memory, or adds them to it."""
+    places = [f.gep("i8", "%tile", str(i * size)) for i in range(len(sums))]
 
     def leave(add: bool) -> None:
-        for at, value in zip(places, acc, strict=True):
+        for at, value in zip(places, sums, strict=True):
             if add:
-                before = f.op(f"load {type_}, ptr {at}, align {align}")
-                value = f.op(f"{'fadd' if compute.is_float else 'add'} {type_} {before}, {value}")
-            f.emit(f"store {type_} {value}, ptr {at}, align {align}")
+                before = f.op(f"load {type_}, ptr {at}, align {size}")
+                value = f.op(f"{'fadd' if tile.compute.is_float else 'add'} {type_} {before}, {value}")
+            f.emit(f"store {type_} {value}, ptr {at}, align {size}")
 
-    if tile.adds:
-        with f.when("%add"):
-            leave(True)
-        with f.when(f.op("xor i1 %add, true")):
-            leave(False)
-    else:
+    if not tile.adds:
         leave(False)
-    f.finish()
+        return
+    with f.when("%add"):
+        leave(True)
+    with f.when(f.op("xor i1 %add, true")):
+        leave(False)
 
 
 def multiply_add(f: Function, type_: str, x: str, y: str, acc: str, compute: DType) -> str:

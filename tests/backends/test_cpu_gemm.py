@@ -228,6 +228,19 @@ def test_k_blocks(width: str, k: int) -> None:
     matmul(where, 17, 18, k, b_order="column", seed=k, special=True)
 
 
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("m", (1, 3, 8, 9))
+def test_few_rows_and_columns_along_k(width: str, m: int) -> None:
+    """B is turned in registers: around whole strips of k, whole vectors and panels of columns, with columns that share cache sets."""
+    where = machine_or_skip(width)
+    for n, k in ((2, 16), (64, 15), (70, 33), (130, 530)):
+        matmul(where, m, n, k, b_order="column", seed=m, special=k == 33)
+    matmul(where, m, 40, 256, b_order="column", symbolic="k")
+    matmul(where, m, 40, 30, b_order="column", a_order="column", symbolic="n", batch=2)
+    for name in ("f16", "bf16", "f64", "i8"):
+        matmul(where, m, 36, 37, d=dtype(name), b_order="column")
+
+
 @pytest.mark.parametrize("k", (16384, 16385, 17000, 20480, 29000))
 def test_long_k(k: int) -> None:
     where = machine_or_skip("native")

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from duo.dispatch import View, apply
-from duo.eager.trace import user_location
+from duo.eager.infer import user_location
 from duo.tensor import Tensor
 from duo_ir import ops
 from duo_ir.core import Builder, Function, Value

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from duo import runtime
 from duo.eager.build import Construction
 from duo.eager.flush import configure, synchronize
-from duo.eager.trace import state
+from duo.eager.trace import hooks, state
 from duo_ir.core import Function
 
 
@@ -28,10 +28,12 @@ def check_nan() -> Iterator[None]:
     """`with duo.debug.check_nan():` finds the op that makes the first NaN, or the first infinity from finite operands, in eager and
     graph mode and compiled functions: NanError names it, its types, and the line of the program. Slow: programs run op by op."""
     runtime.set_check_nan(True)
+    hooks.placing = True
     try:
         yield
         synchronize()
     finally:
+        hooks.placing = False
         runtime.set_check_nan(False)
 
 

@@ -43,8 +43,14 @@ def kind_of(tensors: tuple[Any, ...]) -> Any:
     return best
 
 
+_kinds: dict[Any, Any] = {}  # class of the operand, or classes of several -> the class that decides
+
+
 def apply(body: Callable[..., Any], tensors: tuple[Any, ...], attrs: tuple[Any, ...] = ()) -> Any:
     """The result(s) of `body` on tensors of any one kind, Python numbers among them. `attrs` are static and hashable."""
+    kind = _kinds.get(tensors[0].__class__ if len(tensors) == 1 else tuple(map(type, tensors)))
+    if kind is not None:
+        return kind._apply(body, tensors, attrs)
     try:
         kind = kind_of(tensors)
     except DTypeError:
@@ -52,6 +58,8 @@ def apply(body: Callable[..., Any], tensors: tuple[Any, ...], attrs: tuple[Any, 
         kind = kind_of(tensors)
     if kind is None:
         return body(*tensors, *attrs)
+    if len(_kinds) < 4096:
+        _kinds[tensors[0].__class__ if len(tensors) == 1 else tuple(map(type, tensors))] = kind
     return kind._apply(body, tensors, attrs)
 
 

@@ -35,6 +35,15 @@ class Loc:
         return Loc(None, -1, file, line)
 
     @property
+    def code(self) -> CodeType | None:
+        """The code object, where it is known by one; `lasti` is the instruction's offset in it."""
+        return self._code
+
+    @property
+    def lasti(self) -> int:
+        return self._lasti
+
+    @property
     def file(self) -> str:
         return self._code.co_filename if self._code is not None else self._file
 

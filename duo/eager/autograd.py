@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from duo.eager.build import Construction, Watch
-from duo.eager.trace import NOTHING, Info, Macro, Node, Trace, Val, commit, hooks, open_trace, settle, state
+from duo.eager.trace import NOTHING, Info, Macro, Node, Trace, Val, commit, hooks, open_trace, places, settle, state
 from duo_ir.core import Value
 from duo_ir.errors import GradientError
 from duo_ir.ops import add, stop_gradient
@@ -48,10 +48,10 @@ class Backward(Macro):
 
     name = "backward"
 
-    def infer(self, parent: Node, key: tuple) -> tuple[tuple[Info, ...], Any]:
-        construction = Construction(parent)
+    def infer(self, parent: Node, key: tuple, trace: Trace | None = None) -> tuple[tuple[Info, ...], Any]:
+        construction = Construction(parent, places(trace))
         numbers, gradients = self._run(
-            construction, key, Watch(construction.freed, construction.stale(), construction.free())
+            construction, key, Watch(construction.freed, construction.stale(), construction.free(), construction.moved)
         )
         return tuple(Info(g.type, key[5]) for g in gradients) or (NOTHING,), numbers
 
@@ -76,6 +76,22 @@ class Backward(Macro):
 
 
 BACKWARD = Backward()
+
+
+def backward_at_once(val: Val, retain: bool) -> list[tuple[Any, Val]] | None:
+    """What most backward passes are, one entry: from a single value of the open trace, with ones and with nothing to ask on the way. Gives
+    (GradLeaf or Origin, gradient) pairs; None where it takes an Engine."""
+    trace = state.trace
+    if val.trace is not trace or not val.info.requires_grad or trace.hooked or trace.links:
+        return None
+    entries = trace.entries
+    vals = commit(trace, (BACKWARD, 0, ((val.index, -1),), (), retain, False))
+    if vals is None:
+        return None
+    numbers = vals[0].node.extra  # type: ignore[union-attr]
+    return [(entries[n].extra, v) for n, v in zip(numbers, vals)]
+
+
 Cotangents = dict[Any, Any]  # value number (in a segment also a Position) -> eager Tensor, or None for ones
 
 
@@ -135,6 +151,10 @@ class Engine:
         """roots: (tensor, its cotangent or None for ones)."""
         while not self._start(roots, ones):
             self.cotangents.clear()
+        self.go_on()
+
+    def go_on(self) -> None:
+        """Takes what cotangents there are of earlier segments' outputs back through those segments."""
         while True:
             origins = [k for k in self.cotangents if not isinstance(k, GradLeaf)]
             if not origins:

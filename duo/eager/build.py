@@ -6,11 +6,13 @@ and whether one would read a value that has been overwritten or freed.
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 
-from duo.eager.trace import Info, Macro, Node, scalar_types
-from duo_ir.core import Builder, Function, Op, Value
+from duo.eager.infer import scalar_types
+from duo.eager.trace import Info, Macro, Node
+from duo_ir.core import Builder, Function, Loc, Op, Value
 from duo_ir.errors import GradientError
+from duo_ir.opdef import Movement, Reshape
 from duo_ir.ops import stop_gradient
 from duo_ir.transforms.autodiff import reverse
 from duo_ir.types import DType, TensorType
@@ -20,10 +22,12 @@ class Construction:
     """The Function of the path to `node`, under construction.
 
     values[n] is value number n (None for the root and notes). inputs lists where the parameters come from, in order:
-    (entry number, None) for a leaf, (entry number, k) for the k-th Python number of that entry.
+    (entry number, None) for a leaf, (entry number, k) for the k-th Python number of that entry. places: where entries were recorded,
+    of those that were not recorded where the path was first.
     """
 
-    def __init__(self, node: Node) -> None:
+    def __init__(self, node: Node, places: Mapping[int, Loc] | None = None) -> None:
+        self.places = places or {}
         self.builder = Builder("eager")
         self.values: list[Value | None] = [None]
         self.infos: list[Info] = [node.infos[0]]
@@ -33,12 +37,14 @@ class Construction:
         self.scalar_dtypes: list[DType] = []
         self.overwritten: dict[int, int] = {}  # number of the value -> of what replaced it, or -1
         self.freed: set[Op] = set()
+        self._numbers: dict[Value | None, list[int]] = {}
+        self._numbered = 0
         with self.builder:
             for step in node.path():
                 self._step(step)
 
     def _step(self, node: Node) -> None:
-        self.builder.loc = node.loc
+        self.builder.loc = self.places.get(node.first, node.loc)
         body = node.key[0]
         if isinstance(body, Macro):
             made = body.build(self, node)
@@ -83,9 +89,12 @@ class Construction:
         value = self.at(position)
         return next((n for n, v in enumerate(self.values) if v is value), None)
 
-    def numbers_of(self, value: Value) -> tuple[int, ...]:
-        """The numbers of the values that are that SSA value."""
-        return tuple([n for n, v in enumerate(self.values) if v is value])
+    def numbers(self) -> Mapping[Value | None, list[int]]:
+        """The numbers that each SSA value has, of those that entries have."""
+        for n in range(self._numbered, len(self.values)):
+            self._numbers.setdefault(self.values[n], []).append(n)
+        self._numbered = len(self.values)
+        return self._numbers
 
     def entry_of(self, op: int) -> int:
         """The number of the entry that emitted that op."""
@@ -112,16 +121,20 @@ class Construction:
     def stale(self) -> dict[Value, frozenset[Op]]:
         """The values that in-place ops have replaced wherever they were, each with the ops that may go on reading it: the in-place op
         itself computed with the old value."""
-        numbers: dict[Value, list[int]] = {}
-        for n, value in enumerate(self.values):
-            if value is not None:
-                numbers.setdefault(value, []).append(n)
+        numbers = self.numbers()
         out: dict[Value, frozenset[Op]] = {}
         for n in self.overwritten:
             value = self.value(n)
             if all(other in self.overwritten for other in numbers[value]):
                 out[value] = frozenset(op for other in numbers[value] for op in self._ops_of(self.overwritten[other]))
         return out
+
+    def moved(self, value: Value) -> Value:
+        """The value of an entry that `value`, made inside a later one, is a transpose, slice or the like of; else `value`."""
+        held, found = self.numbers(), value
+        while found not in held and found.op is not None and isinstance(found.op.definition.kind, Movement | Reshape):
+            found = found.op.operands[0]
+        return found if found in held else value
 
     def _ops_of(self, number: int) -> list[Op]:
         return self.builder.ops[self.ends[number - 1] : self.ends[number]] if number > 0 else []
@@ -166,13 +179,17 @@ class Construction:
 class Watch:
     """Sees each op that a reverse pass goes through with the ops its rule emitted, and so knows what the rule reads.
 
-    touched: the ops whose rules read a forward value. Raises GradientError for one in `freed` or one that reads a value of `stale` and is not
-    listed there with it. Reading a value of `free` does not count."""
+    touched: the ops whose rules read a forward value. Raises GradientError for one in `freed` or one that reads a value of `stale`, also
+    through `moved`, and is not listed there with it. Reading a value of `free` does not count."""
 
     def __init__(
-        self, freed: Container[Op] = (), stale: Mapping[Value, Container[Op]] | None = None, free: Container[Value] = ()
+        self,
+        freed: Container[Op] = (),
+        stale: Mapping[Value, Container[Op]] | None = None,
+        free: Container[Value] = (),
+        moved: Callable[[Value], Value] | None = None,
     ) -> None:
-        self.freed, self.stale, self.free = freed, stale or {}, free
+        self.freed, self.stale, self.free, self.moved = freed, stale or {}, free, moved
         self.touched: list[Op] = []
         self.readers: dict[Value, Op] = {}
 
@@ -183,17 +200,21 @@ class Watch:
             return
         if op in self.freed:
             raise freed_error(op)
-        if any(v in self.stale and op not in self.stale[v] for v in reads):
-            raise overwritten_error(op)
+        if self.stale:
+            bases = [self.moved(v) for v in reads] if self.moved is not None else reads
+            if any(v in self.stale and op not in self.stale[v] for v in bases):
+                raise overwritten_error(op)
         self.touched.append(op)
         self.readers.update((v, op) for v in reads)
 
 
 def freed_error(op: Op) -> GradientError:
-    return GradientError(
+    error = GradientError(
         f"backward goes a second time through {op.definition.name}{_at(op)}, whose saved values were freed by the "
         "first; call the first backward with retain_graph=True"
     )
+    error.op = op  # type: ignore[attr-defined]
+    return error
 
 
 def overwritten_error(op: Op) -> GradientError:

@@ -16,9 +16,10 @@ from typing import Any
 
 from duo import runtime
 from duo.eager.autograd import Inner
-from duo.eager.build import Construction, Watch
+from duo.eager.build import Construction, Watch, freed_error
+from duo.eager.locate import relocated
 from duo.eager.segments import Origin, Position, Pullback, Segment, unmarked
-from duo.eager.trace import END, NOTHING, Info, Macro, Node, Stamp, Trace, Val, forget, hooks, settle, state
+from duo.eager.trace import END, NOTHING, Info, Macro, Node, Stamp, Trace, Val, forget, hooks, places, settle, state
 from duo_ir.core import Value
 from duo_ir.errors import GradientError, TraceError
 from duo_ir.types import DType
@@ -90,7 +91,7 @@ class Program:
             kept = [construction.builder.ops[i].results[r] for i, r in self.residuals]
         values = [construction.value(n) for n in live]
         self.same = {p: n for p, v in zip(self.residuals, kept) for n, w in zip(live, values) if v is w}
-        self.holders = {p: construction.numbers_of(v) for p, v in zip(self.residuals, kept)}
+        self.holders = {p: construction.numbers().get(construction.moved(v), ()) for p, v in zip(self.residuals, kept)}
         function = construction.builder.build([*values, *kept])
         scalars = [i for i, (_, k) in enumerate(plan.inputs) if k is not None]
         self.runnable = runtime.runnable(function, fused, scalars)
@@ -125,6 +126,7 @@ def _freed_outputs(construction: Construction, outs: list[int]) -> dict[int, Exc
                 construction.backward(0, {construction.value(n): construction.value(n)}, (), watch)
             except GradientError as error:
                 errors[n] = error.with_traceback(None)  # its frames would keep this flush's values alive
+                error.op = builder.ops.index(error.op)  # type: ignore[attr-defined]
         del builder.ops[start:]
     return errors
 
@@ -215,7 +217,7 @@ def _salvage(trace: Trace, plan: FlushPlan, live: tuple[int, ...], error: Except
     poisoned with it, and nothing else is lost (the generator's state, say)."""
     if len(live) == 1:
         val = trace.entries[live[0]]
-        val.extra = error
+        val.extra = relocated(trace, plan.inputs, live[0], error)
         val.trace = None
         return
     middle = len(live) // 2
@@ -255,7 +257,7 @@ def _publish(trace: Trace, plan: FlushPlan, program: Program, buffers: list[Any]
         origins = _segment(trace, plan, program, buffers).origins
     else:
         for n in program.outs:
-            origins[n] = Origin(None, n, program.errors[n])
+            origins[n] = Origin(None, n, _freed(trace, plan, program.errors[n]))
     for n, buffer in zip(program.order, buffers):
         val = entries[n]
         if n in origins:
@@ -275,7 +277,7 @@ def _segment(trace: Trace, plan: FlushPlan, program: Program, buffers: list[Any]
     entries = trace.entries
     outside = {number: val for val, number in trace.leaves.items()}
     sources = [_saved(outside.get(e, entries[e])) if k is None else entries[e].scalars[k] for e, k in plan.inputs]  # type: ignore[index]
-    segment = Segment(plan.node, entries[:-1], sources)
+    segment = Segment(plan.node, entries[:-1], sources, places(trace))
     for position, buffer in zip(program.residuals, buffers[len(program.order) :]):
         number = program.same.get(position)
         if number is not None and not entries[number].overwritten:
@@ -283,13 +285,21 @@ def _segment(trace: Trace, plan: FlushPlan, program: Program, buffers: list[Any]
             continue
         val = Val(None, -1, None, Info(_type_at(program, position)))
         val.buf = buffer
-        val.stamp = _stamp({entries[n].stamp for n in program.holders[position]})
+        val.stamp = _stamp([outside.get(n, entries[n]) for n in program.holders[position]])
         segment.residuals[position] = val
     for n in program.outs:
-        origin = segment.origins[n] = Origin(segment, n, program.errors.get(n))
+        error = program.errors.get(n)
+        origin = segment.origins[n] = Origin(segment, n, error and _freed(trace, plan, error))
         if isinstance(entries[n].extra, Inner):
             origin.hooks = entries[n].extra.hooks
     return segment
+
+
+def _freed(trace: Trace, plan: FlushPlan, error: Exception) -> Exception:
+    """The error of a gradient that was freed, with the lines of this very recording."""
+    if not trace.placed:
+        return error
+    return freed_error(Construction(plan.node, places(trace)).builder.ops[error.op])  # type: ignore[attr-defined]
 
 
 def _saved(val: Val) -> Val:
@@ -297,9 +307,12 @@ def _saved(val: Val) -> Val:
     return unmarked(val) if val.overwritten else val
 
 
-def _stamp(stamps: set[Stamp | None]) -> Stamp | None:
-    """The version that a saved value is of: the one that all entries with that value are of. In-place ops before this flush are known to the path."""
-    stamp = next(iter(stamps)) if len(stamps) == 1 else None
+def _stamp(vals: list[Val]) -> Stamp | None:
+    """The version that a saved value is of: the one that all who hold that value are of. In-place ops before this flush are known to the path."""
+    if len(vals) == 1 and vals[0].stamp is None:
+        vals[0].stamp = Stamp()
+    stamps = {val.stamp for val in vals}
+    stamp = stamps.pop() if len(stamps) == 1 else None
     return stamp if stamp is not None and not stamp.overwritten else None
 
 

@@ -15,9 +15,9 @@ import numpy as np
 
 from duo.eager.autograd import Cotangents, Engine, Inner, number_in, walk_back
 from duo.eager.build import Construction, Watch, freed_error, overwritten_error
-from duo.eager.trace import NOTHING, Info, Macro, Node, Val, commit, open_trace
+from duo.eager.trace import NOTHING, Info, Macro, Node, Trace, Val, commit, open_trace
 from duo.runtime import from_numpy
-from duo_ir.core import Builder, Function, Op, Value
+from duo_ir.core import Builder, Function, Loc, Op, Value
 from duo_ir.ops import add
 from duo_ir.types import TensorType
 
@@ -49,15 +49,16 @@ class Pullback:
         given: Sequence[Point],
         wanted: Sequence[int],
         overwritten: Mapping[int, int] | None = None,
+        places: Mapping[int, Loc] | None = None,
     ) -> None:
-        construction = Construction(node)
+        construction = Construction(node, places or {})
         forward = list(construction.builder.ops)
         stale = None
         if overwritten is not None:
             construction.overwritten.update(overwritten)
             stale = construction.stale()
         free = construction.free()
-        watch = Watch(stale=stale, free=free)
+        watch = Watch(stale=stale, free=free, moved=construction.moved)
         with construction.builder as builder:
             seeds = {p: builder.parameter(construction.at(p).type) for p in given}
             start: dict[Value, Value] = {}
@@ -110,7 +111,7 @@ class SegmentBackward(Macro):
 
     name = "segment_backward"
 
-    def infer(self, parent: Node, key: tuple) -> tuple[tuple[Info, ...], Any]:
+    def infer(self, parent: Node, key: tuple, trace: Trace | None = None) -> tuple[tuple[Info, ...], Any]:
         return tuple(Info(t, key[3]) for t in key[1].types) or (NOTHING,), None
 
     def build(self, construction: Construction, node: Node) -> tuple[Any, ...]:
@@ -128,10 +129,11 @@ class Segment:
     sources: per parameter of the path, the value outside (or the number) that was given for it. late: what an in-place op of the path has
     replaced, number by number, when the op itself was the last thing that the path computed and so could not note it there."""
 
-    def __init__(self, node: Node, entries: Sequence[Val], sources: list[Any]) -> None:
+    def __init__(self, node: Node, entries: Sequence[Val], sources: list[Any], places: Mapping[int, Loc]) -> None:
         self.serial = next(_serial)
         self.node = node
         self.sources = sources
+        self.places = places
         self.extras: dict[Any, Any] = {
             e.index: e.extra for e in entries if e.extra is not None and not isinstance(e.extra, Inner)
         }
@@ -165,7 +167,7 @@ class Segment:
         key = (low, tuple(given), tuple(wanted), tuple(self.late.items()))
         found = table.get(key)
         if found is None:
-            found = table[key] = Pullback(self.node, low, given, wanted, self.late)
+            found = table[key] = Pullback(self.node, low, given, wanted, self.late, self.places)
         return found
 
     def note_overwritten(self, val: Val, by: Any) -> None:
@@ -196,7 +198,7 @@ class Segment:
             pullback = self.pullback(low, list(given), wanted)
             touched.update(pullback.touched)
             if again := self.freed & pullback.touched:
-                raise freed_error(Construction(self.node).builder.ops[min(again)])
+                raise freed_error(Construction(self.node, self.places).builder.ops[min(again)])
             operands = [self._residual(p, pullback, engine.create) for p in pullback.residuals]
             holders: list[Any] = [None] * len(operands) + list(given.values())
             operands += [t._value() for t in given.values()]
@@ -221,7 +223,7 @@ class Segment:
     def _residual(self, position: Position, pullback: Pullback, tracked: bool) -> Val:
         val = self.source(position[1]) if position[0] < 0 else self.residuals.get(position)
         if val is None or val.overwritten:
-            op = Construction(self.node).builder.ops[pullback.readers.get(position, max(position[0], 0))]
+            op = Construction(self.node, self.places).builder.ops[pullback.readers.get(position, max(position[0], 0))]
             raise freed_error(op) if val is None else overwritten_error(op)
         if not tracked or position[0] < 0 or val.info.requires_grad or not val.info.type.dtype.is_float:
             return val

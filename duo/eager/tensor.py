@@ -7,6 +7,7 @@ the new base through the chain's write rules and bumps the version; other views 
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,12 +16,12 @@ import numpy as np
 
 from duo import runtime
 from duo.dispatch import View
-from duo.eager.autograd import Engine, GradLeaf, Inner
+from duo.eager.autograd import Engine, GradLeaf, Inner, backward_at_once, call_hooks
 from duo.eager.flush import flush
 from duo.eager.hooks import RemovableHook
 from duo.eager.printing import format_tensor
 from duo.eager.sharing import Storage, is_shared, share_memory, snapshot, still_shared, write_through
-from duo.eager.trace import Val, alias, record, record_pair, settle, state
+from duo.eager.trace import Val, alias, hooks, record, record_op, recorded, settle, state
 from duo.eager.values import as_leaf, material, overwrite
 from duo.functional.indexing import getitem
 from duo.tensor import Tensor
@@ -57,10 +58,12 @@ def _conform(new: Value, dtype: DType, shape: Shape) -> Value:
 
 
 _new: Any = object.__new__
+_getframe = sys._getframe
 
 
 def _binary(name: str) -> Any:
-    """The operator `name` with its common case written out: eager tensor with eager tensor or number."""
+    """The operator `name` with its common case written out: eager tensor with eager tensor or number, a step that is in the trie already.
+    It is `record` for that case; half of what an op costs would be calls, otherwise."""
     base = getattr(Tensor, name)
     body = base.body
 
@@ -68,13 +71,47 @@ def _binary(name: str) -> Any:
         cls = other.__class__
         if cls is not EagerTensor and cls is not float and cls is not int and not isinstance(other, EagerTensor):
             return base(self, other)
-        out = _new(EagerTensor)
-        out._val = record_pair(body, self, other)
-        out._storage = None
-        out._chain = ()
-        out._seen = 0
-        out._leaf = None
-        return out
+        while True:
+            trace = state.trace
+            val = self._val if self._storage is None else self._current()
+            left: Any = val.index if val.trace is trace else trace.leaves.get(val) or trace.enter(val, self)
+            if cls is float or cls is int:
+                right: Any = cls
+                scalars = (other,)
+            else:
+                val = other._val if other._storage is None else other._current()
+                right = val.index if val.trace is trace else trace.leaves.get(val) or trace.enter(val, other)
+                scalars = None
+            entries = trace.entries
+            last: Any = entries[-1]
+            node = last.node.hot
+            if node.op is not body or node.left != left or node.right != right:
+                node = last.node.next.get((body, left, right))
+                if node is None:
+                    return EagerTensor(record(body, (self, other))[0])
+                last.node.hot = node
+            made = _new(Val)
+            made.trace = trace
+            made.index = last.index + 1
+            made.node = node
+            made.info = node.info
+            made.buf = None
+            made.scalars = scalars
+            made.extra = None
+            made.stamp = None
+            if entries[-1] is last:
+                entries.append(made)
+                if node.special or hooks.busy:
+                    frame = _getframe(1)
+                    if frame.f_lasti != node.lasti or frame.f_code is not node.code or node.stop or hooks.busy:
+                        recorded(trace, node, [made], _getframe())
+                out = _new(EagerTensor)
+                out._val = made
+                out._storage = None
+                out._chain = ()
+                out._seen = 0
+                out._leaf = None
+                return out
 
     operator.__name__ = operator.__qualname__ = name
     return operator
@@ -99,10 +136,16 @@ class EagerTensor(Tensor):
 
     @staticmethod
     def _apply(body: Callable, tensors: tuple, attrs: tuple) -> Any:
-        vals = record(body, tensors, attrs)
-        if len(vals) == 1:
-            return EagerTensor(vals[0])
-        return tuple([EagerTensor(v) for v in vals])
+        val = record_op(body, tensors, attrs)
+        if val.__class__ is list:
+            return tuple([EagerTensor(v) for v in val])
+        out = _new(EagerTensor)
+        out._val = val
+        out._storage = None
+        out._chain = ()
+        out._seen = 0
+        out._leaf = None
+        return out
 
     @staticmethod
     def _view(view: View, tensor: EagerTensor, attrs: tuple) -> EagerTensor:
@@ -398,7 +441,7 @@ class EagerTensor(Tensor):
         self, gradient: Any = None, retain_graph: bool | None = None, create_graph: bool = False, inputs: Any = None
     ) -> None:
         """Adds d(self)/d(leaf) (times `gradient`) to `.grad` of every leaf, or of `inputs` only."""
-        backward((self,), (gradient,), retain_graph, create_graph, inputs)
+        backward(self, None if gradient is None else (gradient,), retain_graph, create_graph, inputs)
 
     def register_hook(self, hook: Callable[[Any], Any]) -> RemovableHook:
         """Calls hook(gradient) when the gradient of this tensor is known; what it returns, if anything, replaces the gradient."""
@@ -511,6 +554,9 @@ def backward(
     inputs: Any = None,
 ) -> None:
     """Adds the gradients of sum(tensor * gradient) to `.grad` of the leaves (or of `inputs` only). One tensor or several."""
+    if gradients is None and not create_graph and inputs is None and state.capture is None:  # noqa: SIM102
+        if isinstance(tensors, EagerTensor) and _backward_at_once(tensors, bool(retain_graph)):
+            return
     tensors = [tensors] if isinstance(tensors, Tensor) else list(tensors)
     gradients = (
         [None] * len(tensors)
@@ -527,19 +573,39 @@ def backward(
     given: list[Any] = [inputs] if isinstance(inputs, Tensor) else list(inputs or ())
     chosen = None if inputs is None else {t._leaf for t in given}
     for leaf, gradient in engine.cotangents.items():
-        if chosen is not None and leaf not in chosen:
-            continue
-        for hook in list(leaf.hooks):
-            new = hook(gradient)
-            gradient = gradient if new is None else new
-        if state.capture is not None:
-            state.capture.read_leaf(leaf)
-        if leaf.grad is None:
-            leaf.grad = EagerTensor(gradient._value())  # a tensor of its own: adding to it later changes nobody else's
-        elif create_graph:
-            leaf.grad = leaf.grad + gradient
+        if chosen is None or leaf in chosen:
+            _accumulate(leaf, gradient, create_graph)
+
+
+def _backward_at_once(tensor: EagerTensor, retain: bool) -> bool:
+    """The backward pass that most programs have, from a loss in the open trace; False where it is another."""
+    found = backward_at_once(tensor._value(), retain) if not tensor._type.shape else None
+    if found is None:
+        return False
+    if any(leaf.__class__ is not GradLeaf for leaf, _ in found):
+        engine = Engine(EagerTensor, (), retain, False)
+        engine.cotangents = {leaf: EagerTensor(val) for leaf, val in found}
+        engine.go_on()
+        found = [(leaf, gradient._value()) for leaf, gradient in engine.cotangents.items()]
+    for leaf, val in found:
+        if leaf.grad is None and not leaf.hooks:
+            leaf.grad = EagerTensor(val)
         else:
-            leaf.grad._write((leaf.grad + gradient)._value())
+            _accumulate(leaf, EagerTensor(val), False)
+    return True
+
+
+def _accumulate(leaf: GradLeaf, gradient: Any, create_graph: bool) -> None:
+    """Adds the gradient, once the leaf's hooks have seen it, to `.grad`."""
+    gradient = call_hooks(leaf.hooks, gradient)
+    if state.capture is not None:
+        state.capture.read_leaf(leaf)
+    if leaf.grad is None:
+        leaf.grad = EagerTensor(gradient._value())  # a tensor of its own: adding to it later changes nobody else's
+    elif create_graph:
+        leaf.grad = leaf.grad + gradient
+    else:
+        leaf.grad._write((leaf.grad + gradient)._value())
 
 
 def grad(

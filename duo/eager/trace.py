@@ -13,14 +13,13 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable
-from types import CodeType
 from typing import Any
 
+from duo.eager.infer import explained, infer, user_frame_from, user_location
 from duo.runtime import Buffer
-from duo_ir.core import Builder, Loc, Op, Value
+from duo_ir.core import Loc
 from duo_ir.errors import DuoError
-from duo_ir.ops import stop_gradient
-from duo_ir.types import DType, TensorType, bool_, evaluate, f64, i64, promote_scalar
+from duo_ir.types import TensorType, bool_, evaluate
 
 MAX_ENTRIES = 4096
 MAX_BYTES = 256 << 20
@@ -47,12 +46,25 @@ class Info:
         return f"{self.type}{' grad' if self.requires_grad else ''}"
 
 
+class _Cold:
+    """`Node.hot` before anything came next: the key of no step."""
+
+    key: tuple = ()
+    op = left = right = None
+
+
+COLD = _Cold()
+
+
 class Node:
-    """One step of a path. `infos` describes the values that the step made."""
+    """One step of a path. `infos` describes the values that the step made.
+
+    `loc` is where the step was recorded first, `placed` whether every entry says so for itself: those that a gradient can go back through
+    or that can fail at run time, whose errors name the line. `hot` is the step that came next the last time, which is likely to come again."""
 
     __slots__ = (
-        "__weakref__", "attrs", "extra", "first", "grad", "info", "infos", "key", "loc", "memo", "next", "parent", "size", "stop",
-        "tracked",
+        "__weakref__", "attrs", "code", "depth", "extra", "first", "grad", "hot", "info", "infos", "key", "lasti", "left", "loc", "memo", "next",
+        "op", "parent", "placed", "right", "size", "special", "stop", "tracked",
     )  # fmt: skip
 
     def __init__(
@@ -66,7 +78,14 @@ class Node:
         self.first: int = parent.first + len(parent.infos) if parent is not None else 0  # number of its first value
         held: int = parent.size if parent is not None else 0
         self.size: int = held + sum(evaluate(i.type.nbytes, {}) for i in infos)
-        self.stop = self.size > MAX_BYTES
+        self.stop = self.size > MAX_BYTES or self.first > MAX_ENTRIES
+        self.placed = self.info.requires_grad
+        self.special = self.stop or self.placed  # whether recording it takes more than appending
+        self.code, self.lasti = (None, -1) if loc is None else (loc.code, loc.lasti)
+        self.depth = 1  # how many calls out from the recorder the user's code was
+        self.hot: Any = COLD
+        pair = len(key) == 3 and not attrs
+        self.op, self.left, self.right = key if pair else (None, None, None)  # the key of an op with two operands
         self.tracked: bool = any(i.requires_grad for i in infos) or (parent is not None and parent.tracked)
 
     @property
@@ -99,7 +118,8 @@ class Val:
     `extra` is what gradients need to know of it: a GradLeaf, an Origin (output of an earlier segment), or None.
     `stamp` says of which version of a storage it is (None as long as nobody asked)."""
 
-    __slots__ = ("buf", "extra", "index", "info", "node", "scalars", "stamp", "trace")
+    __slots__ = ("buf", "extra", "index", "info", "loc", "node", "scalars", "stamp", "trace")
+    loc: Loc  # where it was recorded; unset where that is what its node says
 
     def __init__(self, trace: Trace | None, index: int, node: Node | None, info: Info) -> None:
         self.trace = trace
@@ -162,7 +182,7 @@ class Macro:
 
     name = "macro"
 
-    def infer(self, parent: Node, key: tuple) -> tuple[tuple[Info, ...], Any]:
+    def infer(self, parent: Node, key: tuple, trace: Trace | None = None) -> tuple[tuple[Info, ...], Any]:
         """What the values that it makes are, and anything the node should keep (`Node.extra`)."""
         raise NotImplementedError
 
@@ -176,15 +196,15 @@ class Macro:
 
 
 class Leaf(Macro):
-    """A value from outside enters the trace: key (LEAF, type, requires_grad, number of an earlier entry of the same leaf or -1)."""
+    """A value from outside enters the trace: key (LEAF, its Info, number of an earlier entry of the same leaf or -1)."""
 
     name = "leaf"
 
-    def infer(self, parent: Node, key: tuple) -> tuple[tuple[Info, ...], Any]:
-        return (Info(key[1], key[2]),), None
+    def infer(self, parent: Node, key: tuple, trace: Trace | None = None) -> tuple[tuple[Info, ...], Any]:
+        return (key[1],), None
 
     def build(self, construction: Any, node: Node) -> tuple[Any, ...]:
-        return (construction.leaf(node.key[1]),)
+        return (construction.leaf(node.info.type),)
 
 
 class Mark(Macro):
@@ -192,7 +212,7 @@ class Mark(Macro):
 
     name = "mark"
 
-    def infer(self, parent: Node, key: tuple) -> tuple[tuple[Info, ...], Any]:
+    def infer(self, parent: Node, key: tuple, trace: Trace | None = None) -> tuple[tuple[Info, ...], Any]:
         return (Info(parent.info_of(key[1]).type, True),), None
 
     def build(self, construction: Any, node: Node) -> tuple[Any, ...]:
@@ -208,7 +228,7 @@ class Note(Macro):
     def __init__(self, name: str) -> None:
         self.name = name
 
-    def infer(self, parent: Node, key: tuple) -> tuple[tuple[Info, ...], Any]:
+    def infer(self, parent: Node, key: tuple, trace: Trace | None = None) -> tuple[tuple[Info, ...], Any]:
         return (NOTHING,), None
 
     def build(self, construction: Any, node: Node) -> tuple[Any, ...]:
@@ -239,6 +259,7 @@ class Trace:
         "links",
         "lock",
         "node",
+        "placed",
         "program",
     )
 
@@ -251,6 +272,7 @@ class Trace:
         self.lock = threading.RLock()
         self.node: Node | None = None  # set when closed
         self.done = False
+        self.placed = False  # whether an entry has a line of its own
         self.program: Any = None  # what a flush ran for it
         self.call: Any = None  # of a flush that overwrites inputs (flush.py)
 
@@ -263,17 +285,33 @@ class Trace:
             settle(val)
         info = val.info
         leaf = val.extra if info.requires_grad else None
-        earlier = self.leaf_numbers.get(leaf, -1) if leaf is not None else -1
-        vals = commit(self, (LEAF, info.type, info.requires_grad, earlier), source=val)
-        if vals is None:
-            return -1
-        proxy = vals[0]
-        self.leaves[val] = proxy.index
+        key = (LEAF, info, -1 if leaf is None else self.leaf_numbers.get(leaf, -1))
+        entries = self.entries
+        while True:
+            last = entries[-1]
+            node = last.node.next.get(key)  # type: ignore[union-attr]
+            if node is None:
+                if last is END:
+                    return -1
+                node = _miss(last, key, ())
+            made = _new(Val)
+            made.trace = self
+            made.index = number = last.index + 1
+            made.node = node
+            made.info = info
+            made.buf = val.buf
+            made.scalars = None
+            made.extra = val.extra
+            made.stamp = None
+            if entries[-1] is last:
+                entries.append(made)
+                break
+        self.leaves[val] = number
         if val.stamp is not None and not val.stamp.overwritten:
-            val.stamp.add(self, proxy.index)
+            val.stamp.add(self, number)
         if leaf is not None:
-            self.link(leaf, proxy.index)
-        return proxy.index
+            self.link(leaf, number)
+        return number
 
     def link(self, leaf: Any, number: int) -> None:
         """Entry `number` is the leaf's from now on."""
@@ -293,7 +331,6 @@ class _State(threading.local):
 
 
 state = _State()
-_infer_memo: dict[tuple, Any] = {}  # of `infer`
 _node_count = [0]
 
 
@@ -302,7 +339,30 @@ class Hooks:
     flush now and whether to raise errors here (DUO_SYNC, DUO_FLUSH)."""
 
     flush: Callable[[Trace], None]
-    policy: Callable[[], tuple[bool, bool]] | None = None
+
+    def __init__(self) -> None:
+        self._policy: Callable[[], tuple[bool, bool]] | None = None
+        self._placing = False
+        self.busy = False  # whether either is set
+
+    @property
+    def policy(self) -> Callable[[], tuple[bool, bool]] | None:
+        return self._policy
+
+    @policy.setter
+    def policy(self, policy: Callable[[], tuple[bool, bool]] | None) -> None:
+        self._policy = policy
+        self.busy = policy is not None or self._placing
+
+    @property
+    def placing(self) -> bool:
+        """Whether every entry keeps its own line (`Node.placed` apart)."""
+        return self._placing
+
+    @placing.setter
+    def placing(self, placing: bool) -> None:
+        self._placing = placing
+        self.busy = placing or self._policy is not None
 
 
 hooks = Hooks()
@@ -322,7 +382,7 @@ def forget() -> None:
     """Drops the trie (executables stay in their own cache)."""
     _node_count[0] = 0
     for root in _ROOTS.values():
-        root.next = {}
+        root.next, root.hot = {}, COLD
 
 
 def settle(val: Val) -> Buffer:
@@ -349,8 +409,8 @@ def note_overwritten(val: Val) -> None:
         stamp.numbers = []
 
 
-def commit(trace: Trace, key: tuple, scalars: tuple | None = None, source: Val | None = None) -> list[Val] | None:
-    """Appends a macro's entry, whose key holds whatever came before it; None if the trace is closed. `source`: the value that a leaf stands for."""
+def commit(trace: Trace, key: tuple, scalars: tuple | None = None) -> list[Val] | None:
+    """Appends a macro's entry, whose key holds whatever came before it; None if the trace is closed."""
     while True:
         last = trace.entries[-1]
         node = last.node.next.get(key)  # type: ignore[union-attr]
@@ -361,8 +421,6 @@ def commit(trace: Trace, key: tuple, scalars: tuple | None = None, source: Val |
         if len(node.infos) == 1:
             val = Val(trace, last.index + 1, node, node.info)
             val.scalars = scalars
-            if source is not None:
-                val.buf, val.extra = source.buf, source.extra
             if trace.entries[-1] is last:
                 trace.entries.append(val)
                 return [val]
@@ -391,62 +449,49 @@ class Operand:
 
 def record(body: Any, operands: tuple, attrs: tuple = ()) -> list[Val]:
     """Records `body(*operands, *attrs)`; operands are eager tensors and Python numbers. Gives its result Vals."""
+    found = record_op(body, operands, attrs)
+    return found if found.__class__ is list else [found]  # type: ignore[list-item,return-value]
+
+
+def record_op(body: Any, operands: tuple, attrs: tuple = ()) -> Val | list[Val]:
+    """`record`, which gives an only result without a list around it."""
     while True:
         trace = state.trace
-        refs: list[Any] = [body]
+        entries = trace.entries
+        if entries[-1] is END:
+            trace = open_trace()
+            entries = trace.entries
         scalars: tuple | None = None
-        for t in operands:
-            cls = t.__class__
-            if cls is float or cls is int or cls is bool:
-                refs.append(cls)
-                scalars = (t,) if scalars is None else (*scalars, t)
-                continue
+        t = operands[0] if len(operands) == 1 and not attrs else None
+        if t is not None and t.__class__ is not float and t.__class__ is not int and t.__class__ is not bool:
             val = t._val if t._storage is None else t._current()
-            refs.append(val.index if val.trace is trace else trace.enter(val, t))
-        last = trace.entries[-1]
-        if attrs:
-            refs.append(attrs)
-            refs.append(attr_classes(attrs))
-        key = tuple(refs)
-        node = last.node.next.get(key)  # type: ignore[union-attr]
-        if node is None:
-            if last is END:
-                operands = tuple([t if t.__class__ in (float, int, bool) else Operand(t) for t in operands])
-                open_trace()
-                continue
-            node = _miss(last, key, attrs)
-        vals = [Val(trace, last.index + 1 + k, node, info) for k, info in enumerate(node.infos)]
-        vals[0].scalars = scalars
-        if trace.entries[-1] is last:
-            trace.entries.extend(vals)
-            if node.stop or last.index > MAX_ENTRIES or hooks.policy is not None:
-                _stop(trace, *vals)
-            return vals
-
-
-def record_pair(body: Any, a: Any, b: Any) -> Val:
-    """`record` for what programs do most: one result from a tensor and a tensor or Python number, no attributes."""
-    while True:
-        trace = state.trace
-        val = a._val if a._storage is None else a._current()
-        first = val.index if val.trace is trace else trace.enter(val, a)
-        cls = b.__class__
-        if cls is float or cls is int:
-            key: tuple = (body, first, cls)
-            scalars = (b,)
+            key: tuple = (body, val.index if val.trace is trace else trace.leaves.get(val) or trace.enter(val, t))
         else:
-            val = b._val if b._storage is None else b._current()
-            key = (body, first, val.index if val.trace is trace else trace.enter(val, b))
-            scalars = None
-        last = trace.entries[-1]
-        node = last.node.next.get(key)  # type: ignore[union-attr]
-        if node is None:
-            if last is END:
-                a, b = Operand(a), b if cls is float or cls is int else Operand(b)
-                open_trace()
-                continue
-            node = _miss(last, key, ())
-        # Written out rather than called: a constructor's call would be a third of the time of an op.
+            refs: list[Any] = [body]
+            for t in operands:
+                cls = t.__class__
+                if cls is float or cls is int or cls is bool:
+                    refs.append(cls)
+                    scalars = (t,) if scalars is None else (*scalars, t)
+                    continue
+                val = t._val if t._storage is None else t._current()
+                refs.append(val.index if val.trace is trace else trace.leaves.get(val) or trace.enter(val, t))
+            if attrs:
+                refs.append(attrs)
+                refs.append(attr_classes(attrs))
+            key = tuple(refs)
+        last: Any = entries[-1]
+        node = last.node.hot
+        if node.key != key:
+            node = last.node.next.get(key)
+            if node is None:
+                if last is END:
+                    operands = tuple([t if t.__class__ in (float, int, bool) else Operand(t) for t in operands])
+                    open_trace()
+                    continue
+                node = _miss(last, key, attrs)
+            last.node.hot = node
+        # Written out rather than called: a constructor's call would be a large part of the time of an op.
         made = _new(Val)
         made.trace = trace
         made.index = last.index + 1
@@ -456,14 +501,56 @@ def record_pair(body: Any, a: Any, b: Any) -> Val:
         made.scalars = scalars
         made.extra = None
         made.stamp = None
-        if trace.entries[-1] is last:
-            trace.entries.append(made)
-            if node.stop or last.index > MAX_ENTRIES or hooks.policy is not None:
-                _stop(trace, made)
+        if len(node.infos) == 1:
+            if entries[-1] is not last:
+                continue
+            entries.append(made)
+            if node.special or hooks.busy:
+                try:
+                    frame = _getframe(node.depth)
+                except ValueError:  # fewer calls than that
+                    frame = _getframe()
+                if frame.f_lasti != node.lasti or frame.f_code is not node.code or node.stop or hooks.busy:
+                    recorded(trace, node, [made], _getframe())
             return made
+        vals = [made, *[Val(trace, last.index + 2 + k, node, info) for k, info in enumerate(node.infos[1:])]]
+        if entries[-1] is last:
+            entries.extend(vals)
+            if node.special or hooks.busy:
+                recorded(trace, node, vals, _getframe())
+            return vals
 
 
 _new: Any = object.__new__
+_getframe = sys._getframe
+
+
+def recorded(trace: Trace, node: Node, vals: list[Val], frame: Any) -> None:
+    """What comes after the entry of a special node, or of any while `hooks.busy`: its line is kept, and it may be time to flush.
+    frame: that which recorded it."""
+    if node.placed or hooks.placing:
+        place(trace, node, vals[0], frame)
+    if node.stop or hooks.policy is not None:
+        _stop(trace, *vals)
+
+
+def place(trace: Trace, node: Node, val: Val, frame: Any) -> None:
+    """Keeps the user's line of an entry where it is another than that of its node."""
+    frame, depth = user_frame_from(frame)
+    if frame is None:
+        return
+    if frame.f_lasti == node.lasti and frame.f_code is node.code:
+        node.depth = depth  # where to look for it first the next time
+        return
+    val.loc = Loc(frame.f_code, frame.f_lasti)
+    trace.placed = True
+
+
+def places(trace: Any) -> dict[int, Loc]:
+    """Entries of a trace -> where they were recorded, of those that were recorded elsewhere than their nodes."""
+    if trace is None or not trace.placed:
+        return {}
+    return {val.index: val.loc for val in trace.entries if hasattr(val, "loc")}
 
 
 def _stop(trace: Trace, *vals: Val) -> None:
@@ -482,117 +569,33 @@ def _miss(last: Val, key: tuple, attrs: tuple) -> Node:
     body = key[0]
     parent = last.node
     assert parent is not None
-    extra = None
+    extra, checked = None, False
     if isinstance(body, Macro):
-        infos, extra = body.infer(parent, key)
+        infos, extra = body.infer(parent, key, last.trace)
         grad = key[1] if body is GRAD_MODE else parent.grad
     else:
         refs = key[1:-2] if attrs else key[1:]
         operand_infos = [parent.info_of(r) if r.__class__ is int else r for r in refs]
         operands = tuple([i if i.__class__ is type else i.type for i in operand_infos])
         try:
-            types, reached = infer(body, operands, attrs)
+            found = infer(body, operands, attrs)
         except DuoError as error:
             raise explained(error, body, operands) from None
         grad = parent.grad
         tracked = {k for k, i in enumerate(operand_infos) if grad and i.__class__ is Info and i.requires_grad}
-        infos = tuple(Info(t, not tracked.isdisjoint(r)) for t, r in zip(types, reached))
+        infos = tuple(Info(t, not tracked.isdisjoint(r)) for t, r in zip(found.types, found.reached))
+        checked = found.checked
     node = Node(parent, key, infos, grad, user_location(), attrs)
     node.extra = extra
+    if checked:
+        node.placed = node.special = True
     _node_count[0] += 1
     return parent.next.setdefault(key, node)
 
 
-def explained(error: DuoError, body: Any, operands: tuple) -> DuoError:
-    """The error of a body with what the user called, on what, and where."""
-    name = getattr(body, "__name__", "op").strip("_")
-    listed = ", ".join(o.__name__ if o.__class__ is type else str(o) for o in operands)
-    location = user_location()
-    at = f"\n  at {location.full()}" if location is not None else ""
-    text = str(error)
-    return type(error)(text + at if text.startswith(f"{name}(") else f"{name}({listed}): {text}{at}")
-
-
 def attr_classes(attrs: tuple) -> tuple:
     """Tells apart attributes that compare equal but are not the same: 1, 1.0 and True; 0.0 and -0.0."""
+    classes = tuple(map(type, attrs))
+    if float not in classes:
+        return classes
     return tuple([a.hex() if a.__class__ is float else a.__class__ for a in attrs])
-
-
-_ALONE = {float: f64, int: i64, bool: bool_}
-
-
-def scalar_types(operands: tuple) -> tuple[DType, ...]:
-    """The dtype that each Python number among operands (TensorTypes and number classes) takes beside the tensors."""
-    tensors = [t.dtype for t in operands if t.__class__ is TensorType]
-    out = []
-    for o in operands:
-        if o.__class__ is TensorType:
-            continue
-        if not tensors:  # a number alone keeps all its precision; the body casts it
-            out.append(_ALONE[o])
-            continue
-        dtype = tensors[0]
-        for other in tensors[1:]:
-            if other.is_float and not dtype.is_float:
-                dtype = other
-        out.append(promote_scalar(dtype, o))
-    return tuple(out)
-
-
-Inferred = tuple[tuple[TensorType, ...], tuple[frozenset[int], ...]]
-
-
-def infer(body: Callable[..., Any], operands: tuple, attrs: tuple) -> Inferred:
-    """What `body` gives for operands of these TensorTypes and number classes: its result types, and for each result the numbers
-    of the operands that a gradient goes back to."""
-    memo_key = (body, operands, attrs)
-    found = _infer_memo.get(memo_key)
-    if found is None:
-        builder = Builder()
-        scalars = iter(scalar_types(operands))
-        values = [
-            builder.parameter(o if o.__class__ is TensorType else TensorType(next(scalars), ())) for o in operands
-        ]
-        with builder:
-            out = body(*values, *attrs)
-        results = out if isinstance(out, (tuple, list)) else (out,)
-        found = tuple([r.type for r in results]), _reached(values, builder.ops, results)
-        if len(_infer_memo) > 50_000:
-            _infer_memo.clear()
-        _infer_memo[memo_key] = found
-    return found
-
-
-def _reached(operands: list[Value], ops: list[Op], results: Any) -> tuple[frozenset[int], ...]:
-    """For each result the numbers of the operands that it depends on through float values, not looking behind stop_gradient."""
-    none: frozenset[int] = frozenset()
-    sources = {v: frozenset((k,)) for k, v in enumerate(operands) if v.type.dtype.is_float}
-    for op in ops:
-        if op.definition is stop_gradient:
-            continue
-        behind = none.union(*[sources.get(v, none) for v in op.operands])
-        sources.update((r, behind) for r in op.results if behind and r.type.dtype.is_float)
-    return tuple([sources.get(r, none) for r in results])
-
-
-# ------------------------------------------------------------------------------------------------- the user's line
-_INTERNAL = ("duo.", "duo_ir.", "duo_backends.")
-
-
-def user_frame() -> Any:
-    """The nearest frame outside duo."""
-    frame: Any = sys._getframe(1)
-    while frame is not None:
-        name = frame.f_globals.get("__name__", "")
-        if name != "duo" and not name.startswith(_INTERNAL):
-            return frame
-        frame = frame.f_back
-    return None
-
-
-def user_location() -> Loc | None:
-    frame = user_frame()
-    if frame is None:
-        return None
-    code: CodeType = frame.f_code
-    return Loc(code, frame.f_lasti)

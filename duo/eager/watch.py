@@ -71,13 +71,15 @@ class Slots(WatchedDict):
 
 
 class Group(dict):
-    """A parameter group. `version` counts its changes; its list of parameters belongs to the structure."""
+    """A parameter group. `version` counts its changes; its list of parameters belongs to the structure. `settings` is the optimiser's note
+    of what it made of the group."""
 
-    __slots__ = ("version",)
+    __slots__ = ("settings", "version")
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.version = 0
+        self.settings: Any = None
 
     def _changes(self, names: Any) -> None:
         self.version += 1

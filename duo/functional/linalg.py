@@ -122,6 +122,8 @@ def addmv(input: Any, mat: Any, vec: Any, *, beta: Any = 1, alpha: Any = 1) -> A
 
 # ------------------------------------------------------------------------------------------------------------ linear
 def _linear(x: Value, w: Value) -> Value:
+    if w.type.rank not in (1, 2) or x.type.rank == 0 or x.type.shape[-1] != w.type.shape[-1]:
+        raise ShapeError(f"linear: input {x.type} needs as many elements in its last dim as weight {w.type}")
     return _matmul(x, nd.transpose(w, tuple(reversed(range(w.type.rank)))))
 
 
@@ -131,9 +133,6 @@ def _linear_bias(x: Value, w: Value, b: Value) -> Value:
 
 def linear(input: Any, weight: Any, bias: Any = None) -> Any:
     """input @ weight.T + bias: [..., in] with weight [out, in] and bias [out] to [..., out]."""
-    x, w = type_of(input), type_of(weight)
-    if w.rank not in (1, 2) or x.rank == 0 or x.shape[-1] != w.shape[-1]:
-        raise ShapeError(f"linear: input {x} needs as many elements in its last dim as weight {w}")
     return apply(_linear, (input, weight)) if bias is None else apply(_linear_bias, (input, weight, bias))
 
 

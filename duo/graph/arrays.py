@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from duo import functional as F
-from duo.eager.trace import user_location
+from duo.eager.infer import user_location
 from duo.functional import creation
 from duo.graph.errors import InvalidArgumentError
 from duo.graph.graph import get_default_graph

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from duo.eager.infer import user_location
 from duo.eager.tensor import EagerTensor
-from duo.eager.trace import user_location
 from duo.graph.errors import InvalidArgumentError
 from duo.graph.graph import Frame, Graph, Operation, get_default_graph, graph_of
 from duo.graph.states import State

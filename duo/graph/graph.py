@@ -17,8 +17,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from duo.eager.infer import explained, scalar_types, user_location
 from duo.eager.tensor import EagerTensor
-from duo.eager.trace import explained, scalar_types, user_location
 from duo.graph.errors import InvalidArgumentError, NotFoundError
 from duo.graph.states import Constant, Number, Placeholder, SeededState, SharedState, Source, State
 from duo.lowering import sized, sized_type

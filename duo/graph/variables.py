@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from duo.eager.trace import user_location
+from duo.eager.infer import user_location
 from duo.functional import elementwise as elem
 from duo.graph.errors import InvalidArgumentError
 from duo.graph.graph import Graph, Operation, get_default_graph, located

@@ -12,8 +12,9 @@ from typing import Any
 
 from duo.eager.autograd import GradLeaf
 from duo.eager.flush import flush
+from duo.eager.infer import user_frame
 from duo.eager.tensor import EagerTensor, material
-from duo.eager.trace import END, Trace, Val, settle, state, user_frame
+from duo.eager.trace import END, Trace, Val, settle, state
 from duo.eager.watch import Epoch
 from duo.jit import nests
 from duo.optim.optimizer import Optimizer

@@ -143,7 +143,7 @@ class Replay:
             entries[e].info, entries[e].buf, entries[e].extra = given.info, given.buf, given.extra
         for n, extra in self.recording.extras.items():
             entries[n].extra = extra
-        trace = SimpleNamespace(entries=[*entries, END], leaves=leaves)
+        trace = SimpleNamespace(entries=[*entries, END], leaves=leaves, placed=False)
         origins = _segment(trace, node.memo, program, buffers).origins  # type: ignore[arg-type]
         for n, origin in origins.items():
             if n in vals:

@@ -106,6 +106,10 @@ class Module:
 
     def __getattr__(self, name: str) -> Any:
         tables = self.__dict__
+        try:
+            return tables["_parameters"][name]
+        except KeyError:
+            pass
         for table in _TABLES:
             if table in tables and name in tables[table]:
                 return tables[table][name]

@@ -6,14 +6,15 @@ at the call, then flushes. The same rule makes the update ops of graph mode (`mi
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 from duo.eager.autograd import number_in
 from duo.eager.flush import flush
 from duo.eager.mode import enable_grad
 from duo.eager.tensor import EagerTensor, full_value
-from duo.eager.trace import Info, Macro, Node, commit, note_overwritten, open_trace, state
+from duo.eager.trace import Info, Macro, Node, Trace, commit, note_overwritten, open_trace, state
 from duo.eager.watch import Group, Slots, WatchedList, changed
 from duo.optim.rules import Rule, apply_rule
 from duo_ir.core import Value
@@ -22,35 +23,44 @@ from duo_ir.types import TensorType, f64, i64
 
 
 class Optimize(Macro):
-    """Key (OPTIMIZE, rule, options, has step, rows of numbers). Values: the new step if counted, then each row's parameter and slots."""
+    """One rule with its options. Key (self, number of the step or None, numbers of each parameter, its gradient and its slots). Values: the
+    new step if counted, then each parameter and its slots."""
 
     name = "optimize"
 
-    def infer(self, parent: Node, key: tuple) -> tuple[tuple[Info, ...], Any]:
-        _, rule, options, step, rows = key
+    def __init__(self, rule: Rule, options: frozenset) -> None:
+        self.rule, self.options, self.slots = rule, options, rule.slots(options)
+
+    def rows(self, numbers: tuple[int, ...]) -> list[tuple[int, ...]]:
+        width = 2 + len(self.slots)
+        return [numbers[i : i + width] for i in range(0, len(numbers), width)]
+
+    def infer(self, parent: Node, key: tuple, trace: Trace | None = None) -> tuple[tuple[Info, ...], Any]:
+        _, step, numbers = key
         infos = [parent.info_of(step)] if step is not None else []
-        count = len(rule.slots(options))
-        for p, g, *_ in rows:
+        count = len(self.slots)
+        for p, g, *_ in self.rows(numbers):
             kind = parent.info_of(p).type
             if parent.info_of(g).type is not kind:
-                raise ShapeError(f"{rule.name}: a parameter {kind} has a gradient {parent.info_of(g).type}")
+                raise ShapeError(f"{self.rule.name}: a parameter {kind} has a gradient {parent.info_of(g).type}")
             infos.append(Info(kind, parent.info_of(p).requires_grad))
             infos.extend([Info(kind)] * count)
         return tuple(infos), None
 
     def build(self, construction: Any, node: Node) -> tuple[Value, ...]:
-        _, rule, options, step, rows = node.key
-        hyper = [construction.scalar(k, f64) for k in range(len(rule.hyper))]
+        _, step, numbers = node.key
+        rows = self.rows(numbers)
+        hyper = [construction.scalar(k, f64) for k in range(len(self.rule.hyper))]
         count = _next(construction.value(step)) if step is not None else None
         values = [[construction.value(n) for n in row] for row in rows]
         construction.overwritten.update((n, -1) for p, _, *slots in rows for n in (p, *slots))
-        out = apply_rule(rule, options, count, hyper, values)
+        out = apply_rule(self.rule, self.options, count, hyper, values)
         made = [construction.stop(v) for row in out for v in row]
         return tuple(made if count is None else [count, *made])
 
     def updates(self, node: Node) -> dict[int, int]:
-        _, _, _, step, rows = node.key
-        old = [n for p, _, *slots in rows for n in (p, *slots)]
+        _, step, numbers = node.key
+        old = [n for p, _, *slots in self.rows(numbers) for n in (p, *slots)]
         return dict(enumerate(old if step is None else [step, *old], node.first))
 
 
@@ -58,7 +68,18 @@ def _next(step: Value) -> Value:
     return step + 1  # type: ignore[operator]
 
 
-OPTIMIZE = Optimize()
+@functools.cache
+def _optimize(rule: Rule, options: frozenset) -> Optimize:
+    return Optimize(rule, options)
+
+
+class _Settings(NamedTuple):
+    """What a group's options say, as long as its `version` stays. hyper: None where a value could change unnoticed."""
+
+    version: int
+    macro: Optimize
+    hyper: tuple[float, ...] | None
+    owner: type
 
 
 class Optimizer:
@@ -135,7 +156,7 @@ class Optimizer:
         if state.capture is not None:
             state.capture.touch_optimizer(self)
         for group in self.param_groups:
-            self._step_group(group)
+            self._step_group(group, self._settings(group))
         if state.capture is None:
             flush()
         return loss
@@ -149,12 +170,22 @@ class Optimizer:
             )
         return minimize(self, loss)
 
-    def _step_group(self, group: dict[str, Any]) -> None:
-        options = self.options(group)
-        if not self.rule.counts and not self.rule.slots(options):
+    def _settings(self, group: Any) -> _Settings:
+        found = group.settings
+        if found is None or found.version != group.version or found.owner is not self.__class__:
+            version = group.version
+            fixed = all(_immutable(v) for k, v in group.items() if k != "params")
+            macro = _optimize(self.rule, self.options(group))
+            found = group.settings = _Settings(version, macro, self.hyper(group) if fixed else None, self.__class__)
+        return found
+
+    def _step_group(self, group: dict[str, Any], settings: _Settings) -> None:
+        macro = settings.macro
+        if not self.rule.counts and not macro.slots:
             if params := [p for p in group["params"] if p._leaf is not None and p._leaf.grad is not None]:
-                self._update(options, group, params)
+                self._update(macro, group, settings, params)
             return
+        options = macro.options
         cohorts: dict[Any, list[Any]] = {}  # parameters that were updated equally often
         for p in group["params"]:
             if p.grad is not None:
@@ -163,9 +194,10 @@ class Optimizer:
         for key, params in cohorts.items():
             if key == "new":
                 self._start(options, params)
-                self._update(options | {"first"} if "momentum" in options else options, group, params)
+                first = _optimize(self.rule, options | {"first"}) if "momentum" in options else macro
+                self._update(first, group, settings, params)
             else:
-                self._update(options, group, params)
+                self._update(macro, group, settings, params)
 
     def _start(self, options: frozenset, params: list[Any]) -> None:
         """State for parameters that meet their first gradient; those that start together share one step counter."""
@@ -177,20 +209,33 @@ class Optimizer:
             slots.update((name, full_value(0, p._type)) for name in self.rule.slots(options))
             self.state[p].update(slots)  # all at once: an interrupt finds a parameter started or not
 
-    def _update(self, options: frozenset, group: dict[str, Any], params: list[Any]) -> None:
-        names = self.rule.slots(options)
+    def _update(self, macro: Optimize, group: dict[str, Any], settings: _Settings, params: list[Any]) -> None:
+        if state.capture is not None:
+            for p in params:
+                state.capture.read_grad(p)
+        names = macro.slots
         step = self.state[params[0]]["step"] if self.rule.counts else None
-        tensors = [[p, p.grad, *[self.state[p][n] for n in names]] for p in params]
-        hyper = self.hyper(group)
-        read = [[t._value() for t in row] for row in tensors]
+        tensors: list[Any] = []  # a row for each parameter: it, its gradient, its slots
+        for p in params:
+            tensors.append(p)
+            tensors.append(p._leaf.grad)
+            if names:
+                slots = self.state[p]
+                tensors.extend([slots[n] for n in names])
+        hyper = settings.hyper if settings.hyper is not None else self.hyper(group)
+        # Reading a tensor may record and flush: all are read before the first gets its number.
+        read = [t._val if t._storage is None else t._current() for t in tensors]
         read_step = step._value() if step is not None else None
         while True:
             trace = open_trace()
-            numbers = tuple([tuple([number_in(trace, v, t) for v, t in zip(*rows)]) for rows in zip(read, tensors)])
+            leaves = trace.leaves
+            numbers = [
+                v.index if v.trace is trace else leaves.get(v) or trace.enter(v, t) for v, t in zip(read, tensors)
+            ]
             count = number_in(trace, read_step, step) if read_step is not None else None
-            if count == -1 or any(-1 in row for row in numbers):
+            if count == -1 or -1 in numbers:
                 continue
-            vals = commit(trace, (OPTIMIZE, self.rule, options, count, numbers), hyper)
+            vals = commit(trace, (macro, count, tuple(numbers)), hyper)
             if vals is not None:
                 break
         if state.capture is not None:
@@ -198,8 +243,9 @@ class Optimizer:
         made = iter(vals)
         if step is not None:
             self._advance(step, params, next(made))
-        for p, _, *slots in tensors:
-            for tensor in (p, *slots):
+        width = 2 + len(names)
+        for k, tensor in enumerate(tensors):
+            if k % width != 1:
                 take_update(tensor, next(made))
 
     def _advance(self, step: Any, params: list[Any], val: Any) -> None:
@@ -249,6 +295,12 @@ class Optimizer:
         counter = counters[done]
         self._sharing[id(counter)] = (counter, self._sharing.get(id(counter), (counter, 0))[1] + 1)
         return counter
+
+
+def _immutable(value: Any) -> bool:
+    if value.__class__ is tuple:
+        return all(map(_immutable, value))
+    return value.__class__ in (float, int, bool, str, type(None))
 
 
 def take_update(tensor: Any, val: Any) -> None:

@@ -149,6 +149,38 @@ def a_gradient_by_accumulation(T, w, v):
     z.backward()
 
 
+def a_weight_by_a_step(T, w, v):
+    opt = T.optim.SGD([w], lr=0.1)
+    y = T.nn.functional.linear(v.view(1, 3), w.view(1, 3)).sum() * 2
+    y.backward(retain_graph=True)
+    opt.step()
+    y.backward()
+
+
+def a_weight_looked_at_by_a_step(T, w, v):
+    weight = T.tensor(numbers(2, 3), requires_grad=True)
+    opt = T.optim.SGD([weight], lr=0.1)
+    y = T.nn.functional.linear(w.view(1, 3), weight).sum()
+    y.item()
+    y.backward(retain_graph=True)
+    opt.step()
+    y.backward()
+
+
+def a_weight_in_place(T, w, v):
+    weight = T.tensor(numbers(2, 3))
+    y = T.nn.functional.linear(w.view(1, 3), weight).sum()
+    weight.mul_(2)
+    y.backward()
+
+
+def a_copy_of_a_weight(T, w, v):
+    weight = T.tensor(numbers(2, 3))
+    y = T.nn.functional.linear(w.view(1, 3), weight.flip(0)).sum()
+    weight.mul_(2)
+    y.backward()
+
+
 PROGRAMS = [f for f in list(globals().values()) if getattr(f, "__module__", "") == __name__ and f is not leaf]
 
 

@@ -120,6 +120,13 @@ class Cumulative:
 
 
 @dataclass(frozen=True)
+class Attention:
+    """Scaled dot-product attention over tiles of keys, or its gradient; operands, results and order are those of `ops/attention.py`."""
+
+    backward: bool
+
+
+@dataclass(frozen=True)
 class Control:
     """name 'cond' or 'while': holds nested Functions; `plan.py` turns it into program items."""
 
@@ -138,6 +145,7 @@ Kind: TypeAlias = (
     | Gather
     | Scatter
     | Cumulative
+    | Attention
     | Control
 )
 
@@ -220,6 +228,7 @@ def same_type(name: str, *types: TensorType) -> TensorType:
 
 __all__ = [
     "REGISTRY",
+    "Attention",
     "AxisMap",
     "Concat",
     "Contraction",

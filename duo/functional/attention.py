@@ -1,4 +1,4 @@
-"""Scaled dot-product attention as a plain composition: two matmuls around a softmax over the keys."""
+"""Scaled dot-product attention: one op where nothing looks at the weights, else two matmuls around a softmax over the keys."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ from typing import Any
 
 from duo.dispatch import apply
 from duo.functional._args import type_of
-from duo.functional._ssa import float_dtype, max_kept, sum_kept, wide
+from duo.functional._ssa import float_dtype, max_kept, sum_kept, typed, wide
 from duo.functional.movement import lower_triangle
 from duo.functional.shape import _repeat_interleave
 from duo_ir.core import Value
 from duo_ir.errors import ArgumentError, DTypeError, ShapeError
 from duo_ir.ops import broadcasting as nd
 from duo_ir.ops import elementwise as ew
-from duo_ir.types import bool_
+from duo_ir.ops.attention import attention
+from duo_ir.types import bool_, broadcast_shapes
 
 
 def _masked_softmax(x: Value) -> Value:
@@ -46,7 +47,34 @@ def _attention_weights(q: Value, k: Value, *arguments: Any) -> Value:
 
 
 def _attention(q: Value, k: Value, v: Value, *arguments: Any) -> Value:
-    return nd.matmul(_attention_weights(q, k, *arguments), v)
+    """The op, on [..., T, H, D]: heads are the last of the leading axes, and a scale that is a tensor goes into the queries."""
+    *tensors, masked, is_causal, scaled = arguments
+    width: Any = q.type.shape[-1]
+    value_width: Any = v.type.shape[-1]
+    if not (isinstance(width, int) and isinstance(value_width, int) and width and value_width):
+        return nd.matmul(_attention_weights(q, k, *arguments), v)
+    compute = wide(q).type.dtype
+    scale = 1.0 / math.sqrt(width)
+    if scaled:
+        q, scale = nd.cast_to(wide(q) * nd.cast_to(typed(tensors.pop(), compute), compute), q.type.dtype), 1.0
+    lead = broadcast_shapes(*[x.type.shape[:-2] for x in (q, k, v)])
+    grid = (q.type.shape[-2], k.type.shape[-2])
+    mask = []
+    if masked:
+        given: Value = tensors[0]
+        lead = broadcast_shapes(lead, given.type.shape[:-2])
+        mask = [given if given.type.dtype is bool_ else nd.cast_to(given, compute)]
+    full = lead or (1,)
+    q, k, v = (_heads_second(nd.broadcast_to(x, (*full, *x.type.shape[-2:]))) for x in (q, k, v))
+    mask = [nd.broadcast_to(m, (*full, *grid)) for m in mask]
+    out, _ = attention(q, k, v, *mask, causal=is_causal, scale=scale)
+    return nd.reshape(_heads_second(out), (*lead, grid[0], value_width))
+
+
+def _heads_second(x: Value) -> Value:
+    """[..., H, T, D] as [..., T, H, D], and back."""
+    n = x.type.rank
+    return nd.transpose(x, (*range(n - 3), n - 2, n - 3, n - 1))
 
 
 def _grouped(x: Value, times: int) -> Value:

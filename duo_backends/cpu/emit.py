@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from duo_backends.cpu.attention import compile_attention
 from duo_backends.cpu.code import KernelCode, Target
 from duo_backends.cpu.conv import compile_conv
 from duo_backends.cpu.gemm import compile_contract
 from duo_backends.cpu.loops import compile_loop
 from duo_backends.cpu.scan import compile_scan
 from duo_backends.cpu.scatter import compile_scatter
-from duo_ir.kernels.kernel import ContractKernel, ConvKernel, Kernel, LoopKernel, ScanKernel
+from duo_ir.kernels.kernel import AttentionKernel, ContractKernel, ConvKernel, Kernel, LoopKernel, ScanKernel
 
 
 def compile_kernel(kernel: Kernel, target: Target) -> KernelCode:
@@ -19,6 +20,8 @@ def compile_kernel(kernel: Kernel, target: Target) -> KernelCode:
         return compile_contract(kernel, target)
     if isinstance(kernel, ConvKernel):
         return compile_conv(kernel, target)
+    if isinstance(kernel, AttentionKernel):
+        return compile_attention(kernel, target)
     if isinstance(kernel, ScanKernel):
         return compile_scan(kernel, target)
     return compile_scatter(kernel, target)

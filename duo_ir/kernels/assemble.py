@@ -18,6 +18,7 @@ from duo_ir.kernels.kernel import (
     Access,
     Affine,
     Arg,
+    AttentionKernel,
     Body,
     ContractKernel,
     ConvKernel,
@@ -228,6 +229,8 @@ def build(members: Sequence[Member], target: Axes | None, keep: Callable[[Value]
         return _scan(head, where, symbolic)
     if head.kind == "scatter":
         return _scatter(head, where, symbolic)
+    if head.kind == "attention":
+        return _attention(head, where, symbolic)
     if len(members) == 1:
         outer, stages = head.outer, head.stages
     else:
@@ -361,6 +364,24 @@ def _scan(draft: Draft, where: str, symbolic: bool) -> Built:
     acc = compute_dtype(out.type.dtype)
     dims = () if not symbolic else _dims(names.args, draft.outer, source, target)
     return names.built(ScanKernel(names.args, tuple(axes), length, source, target, acc, dims), where)
+
+
+def _attention(draft: Draft, where: str, symbolic: bool) -> Built:
+    names = _Names()
+    a, attrs = draft.attended, draft.op.attrs
+    assert a is not None
+    reads, rows = (tuple([names.access(ref) for ref in refs]) for refs in (a.reads, a.rows))
+    mask = None if a.mask is None else names.access(a.mask)
+    results = [Access(names.buffer(r), Affine(*p)) for r, p in zip(draft.values, (*a.writes, *([a.sums] if a.sums else [])))]
+    names.written.update(draft.values)
+    writes, sums = tuple(results[: len(a.writes)]), results[-1] if a.sums else None
+    sizes = (*draft.outer, a.queries, a.keys)
+    dims = () if not symbolic else _dims(names.args, sizes, *reads, *rows, *([mask] if mask else []), *results)
+    kernel = AttentionKernel(
+        names.args, draft.outer, a.queries, a.keys, a.width, a.value_width, reads, rows, mask, writes, sums, attrs["causal"],
+        attrs["scale"], compute_dtype(draft.op.operands[0].type.dtype), dims,
+    )  # fmt: skip
+    return names.built(kernel, where)
 
 
 def _scatter(draft: Draft, where: str, symbolic: bool) -> Built:

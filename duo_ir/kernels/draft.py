@@ -76,10 +76,28 @@ class Windows:
     result: DType
 
 
+@dataclass(frozen=True)
+class Attended:
+    """What an 'attention' draft reads and writes, as in AttentionKernel, whose batch axes are the draft's outer axes."""
+
+    queries: DimLike
+    keys: DimLike
+    width: int
+    value_width: int
+    reads: tuple[Ref, ...]
+    rows: tuple[Ref, ...]
+    mask: Ref | None
+    writes: tuple[Position, ...]
+    sums: Position | None
+
+    def refs(self) -> tuple[Ref, ...]:
+        return (*self.reads, *self.rows, *(() if self.mask is None else (self.mask,)))
+
+
 @dataclass(eq=False)
 class Draft:
     """kind: 'map' (one stage without axes), 'reduce' (a stage that reduces over `inner`, then one that stores), 'contract' (the stage is
-    the epilogue), or 'scan', 'scatter', 'control', which take no part in fusion. `order` is the op's place in the Function."""
+    the epilogue), or 'attention', 'scan', 'scatter', 'control', which take no part in fusion. `order` is the op's place in the Function."""
 
     kind: str
     op: Op
@@ -94,6 +112,7 @@ class Draft:
     refs: list[Ref] = field(default_factory=list)  # every load
     rows: int = 0
     scan: tuple[Ref, Position] | None = None  # what a scan reads, and where it writes
+    attended: Attended | None = None
 
     @property
     def axes(self) -> Axes:
@@ -112,6 +131,9 @@ class Draft:
             yield self.contraction.b.value
         if self.scan is not None:
             yield self.scan[0].value
+        if self.attended is not None:
+            for ref in self.attended.refs():
+                yield ref.value
 
     @property
     def empty(self) -> bool:

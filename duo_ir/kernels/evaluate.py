@@ -16,6 +16,7 @@ from duo_ir.errors import DuoError, IndexOutOfRange
 from duo_ir.kernels.kernel import (
     Access,
     Affine,
+    AttentionKernel,
     Body,
     ContractKernel,
     ConvKernel,
@@ -30,6 +31,7 @@ from duo_ir.kernels.kernel import (
 )  # fmt: skip
 from duo_ir.kernels.program import Cond, Copy, Program, Step, While
 from duo_ir.ops import reference
+from duo_ir.ops.attention import backward_rows, forward_rows
 from duo_ir.scalar.numpy_eval import NumpyScalar, convert
 from duo_ir.types import DimLike, TensorType
 from duo_ir.types import evaluate as size_of
@@ -121,6 +123,8 @@ def execute(kernel: Kernel, buffers: Sequence[np.ndarray], sizes: Sizes) -> None
         machine.convolve(kernel)
     elif isinstance(kernel, ScanKernel):
         machine.scan(kernel)
+    elif isinstance(kernel, AttentionKernel):
+        machine.attention(kernel)
     else:
         machine.scatter(kernel)
 
@@ -293,6 +297,33 @@ class _Machine:
         x = np.broadcast_to(self.load(kernel.source, shape, ()), shape)
         at = np.broadcast_to(self.position(kernel.target.at, shape), shape)
         self.buffers[kernel.target.buffer][at] = reference.cumsum(x, axis=len(shape) - 1)
+
+    def attention(self, kernel: AttentionKernel) -> None:
+        batch = self.shape(kernel.batch)
+        t, s = self.shape((kernel.queries, kernel.keys))
+        d, e = kernel.width, kernel.value_width
+        if 0 in batch:
+            return
+
+        def read(access: Access, *sizes: int) -> np.ndarray:
+            return np.broadcast_to(self.load(access, (*batch, *sizes), ()), (*batch, *sizes))
+
+        shapes = [(t, d), (s, d), (s, e), (t, e)]
+        tensors = [read(a, *shape) for a, shape in zip(kernel.reads, shapes)]
+        rows = [read(a, t) for a in kernel.rows]
+        mask = None if kernel.mask is None else read(kernel.mask, t, s)
+        results: tuple[np.ndarray, ...]
+        if kernel.backward:
+            q, k, v, g = tensors
+            lse, delta = rows
+            results = backward_rows(q, k, v, lse, delta, g, mask, kernel.causal, kernel.scale)
+        else:
+            q, k, v = tensors
+            results = forward_rows(q, k, v, mask, kernel.causal, kernel.scale)
+        for access, result in zip((*kernel.writes, *([kernel.sums] if kernel.sums else [])), results, strict=True):
+            if result.size:
+                at = np.broadcast_to(self.position(access.at, result.shape), result.shape)
+                self.buffers[access.buffer][at] = result
 
     def scatter(self, kernel: ScatterKernel) -> None:
         out, base = self.buffers[kernel.store.access.buffer], self.buffers[0]

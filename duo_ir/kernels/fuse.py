@@ -17,6 +17,7 @@ from duo_ir.kernels.draft import Draft, base
 from duo_ir.kernels.lower import Lowering, NeedMemory
 from duo_ir.kernels.merge import Group, group
 from duo_ir.opdef import (
+    Attention,
     Concat,
     Contraction,
     Control,
@@ -157,6 +158,9 @@ class _Choice:
                 self._need_address(v)
         elif isinstance(kind, Cumulative):
             self._need_address(op.operands[0])
+        elif isinstance(kind, Attention):
+            for v in op.operands:
+                self._need_address(v)
         elif isinstance(kind, Scatter):
             self.need(op.operands[0])
         elif isinstance(kind, Control):
@@ -194,7 +198,7 @@ class _Choice:
         cost, depth = self.cost, dict[Value, int]()
         for op in self.ops:
             kind = op.definition.kind
-            if isinstance(kind, (Reduction, Contraction, Convolution, Cumulative, Scatter, Control)):
+            if isinstance(kind, (Reduction, Contraction, Convolution, Cumulative, Attention, Scatter, Control)):
                 continue
             total = deep = 0
             for v in op.operands:

@@ -17,6 +17,7 @@ from duo_ir.kernels.kernel import (
     Access,
     Affine,
     Arg,
+    AttentionKernel,
     Body,
     ContractKernel,
     ConvKernel,
@@ -95,6 +96,8 @@ class _Template:
             made = self.convolve(kernel)
         elif isinstance(kernel, ScanKernel):
             made = self.scan(kernel)
+        elif isinstance(kernel, AttentionKernel):
+            made = self.attention(kernel)
         else:
             made = self.scatter(kernel)
         return made, tuple(self.sizes)
@@ -160,6 +163,29 @@ class _Template:
         return replace(
             kernel, args=args, axes=extents[:-1], length=extents[-1], source=source, target=target, dims=self.names()
         )
+
+    def attention(self, kernel: AttentionKernel) -> AttentionKernel:
+        """The widths of heads stay: tiles are made for them."""
+        axes = (*kernel.batch, kernel.queries, kernel.keys, kernel.width, kernel.value_width)
+        extents = (*self.extents(axes[:-2]), *axes[-2:])
+        batch = range(len(kernel.batch))
+        t, s, d, e = range(len(kernel.batch), len(axes))
+
+        def over(*rest: int) -> _Scope:
+            return _Scope.pick(axes, extents, [*batch, *rest])
+
+        shapes = [over(t, d), over(s, d), over(s, e), over(t, e)]
+        reads = tuple([self.access(a, scope) for a, scope in zip(kernel.reads, shapes)])
+        rows = tuple([self.access(a, over(t)) for a in kernel.rows])
+        mask = None if kernel.mask is None else self.access(kernel.mask, over(t, s))
+        targets = shapes if kernel.backward else [over(t, e)]
+        writes = tuple([self.access(a, scope) for a, scope in zip(kernel.writes, targets)])
+        sums = None if kernel.sums is None else self.access(kernel.sums, over(t))
+        args = self.args(kernel.args)
+        return replace(
+            kernel, args=args, batch=extents[:-4], queries=extents[t], keys=extents[s], reads=reads, rows=rows, mask=mask, writes=writes,
+            sums=sums, dims=self.names(),
+        )  # fmt: skip
 
     def scatter(self, kernel: ScatterKernel) -> ScatterKernel:
         axes = self.extents(kernel.axes)

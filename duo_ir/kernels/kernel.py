@@ -5,7 +5,7 @@ over threads gives the same bits); positions in buffers are affine in the loop i
 `Body`, scalar SSA made by `body.py` from the ops' recipes. Sizes, strides and offsets are ints or `Dim`s, whose
 values arrive at run time as i64 arguments named by `dims`.
 
-Kinds: `LoopKernel` (everything elementwise, movement, reductions, gather), `ContractKernel` (matmul), `ConvKernel`,
+Kinds: `LoopKernel` (everything elementwise, movement, reductions, gather), `ContractKernel` (matmul), `ConvKernel`, `AttentionKernel`,
 `ScanKernel` (cumulative ops) and `ScatterKernel`. All are frozen, compare by value and print (`text.py` beside this file).
 """
 
@@ -227,4 +227,36 @@ class ScatterKernel:
     sites: tuple[str, ...] = field(default=(), compare=False)
 
 
-Kernel: TypeAlias = LoopKernel | ContractKernel | ConvKernel | ScanKernel | ScatterKernel
+@dataclass(frozen=True, slots=True)
+class AttentionKernel:
+    """Scaled dot-product attention or its gradient, in the order that `duo_ir/ops/attention.py` defines, for each point of `batch`.
+
+    `queries`, `keys`, `width` and `value_width` are its T, S, D and E (the widths are ints). `reads` are affine over (batch..., row, column):
+    q, k, v, and for the gradient g over the same; `rows` over (batch..., row): its lse and delta. `mask`, if there is one, is affine over (batch...,
+    query, key), a bool or a number of `acc`, the dtype computed in. `writes`: the result, or dq, dk, dv, over (batch..., row, column);
+    `sums`: where forward writes the lse, over (batch..., row).
+    """
+
+    args: tuple[Arg, ...]
+    batch: tuple[DimLike, ...]
+    queries: DimLike
+    keys: DimLike
+    width: int
+    value_width: int
+    reads: tuple[Access, ...]
+    rows: tuple[Access, ...]
+    mask: Access | None
+    writes: tuple[Access, ...]
+    sums: Access | None
+    causal: bool
+    scale: float
+    acc: DType
+    dims: tuple[str, ...] = ()
+    sites: tuple[str, ...] = field(default=(), compare=False)
+
+    @property
+    def backward(self) -> bool:
+        return self.sums is None
+
+
+Kernel: TypeAlias = LoopKernel | ContractKernel | ConvKernel | AttentionKernel | ScanKernel | ScatterKernel

@@ -29,6 +29,7 @@ from duo_ir.kernels.access import (
 )
 from duo_ir.kernels.body import BodyBuilder
 from duo_ir.kernels.draft import (
+    Attended,
     Axes,
     Draft,
     DraftStage,
@@ -43,6 +44,7 @@ from duo_ir.kernels.draft import (
 )
 from duo_ir.kernels.kernel import Window
 from duo_ir.opdef import (
+    Attention,
     Concat,
     Contraction,
     Control,
@@ -109,6 +111,8 @@ class Lowering:
                 made = self._convolution(op, kind)
             elif isinstance(kind, Cumulative):
                 made = [self._scan(op)]
+            elif isinstance(kind, Attention):
+                made = [self._attention(op, kind)]
             elif isinstance(kind, Scatter):
                 made = [self._scatter(op)]
             elif isinstance(kind, Control):
@@ -331,6 +335,41 @@ class Lowering:
         index = tuple([walk[order.index(a)] for a in range(len(shape))])
         ends = self.address(x, index, axes), linear(index, shape, len(axes))
         return Draft("scan", op, self.order[op], (op.result,), axes, scan=ends)
+
+    def _attention(self, op: Op, kind: Attention) -> Draft:
+        q, k, v, *rest = op.operands
+        rows, rest = (rest[:2], rest[2:]) if kind.backward else ([], rest)
+        tensors, masks = ([q, k, v, rest[0]], rest[1:]) if kind.backward else ([q, k, v], rest)
+        *lead, queries, heads, width = q.type.shape
+        keys, value_width = v.type.shape[-3], v.type.shape[-1]
+        assert isinstance(width, int) and isinstance(value_width, int)
+        batch = (*lead, heads)
+
+        def over(*sizes: DimLike) -> tuple[Axes, Index]:
+            """Loops over (batch..., sizes...), and the index that reads [lead..., sizes[0], heads, sizes[1:]...] in them."""
+            axes = (*batch, *sizes)
+            own, n = identity(axes), len(lead)
+            return axes, (*own[:n], own[n + 1], own[n], *own[n + 2 :])
+
+        def matrix(x: Value) -> Ref:
+            axes, index = over(x.type.shape[-3], x.type.shape[-1])
+            return self.address(x, index, axes)
+
+        def place(x: Value) -> Position:
+            sizes = (x.type.shape[len(lead)], *x.type.shape[len(lead) + 2 :])
+            axes, index = over(*sizes)
+            return linear(index, x.type.shape, len(axes))
+
+        row_axes, row_index = over(queries)
+        grid = (*batch, queries, keys)
+        attended = Attended(
+            queries, keys, width, value_width, tuple([matrix(x) for x in tensors]),
+            tuple([self.address(x, row_index, row_axes) for x in rows]),
+            self.address(masks[0], identity(grid), grid) if masks else None,
+            tuple([place(r) for r in (op.results if kind.backward else op.results[:1])]),
+            None if kind.backward else place(op.results[1]),
+        )  # fmt: skip
+        return Draft("attention", op, self.order[op], op.results, batch, attended=attended)
 
     def _scatter(self, op: Op) -> Draft:
         x, updates, *indices = op.operands

@@ -14,6 +14,7 @@ from duo_ir.kernels.kernel import (
     Access,
     Affine,
     Arg,
+    AttentionKernel,
     Body,
     ContractKernel,
     ConvKernel,
@@ -101,6 +102,8 @@ def print_kernel(kernel: Kernel, head: str = "") -> str:
         lines.append(
             f"  {_access(kernel.target, names)} = running sum of {_access(kernel.source, names)} in {kernel.acc.name}"
         )
+    elif isinstance(kernel, AttentionKernel):
+        lines = _attention(kernel, f"{head}attention{' gradient' if kernel.backward else ''}({args})")
     else:
         lines = _scatter(kernel, f"{head}scatter {kernel.mode}({args})")
     return "\n".join(lines) + "\n"
@@ -117,6 +120,24 @@ def _conv(kernel: ConvKernel, head: str) -> list[str]:
         at = _affine(Affine(w.offset, (w.stride, w.dilation)), [q[k], t[k]])
         lines.append(f"  {p[k]} = {at}, zero unless 0 <= {p[k]} < {w.bound}")
     return [*lines, *_body(kernel.body, kernel.stores, names)]
+
+
+def _attention(kernel: AttentionKernel, head: str) -> list[str]:
+    batch = _names("b", len(kernel.batch))
+    sizes = (*kernel.batch, kernel.queries, kernel.keys, kernel.width, kernel.value_width)
+    shapes = ("td", "sd", "se", "te")
+    rows = [*batch, "t"]
+    reads = [_access(a, [*batch, *shape]) for a, shape in zip(kernel.reads, shapes)]
+    lines = [f"{head}{_loops([*batch, 't', 's', 'd', 'e'], sizes)}"]
+    lines.append(f"  q {reads[0]}, k {reads[1]}, v {reads[2]}, scale {kernel.scale}{', causal' if kernel.causal else ''} in {kernel.acc.name}")
+    if kernel.mask is not None:
+        lines.append(f"  mask {_access(kernel.mask, [*batch, 't', 's'])}")
+    if kernel.sums is not None:
+        return [*lines, f"  {_access(kernel.writes[0], [*batch, *'te'])} = result, {_access(kernel.sums, rows)} = lse"]
+    lse, delta = (_access(a, rows) for a in kernel.rows)
+    lines.append(f"  g {reads[3]}, lse {lse}, delta {delta}")
+    writes = [_access(a, [*batch, *shape]) for a, shape in zip(kernel.writes, shapes)]
+    return [*lines, f"  {writes[0]} = dq, {writes[1]} = dk, {writes[2]} = dv"]
 
 
 def _scatter(kernel: ScatterKernel, head: str) -> list[str]:

@@ -4,6 +4,7 @@ An op's derivative rule may use any other op, so these modules refer to each oth
 """
 
 from duo_ir.ops import broadcasting
+from duo_ir.ops.attention import attention, attention_gradient
 from duo_ir.ops.control import cond, while_
 from duo_ir.ops.conv import conv
 from duo_ir.ops.elementwise import (
@@ -70,8 +71,9 @@ from duo_ir.ops.reduce import all, any, argmax, argmin, cumsum, max, min, prod, 
 from duo_ir.ops.shape import broadcast, concat, flip, pad, reshape, slice, transpose
 
 __all__ = [
-    "abs", "acos", "add", "all", "and_", "any", "argmax", "argmin", "asin", "atan", "bitcast", "broadcast", "broadcasting", "cast",
-    "ceil", "concat", "cond", "constant", "conv", "cos", "cosh", "cumsum", "div", "eq", "erf", "exp", "expm1", "flip", "floor", "floor_divide",
+    "abs", "acos", "add", "all", "and_", "any", "argmax", "argmin", "asin", "atan", "attention", "attention_gradient", "bitcast", "broadcast",
+    "broadcasting", "cast", "ceil", "concat", "cond", "constant", "conv", "cos", "cosh", "cumsum", "div", "eq", "erf", "exp", "expm1", "flip",
+    "floor", "floor_divide",
     "gather", "ge", "gt", "integer_pow", "iota", "is_finite", "le", "log", "log1p", "lt", "matmul", "max", "maximum", "min", "minimum",
     "mul", "ne", "neg", "normal_quantile", "not_", "or_", "pad", "pow", "prod", "random_bits", "random_word", "remainder", "reshape", "round", "rsqrt",
     "scatter", "shift_left", "shift_right_arithmetic", "shift_right_logical", "sigmoid", "sign", "sin", "sinh", "size", "slice", "sqrt",

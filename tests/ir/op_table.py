@@ -42,6 +42,16 @@ def real(rng: Rng, dtype: DType, shape: Shape, **_: Any) -> np.ndarray:
     return np.asarray(rng.integers(0 if dtype.kind == "u" else -9, 10, shape), dtype.numpy)
 
 
+def _wide_real(rng: Rng, dtype: DType, shape: Shape, **_: Any) -> np.ndarray:
+    """As `real`, of the dtype that narrow floats are computed in."""
+    return real(rng, f32 if dtype.is_narrow_float else dtype, shape)
+
+
+def _wide_sums(rng: Rng, dtype: DType, shape: Shape, **_: Any) -> np.ndarray:
+    """As `_wide_real`, but large enough to be logarithms of sums of exponentials."""
+    return _wide_real(rng, dtype, shape) + np.asarray(6, f32.numpy if dtype.is_narrow_float else dtype.numpy)
+
+
 def wild(rng: Rng, dtype: DType, shape: Shape, **_: Any) -> np.ndarray:
     """Any bits of an integer, any magnitude of a float."""
     if not dtype.is_integer:
@@ -193,6 +203,46 @@ def _gather(x: np.ndarray, *indices: np.ndarray, axes: tuple[int, ...]) -> np.nd
             where[axis] = int(i[place])
         out[place] = x[tuple(where)]
     return out
+
+
+def _weights(q: np.ndarray, k: np.ndarray, mask: Any, causal: bool, scale: float) -> np.ndarray:
+    """exp(scores) of [..., T, H, D] and [..., S, H, D] as [..., H, T, S], 0 where a key may not be seen."""
+    s = np.einsum("...thd,...shd->...hts", q, k) * scale
+    for m in mask:
+        s = np.where(m, s, -np.inf) if m.dtype == np.bool_ else s + m
+    return np.exp(np.where(np.tri(*s.shape[-2:], dtype=bool), s, -np.inf) if causal else s)
+
+
+def _attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, *mask: np.ndarray, causal: bool, scale: float) -> tuple[Any, Any]:
+    weights = _weights(q, k, mask, causal, scale)
+    total = np.swapaxes(weights.sum(-1), -1, -2)
+    some = np.where(total == 0, 1, total)
+    out = np.einsum("...hts,...she->...the", weights, v) / some[..., None]
+    return out, np.where(total == 0, np.inf, np.log(some))
+
+
+def _attention_gradient(
+    q: np.ndarray, k: np.ndarray, v: np.ndarray, lse: np.ndarray, delta: np.ndarray, g: np.ndarray, *mask: np.ndarray, causal: bool,
+    scale: float,
+) -> tuple[Any, Any, Any]:  # fmt: skip
+    p = _weights(q, k, mask, causal, scale) * np.exp(-np.swapaxes(lse, -1, -2)[..., None])
+    ds = p * (np.einsum("...the,...she->...hts", g, v) - np.swapaxes(delta, -1, -2)[..., None])
+    dq, dk = np.einsum("...hts,...shd->...thd", ds, k) * scale, np.einsum("...hts,...thd->...shd", ds, q) * scale
+    return dq, dk, np.einsum("...hts,...the->...she", p, g)
+
+
+_TOGETHER = (  # shapes of query, key, value and perhaps a mask; causal
+    ((5, 1, 3), (5, 1, 3), (5, 1, 2), False), ((2, 3, 2, 4), (2, 7, 2, 4), (2, 7, 2, 4), (2, 2, 3, 7), False),
+    ((66, 1, 2), (66, 1, 2), (66, 1, 3), True), ((0, 2, 3), (4, 2, 3), (4, 2, 1), True),
+)  # fmt: skip
+
+
+def _attended(backward: bool) -> Variants:
+    out: list[tuple[tuple[Shape, ...], dict[str, Any]]] = []
+    for q, k, v, *mask, causal in _TOGETHER:
+        rows = (q[:-1], q[:-1], (*q[:-1], v[-1])) if backward else ()
+        out.append(((q, k, v, *rows, *mask), {"causal": causal, "scale": 0.5}))
+    return tuple(out)
 
 
 def _scatter(x: np.ndarray, updates: np.ndarray, *indices: np.ndarray, axes: tuple[int, ...], mode: str) -> np.ndarray:
@@ -413,6 +463,11 @@ def _table() -> list[Row]:
             ((5, 33), (33, 1)), ((2, 600), (600, 3)), ((2, 2, 3, 5), (2, 2, 5, 1)), ((2, 3), (3, 0)),
         )), None, (0, 1)),
         Row(o.conv, _conv, (real, real), NUMBERS, tuple(_convolved()), None, (0, 1)),
+        Row(o.attention, _attention, (real, real, real, _wide_real), FLOATS, _attended(False), None, (0, 1, 2, 3)),
+        Row(
+            o.attention_gradient, _attention_gradient, (real, real, real, _wide_sums, _wide_real, real, _wide_real), FLOATS,
+            _attended(True), None, (0, 1, 2, 3, 4, 5, 6),
+        ),
         Row(o.gather, _gather, (real, index(0), index(1)), ALL, _INDEXED, 0, (0,)),
         Row(o.scatter, _scatter, (real, real, index(0), index(1)), NUMBERS, tuple(_scattered()), None, (0, 1)),
         Row(o.cond, lambda p, x, y, then, orelse: (x * y, x - y) if p else (x + y, y), (some(bool_), half, half), (f32,),

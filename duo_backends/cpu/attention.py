@@ -1,0 +1,206 @@
+"""Attention on the CPU: a block of 64 queries against blocks of 64 keys, softmax on the way; scores never leave the first-level cache.
+
+A work unit is one block of queries of one head. Scores are kept transposed, lanes over queries, so that maxima, sums and
+rescaling run down the columns; queries are transposed once a unit, and the result back. The order is that of
+`duo_ir/ops/attention.py`; keys and values are read where they lie, or copied block by block. The gradient is in `attention_gradient.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from duo_backends.cpu.attention_gradient import emit_gradient
+from duo_backends.cpu.attention_parts import ADD, SET, Parts
+from duo_backends.cpu.body import Scope, Value
+from duo_backends.cpu.code import KernelCode, Target
+from duo_backends.cpu.code import Phase as PhaseCode
+from duo_backends.cpu.llvm import Module, vector
+from duo_backends.cpu.nest import ceil_div, points, symbol
+from duo_ir.kernels.kernel import AttentionKernel, Store
+from duo_ir.ops.attention import BLOCK
+from duo_ir.scalar import explog
+from duo_ir.types import evaluate
+
+_INF = float("inf")
+
+
+def compile_attention(kernel: AttentionKernel, target: Target) -> KernelCode:
+    """One phase. Units: blocks of queries of each head, or, for the gradient, heads."""
+    module, name = Module(), symbol(kernel, target)
+    parts = Parts(module, kernel, target, name)
+    if kernel.backward:
+        emit_gradient(parts)
+    else:
+        _Forward(parts).emit()
+
+    def units(sizes: Mapping[str, int]) -> int:
+        blocks = 1 if kernel.backward else ceil_div(evaluate(kernel.queries, sizes), BLOCK)
+        return points(kernel.batch, sizes) * blocks
+
+    def cost(sizes: Mapping[str, int]) -> float:
+        pairs = points((*kernel.batch, kernel.queries, kernel.keys), sizes) * (0.6 if kernel.causal else 1.0)
+        work = pairs * (kernel.width + kernel.value_width) * (2.5 if kernel.backward else 1.0)
+        speed = 1.2 * target.vector_bytes * (4 / kernel.acc.itemsize)
+        return 200.0 + work * 2 / speed + pairs * 0.3
+
+    def scratch(sizes: Mapping[str, int], threads: int) -> int:
+        return threads * (parts.share + evaluate(parts.whole_rows, sizes))
+
+    return KernelCode(module.text(), (PhaseCode(name, units),), scratch, cost)
+
+
+class _Forward:
+    def __init__(self, parts: Parts) -> None:
+        self.p, self.f, self.e, self.kernel = parts, parts.f, parts.e, parts.kernel
+        kernel = self.kernel
+        self.q, self.k, self.v = kernel.reads
+        self.width, self.value_width = kernel.width, kernel.value_width
+        self.copies = not parts.in_place(self.k, self.width, False), not parts.in_place(self.v, self.value_width, False)
+        row, wide = parts.padded(self.width), parts.padded(self.value_width)
+        offsets = [
+            parts.reserve(self.width, BLOCK),  # queries, scaled: [d][i]
+            parts.reserve(BLOCK, BLOCK),  # scores, then exponentials: [j][i]
+            parts.reserve(self.value_width, BLOCK),  # sums of values: [e][i]
+            *[parts.reserve(1, BLOCK) for _ in range(3)],  # maxima, sums of exponentials, factors at the end
+            parts.reserve(BLOCK, row) if self.copies[0] else 0,
+            parts.reserve(BLOCK, wide),  # values, and the result on its way out
+        ]
+        f = self.f
+        base = f.gep("i8", "%scratch", f.mul("%tid", str(parts.share), f.top), f.top)
+        places = [f.gep("i8", base, str(at), f.top) for at in offsets]
+        self.queries, self.scores, self.sums, self.top, self.total, self.factor, self.key_rows, self.value_rows = places
+
+    def emit(self) -> None:
+        f, e, kernel = self.f, self.e, self.kernel
+        t = e.dim(kernel.queries)
+        blocks = f.div(f.add(t, str(BLOCK - 1), f.top), str(BLOCK), f.top)
+        with f.loop("%begin", "%end") as units:
+            block = f.rem(units.index, blocks)
+            batch = self.p.phase.unravel(f.div(units.index, blocks), kernel.batch)
+            self._unit(batch, block, f.mul(block, str(BLOCK)), t)
+        f.finish()
+
+    def _unit(self, batch: list[str], block: str, i0: str, t: str) -> None:
+        f, p, kernel = self.f, self.p, self.kernel
+        count = f.min(f.sub(t, i0), str(BLOCK))
+        p.transposed(self.q, batch, i0, count, self.width, self.queries)
+        if kernel.scale != 1.0:
+            with f.loop("0", str(self.width * p.grid_row), p.lanes * p.size, runs=True) as loop:
+                at = f.gep("i8", self.queries, loop.index)
+                p.store(p.op("fmul", p.load(at), p.number(kernel.scale)), at)
+        p.fill(self.sums, self.value_width * BLOCK, 0.0)
+        p.fill(self.top, BLOCK, -_INF)
+        p.fill(self.total, BLOCK, 0.0)
+        keys = self.e.dim(kernel.keys)
+        blocks = f.div(f.add(keys, str(BLOCK - 1), f.top), str(BLOCK), f.top)
+        if kernel.causal:
+            blocks = f.min(blocks, f.add(block, "1"))
+        with f.loop("0", blocks) as loop:
+            self._block(batch, loop.index, block, i0, count, keys)
+        self._finish(batch, i0, count)
+
+    def _block(self, batch: list[str], number: str, block: str, i0: str, count: str, keys: str) -> None:
+        """One block of keys."""
+        f, p, kernel = self.f, self.p, self.kernel
+        j0 = f.mul(number, str(BLOCK))
+        rows = f.min(f.sub(keys, j0), str(BLOCK))
+        a, row, step = self._rows(0, self.k, batch, j0, rows, self.width, self.key_rows)
+        p.multiply(
+            rows, str(self.width), a, row, step, self.queries, str(p.grid_row), BLOCK, self.scores, p.grid_row, SET
+        )
+        p.add_mask(batch, self.scores, i0, j0, rows, count, query_lanes=True)
+        if kernel.causal:
+            with f.when(f.op(f"icmp eq i64 {number}, {block}")):
+                p.cut_triangle(self.scores, rows, query_lanes=True)
+        p.panels(lambda offset: self._softmax(offset, rows, number))
+        a, row, step = self._rows(1, self.v, batch, j0, rows, self.value_width, self.value_rows)
+        # its transpose: rows are columns of the values
+        p.multiply(
+            str(self.value_width),
+            rows,
+            a,
+            p.size,
+            str(row),
+            self.scores,
+            str(p.grid_row),
+            BLOCK,
+            self.sums,
+            p.grid_row,
+            ADD,
+        )
+
+    def _rows(
+        self, which: int, access: object, batch: list[str], j0: str, rows: str, width: int, to: str
+    ) -> tuple[str, int, str]:  # fmt: skip
+        """(address, bytes between rows, bytes between columns) of a block of keys or values."""
+        p = self.p
+        operand = self.kernel.reads[1 + which]
+        if self.copies[which]:
+            p.copy_in(operand, batch, j0, rows, width, to)
+            return to, p.padded(width) * p.size, str(p.size)
+        stride = operand.at.strides[-2]
+        assert isinstance(stride, int)
+        return p.pointer(operand, batch, j0), stride * p.size, str(p.size)
+
+    def _softmax(self, offset: str, rows: str, number: str) -> None:
+        """Scores to exponentials in one panel of queries; its maxima, sums and results so far rescaled."""
+        f, p = self.f, self.p
+        width = p.lanes * p.size
+        tops, totals = f.gep("i8", self.top, offset), f.gep("i8", self.total, offset)
+        old = [p.load(f.gep("i8", tops, str(v * width))) for v in range(p.vectors)]
+
+        def line(index: str) -> list[str]:
+            start = p.at(f.gep("i8", self.scores, offset), (index, p.grid_row))
+            return [f.gep("i8", start, str(v * width)) for v in range(p.vectors)]
+
+        with f.loop("0", rows, 1, [(p.type, m) for m in old], runs=True) as loop:
+            found = [p.load(at) for at in line(loop.index)]
+            loop.next = [p.select(p.compare("ogt", s, m), s, m) for s, m in zip(found, loop.values)]
+        new = loop.results
+        safe = [p.select(p.compare("oeq", m, p.number(-_INF)), p.number(0.0), m) for m in new]
+        again = [p.recipe(explog.exp, p.op("fsub", m, n)) for m, n in zip(old, safe)]
+        with f.loop("0", rows, 1, [(p.type, p.number(0.0))] * p.vectors, runs=True) as loop:
+            places = line(loop.index)
+            exps = [p.recipe(explog.exp, p.op("fsub", p.load(at), n)) for at, n in zip(places, safe)]
+            for at, x in zip(places, exps):
+                p.store(x, at)
+            loop.next = [p.op("fadd", so_far, x) for so_far, x in zip(loop.values, exps)]
+        for v in range(p.vectors):
+            p.store(new[v], f.gep("i8", tops, str(v * width)))
+            at = f.gep("i8", totals, str(v * width))
+            p.store(p.op("fadd", p.op("fmul", p.load(at), again[v]), loop.results[v]), at)
+        changed = [p.compare("une", a, p.number(1.0)) for a in again]
+        lanes = vector(p.lanes, "i1")
+        some = changed[0]
+        for other in changed[1:]:
+            some = f.op(f"or {lanes} {some}, {other}")
+        bits = f.op(f"bitcast {lanes} {some} to i{p.lanes}")
+        differs, later = f.op(f"icmp ne i{p.lanes} {bits}, 0"), f.op(f"icmp ne i64 {number}, 0")
+        # times 1 changes nothing, and the first block finds zeros
+        with f.when(f.op(f"and i1 {differs}, {later}")), f.loop("0", str(self.value_width), runs=True) as loop:
+            start = p.at(f.gep("i8", self.sums, offset), (loop.index, p.grid_row))
+            for v, a in enumerate(again):
+                at = f.gep("i8", start, str(v * width))
+                p.store(p.op("fmul", p.load(at), a), at)
+
+    def _finish(self, batch: list[str], i0: str, count: str) -> None:
+        f, p, kernel = self.f, self.p, self.kernel
+        width = p.lanes * p.size
+        assert kernel.sums is not None
+        for number in range(BLOCK // p.lanes):
+            at = str(number * width)
+            top, total = p.load(f.gep("i8", self.top, at)), p.load(f.gep("i8", self.total, at))
+            safe = p.select(p.compare("oeq", top, p.number(-_INF)), p.number(0.0), top)
+            none = p.compare("oeq", total, p.number(0.0))
+            total = p.select(none, p.number(1.0), total)
+            p.store(p.op("fdiv", p.number(1.0), total), f.gep("i8", self.factor, at))
+            lse = p.select(none, p.number(_INF), p.op("fadd", safe, p.recipe(explog.log, total)))
+            live = p.phase.lane_mask(f.sub(count, str(number * p.lanes)), p.lanes)
+            scope = Scope.flat((*batch, f.add(i0, str(number * p.lanes))), len(batch), p.lanes, live)
+            with f.when(f.op(f"icmp sgt i64 {count}, {number * p.lanes}")):
+                self.e.store(Store(kernel.sums, 0), [Value(lse, p.compute, True, 0)], scope)
+        with f.loop("0", str(self.value_width), runs=True) as loop:
+            for number in range(BLOCK // p.lanes):
+                place = p.at(self.sums, (loop.index, p.grid_row), (str(number), width))
+                p.store(p.op("fmul", p.load(place), p.load(f.gep("i8", self.factor, str(number * width)))), place)
+        p.turned_out(kernel.writes[0], batch, i0, count, self.value_width, self.sums, self.value_rows)

@@ -110,7 +110,7 @@ def _apply(op: Op, arrays: list[np.ndarray], sizes: Mapping[str, int]) -> Sequen
         return _control(kind, op, arrays, sizes)
     attrs = {name: _concrete(value, sizes) for name, value in op.attrs.items()}
     if isinstance(kind, Elementwise):
-        return (_elementwise(kind, op, arrays, attrs, sizes),)
+        return _elementwise(kind, op, arrays, attrs, sizes)
     if isinstance(kind, Generate):
         return (_generate(kind, op, arrays, attrs, sizes),)
     if definition.reference is None:
@@ -138,9 +138,11 @@ def _fitted(value: Any, type: TensorType, shape: tuple[int, ...]) -> np.ndarray:
 
 def _elementwise(
     kind: Elementwise, op: Op, arrays: list[np.ndarray], attrs: dict[str, Any], sizes: Mapping[str, int]
-) -> np.ndarray:
+) -> list[np.ndarray]:
     operands = [widen(a) for a in arrays] if kind.widen else arrays
-    return _fitted(kind.recipe(_SCALAR, *operands, **attrs), op.result.type, op.result.type.static_shape(sizes))
+    out = kind.recipe(_SCALAR, *operands, **attrs)
+    values = out if isinstance(out, tuple) else (out,)
+    return [_fitted(v, r.type, r.type.static_shape(sizes)) for v, r in zip(values, op.results, strict=True)]
 
 
 def _generate(

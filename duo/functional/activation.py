@@ -5,12 +5,12 @@ Parameters given as Python numbers are run-time values. Compositions compute f16
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from duo.dispatch import apply
 from duo.functional._args import choice, one_axis, type_of
 from duo.functional._ssa import align, float_dtype, floating, wide
+from duo_ir import ops
 from duo_ir.core import Value
 from duo_ir.errors import ShapeError
 from duo_ir.ops import broadcasting as nd
@@ -178,19 +178,15 @@ def _logsigmoid(x: Value) -> Value:
 
 
 def _gelu(x: Value) -> Value:
-    y = wide(x)
-    return nd.cast_to(y * 0.5 * (ew.erf(y * math.sqrt(0.5)) + 1.0), float_dtype(x))
+    return nd.cast_to(ops.gelu(wide(x))[0], float_dtype(x))
 
 
 def _gelu_tanh(x: Value) -> Value:
-    y = wide(x)
-    inner = (y + ew.integer_pow(y, n=3) * 0.044715) * math.sqrt(2.0 / math.pi)
-    return nd.cast_to(y * 0.5 * (ew.tanh(inner) + 1.0), float_dtype(x))
+    return nd.cast_to(ops.gelu_tanh(wide(x))[0], float_dtype(x))
 
 
 def _silu(x: Value) -> Value:
-    y = wide(x)
-    return nd.cast_to(y * ew.sigmoid(y), float_dtype(x))
+    return nd.cast_to(ops.silu(wide(x))[0], float_dtype(x))
 
 
 def _mish(x: Value) -> Value:

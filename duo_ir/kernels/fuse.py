@@ -34,6 +34,7 @@ from duo_ir.opdef import (
 from duo_ir.types import Dim
 
 CHEAP, DEAR = 1, 8  # cost of an elementwise op whose definition says cheap, and of another
+LOAD = 4  # cost of one more load, where a value is computed again from several that are stored
 WORTH_MEMORY = 8  # cost, times the kernels that would compute it again, from which a value gets memory
 DEEPEST = 48  # ops in one expression, along a path
 MOST = 200  # cost of one expression
@@ -181,7 +182,7 @@ class _Choice:
             return
         if isinstance(kind, Gather):
             self.need(op.operands[0])
-        self.anchors.update(op.results)
+        self.anchors.update([r for r in op.results if len(op.results) == 1 or r in self.users or r in self.anchors])
         if not isinstance(kind, (Elementwise, Generate)):
             self._require_heavy(op) if not isinstance(kind, (Gather, Concat)) else None
 
@@ -230,24 +231,48 @@ class _Choice:
         """Values that several kernels would compute and that are dear enough to be stored instead."""
         where: dict[Value, int] = {v: 1 << n for n, g in enumerate(groups) for m in g.members for v in m.draft.values}
         reach: dict[Value, int] = {}
-        found: set[Value] = set()
+        found: dict[Value, int] = {}
         for op in reversed(self.ops):
-            for v in op.results:
-                if v in self.anchors:
-                    continue
-                homes = 0
+            inlined = [v for v in op.results if v not in self.anchors]
+            for v in inlined:
+                reach[v] = 0
                 for user in self.users.get(v, ()):
                     for r in user.results:
-                        homes |= where[r] if r in where else reach.get(r, 0)
-                count = homes.bit_count()
-                # What repeats a smaller value is never stored itself: the smaller one is.
-                worth = base(v) is v and not (isinstance(op.definition.kind, Movement) and _stretches(op))
-                if worth and count > 1 and self.cost.get(v, 0) * (count - 1) >= WORTH_MEMORY:
-                    found.add(v)
-                    where[v] = homes & -homes
-                else:
-                    reach[v] = homes
-        return found
+                        reach[v] |= where[r] if r in where else reach.get(r, 0)
+            homes = 0  # kernels that would run the op, for one of its results or another
+            for v in op.results:
+                homes |= where.get(v, 0) if v in self.anchors else reach[v]
+            count, first = homes.bit_count(), homes & -homes
+            # What repeats a smaller value is never stored itself: the smaller one is.
+            stretched = isinstance(op.definition.kind, Movement) and _stretches(op)
+            for v in inlined:
+                elsewhere = count > 1 and reach[v] & ~first and not stretched and base(v) is v
+                if elsewhere and self.cost.get(v, 0) * (count - 1) >= WORTH_MEMORY:
+                    found[v] = count - 1
+                    where[v] = first
+        return self._still_dear(found)
+
+    def _still_dear(self, found: dict[Value, int]) -> set[Value]:
+        """Those of the values (with how often each would be computed again) that are dear even where what they are made of is stored."""
+        work: dict[Value, int] = {}
+        loads: dict[Value, frozenset[Value]] = {}  # what is loaded to compute a value, of its own size
+        stored: set[Value] = set()
+        for op in self.ops:
+            for r in op.results:
+                if r in self.anchors:
+                    continue
+                total, read = _own_cost(op), set[Value]()
+                for v in dict.fromkeys(op.operands):
+                    if v not in self.anchors and v not in stored:
+                        total += work.get(v, 0)
+                        read |= loads.get(v, frozenset())
+                    elif v.type.size == r.type.size:
+                        read.add(v)
+                work[r], loads[r] = min(MOST, total), frozenset(read)
+                # a stored value is loaded once itself
+                if (total + LOAD * max(0, len(read) - 1)) * found.get(r, 0) >= WORTH_MEMORY:
+                    stored.add(r)
+        return stored
 
 
 def _own_cost(op: Op) -> int:

@@ -4,6 +4,7 @@ An op's derivative rule may use any other op, so these modules refer to each oth
 """
 
 from duo_ir.ops import broadcasting
+from duo_ir.ops.activation import gelu, gelu_tanh, silu
 from duo_ir.ops.attention import attention, attention_gradient
 from duo_ir.ops.control import cond, while_
 from duo_ir.ops.conv import conv
@@ -74,8 +75,8 @@ __all__ = [
     "abs", "acos", "add", "all", "and_", "any", "argmax", "argmin", "asin", "atan", "attention", "attention_gradient", "bitcast", "broadcast",
     "broadcasting", "cast", "ceil", "concat", "cond", "constant", "conv", "cos", "cosh", "cumsum", "div", "eq", "erf", "exp", "expm1", "flip",
     "floor", "floor_divide",
-    "gather", "ge", "gt", "integer_pow", "iota", "is_finite", "le", "log", "log1p", "lt", "matmul", "max", "maximum", "min", "minimum",
+    "gather", "ge", "gelu", "gelu_tanh", "gt", "integer_pow", "iota", "is_finite", "le", "log", "log1p", "lt", "matmul", "max", "maximum", "min", "minimum",
     "mul", "ne", "neg", "normal_quantile", "not_", "or_", "pad", "pow", "prod", "random_bits", "random_word", "remainder", "reshape", "round", "rsqrt",
-    "scatter", "shift_left", "shift_right_arithmetic", "shift_right_logical", "sigmoid", "sign", "sin", "sinh", "size", "slice", "sqrt",
+    "scatter", "shift_left", "shift_right_arithmetic", "shift_right_logical", "sigmoid", "sign", "silu", "sin", "sinh", "size", "slice", "sqrt",
     "stop_gradient", "straight_through", "sub", "sum", "tan", "tanh", "transpose", "trunc", "where", "while_", "xor",
 ]  # fmt: skip

@@ -44,11 +44,11 @@ def _simpler(op: Op) -> Sequence[Value] | None:
 def _folded(op: Op) -> Sequence[Value] | None:
     """A 0-d elementwise op on constants, computed now by its own recipe. Nothing larger is folded: the IR stays small, and a
     constant that fills a tensor is a broadcast, which costs nothing."""
-    if not op.operands or not isinstance(op.definition.kind, Elementwise) or op.result.type.shape:
+    if not op.operands or not isinstance(op.definition.kind, Elementwise) or op.results[0].type.shape:
         return None
     for v in op.operands:
         if v.op is None or v.op.definition is not constant:
             return None
     makers = dict.fromkeys(v.op for v in op.operands if v.op is not None)
-    (value,) = interpret(Function([], [*makers, op], op.results))
-    return (nd.constant_of(value.item(), op.result.type.dtype),)
+    values = interpret(Function([], [*makers, op], op.results))
+    return [nd.constant_of(v.item(), r.type.dtype) for v, r in zip(values, op.results)]

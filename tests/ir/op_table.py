@@ -180,6 +180,15 @@ def _sigmoid(x: np.ndarray) -> np.ndarray:
     return 1 / (1 + np.exp(-x))
 
 
+def _normal(x: np.ndarray) -> np.ndarray:
+    return 0.5 * (1 + _erf(x * math.sqrt(0.5)))
+
+
+def _gelu_tanh(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    p = _sigmoid(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))
+    return x * p, p + x * p * (1 - p) * 2 * math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * x * x)
+
+
 def _sign(x: np.ndarray) -> np.ndarray:
     return np.sign(x) if x.dtype.kind != "f" else np.where(x == 0, x, np.sign(x))
 
@@ -387,6 +396,9 @@ def _table() -> list[Row]:
         _unary(o.sigmoid, _sigmoid, ulp=2.5),
         _unary(o.erf, _erf, ulp=1),
         _unary(o.normal_quantile, _quantile, uniform(0.02, 0.98), ulp=4),
+        _unary(o.gelu_tanh, _gelu_tanh, ulp=None),
+        _unary(o.gelu, lambda x: (x * _normal(x), _normal(x) + x * np.exp(-x * x / 2) / math.sqrt(2 * math.pi)), ulp=None),
+        _unary(o.silu, lambda x: (x * _sigmoid(x), _sigmoid(x) * (1 + x * (1 - _sigmoid(x)))), ulp=None),
         _unary(o.floor, np.floor, smooth=False),
         _unary(o.ceil, np.ceil, smooth=False),
         _unary(o.trunc, np.trunc, smooth=False),

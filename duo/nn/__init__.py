@@ -4,6 +4,7 @@ from duo.nn import functional, init, utils
 from duo.nn.activations import ELU, GELU, LeakyReLU, LogSoftmax, ReLU, ReLU6, Sigmoid, SiLU, Softmax, Softplus, Tanh
 from duo.nn.attention import MultiheadAttention
 from duo.nn.containers import ModuleDict, ModuleList, ParameterList, Sequential
+from duo.nn.conv import Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d, ConvTranspose3d
 from duo.nn.layers import (
     Dropout,
     Dropout1d,
@@ -78,6 +79,12 @@ __all__ = [
     "BatchNorm2d",
     "BatchNorm3d",
     "Buffer",
+    "Conv1d",
+    "Conv2d",
+    "Conv3d",
+    "ConvTranspose1d",
+    "ConvTranspose2d",
+    "ConvTranspose3d",
     "CrossEntropyLoss",
     "Dropout",
     "Dropout1d",

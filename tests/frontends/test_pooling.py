@@ -57,7 +57,7 @@ def sweep():
                     yield pytest.param(n, shape, w, ceil, id=f"{n}d-{i}-{j}-{'ceil' if ceil else 'floor'}")
 
 
-@pytest.mark.parametrize("n, shape, window, ceil", sweep())
+@pytest.mark.parametrize("n, shape, window, ceil", list(sweep()))
 def test_max_pool(n, shape, window, ceil):
     k, s, p, d = window
     name = f"max_pool{n}d"

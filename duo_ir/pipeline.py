@@ -2,12 +2,13 @@
 
     differentiate   frontends expand gradients while they build, so a Function arrives with its derivatives in it
     simplify        canonical forms, folding, common subexpressions, dead code          transforms/simplify.py
+    layout          around convolutions: transposes cancel                              transforms/layout.py
     fuse            values that need memory, their loops, and which loops are one kernel  kernels/fuse.py
     plan            slots, lifetimes, donations, control flow                             kernels/plan.py
     generalize      without fusion: kernels for any sizes, so that new shapes compile nothing  kernels/generic.py
     compile         machine code, by the backend that the caller passes in
 
-`DUO_DUMP=stage[,stage]` ('input', 'simplify', 'fuse', 'plan', or 'all') prints the program after a stage to stderr; `DUO_VERIFY=1` verifies
+`DUO_DUMP=stage[,stage]` ('input', 'simplify', 'layout', 'fuse', 'plan', or 'all') prints the program after a stage to stderr; `DUO_VERIFY=1` verifies
 the IR before and after each pass. Neither the passes nor fusion change a bit of any result.
 """
 
@@ -27,11 +28,12 @@ from duo_ir.kernels.plan import plan
 from duo_ir.kernels.program import Program
 from duo_ir.kernels.text import print_kernel, print_program
 from duo_ir.text import to_text
+from duo_ir.transforms.layout import propagate_layout
 from duo_ir.transforms.simplify import simplify
 from duo_ir.verify import verify
 
 E = TypeVar("E", covariant=True)
-STAGES = ("input", "simplify", "fuse", "plan")
+STAGES = ("input", "simplify", "layout", "fuse", "plan")
 
 
 class Compiles(Protocol[E]):
@@ -51,6 +53,10 @@ def lower(function: Function, fusion: bool = True) -> Program:
     _after("input", function)
     function = simplify(function)
     _after("simplify", function)
+    placed = propagate_layout(function)
+    if placed is not function:
+        function = simplify(placed)
+        _after("layout", function)
     fused = fuse(function, fusion)
     _show_kernels(fused)
     program = plan(fused, fusion=fusion)

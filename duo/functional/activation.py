@@ -28,8 +28,10 @@ def _wide_with(x: Value, *parameters: Any) -> tuple[Value, ...]:
 
 # ---------------------------------------------------------------------------------------------------- piecewise linear
 def _relu(x: Value) -> Value:
+    """The gradient asks where the result is positive, not the input: so only the result need be kept."""
     zero = nd.zeros_like(x)
-    return ew.where(ew.le(x, zero), zero, x)
+    y = ew.where(ew.le(x, zero), zero, x)
+    return ew.straight_through(y, ew.where(ew.le(y, zero), zero, x))
 
 
 def _between(x: Value, low: Any, high: Any) -> Value:

@@ -10,6 +10,24 @@ from duo.functional.activation import softplus_of
 from duo.functional.reduce import log_softmax_of
 from duo.graph import math
 from duo.graph.arrays import gather
+from duo.graph.convolution import (
+    avg_pool,
+    avg_pool1d,
+    avg_pool2d,
+    avg_pool3d,
+    conv1d,
+    conv2d,
+    conv2d_transpose,
+    conv3d,
+    depthwise_conv2d,
+    depthwise_conv2d_native,
+    fused_batch_norm,
+    max_pool,
+    max_pool1d,
+    max_pool2d,
+    max_pool3d,
+    separable_conv2d,
+)
 from duo.graph.errors import InvalidArgumentError
 from duo.graph.math import _unary, log_sigmoid, reduce_logsumexp, sigmoid, softplus, tanh
 from duo.graph.random_ops import dropout as _draw_dropout
@@ -303,9 +321,10 @@ def _in_top_k(x: Value, t: Value, k: int) -> Value:
 
 
 __all__ = [
-    "batch_normalization", "bias_add", "dropout", "elu", "embedding_lookup", "gelu", "in_top_k", "l2_loss", "l2_normalize",
-    "leaky_relu", "log_sigmoid", "log_softmax", "moments", "reduce_logsumexp", "relu", "relu6", "selu", "sigmoid",
-    "sigmoid_cross_entropy_with_logits", "silu", "softmax", "softmax_cross_entropy_with_logits",
-    "softmax_cross_entropy_with_logits_v2", "softplus", "softsign", "sparse_softmax_cross_entropy_with_logits", "swish", "tanh",
-    "weighted_cross_entropy_with_logits", "xw_plus_b",
+    "avg_pool", "avg_pool1d", "avg_pool2d", "avg_pool3d", "batch_normalization", "bias_add", "conv1d", "conv2d", "conv2d_transpose",
+    "conv3d", "depthwise_conv2d", "depthwise_conv2d_native", "dropout", "elu", "embedding_lookup", "fused_batch_norm", "gelu", "in_top_k",
+    "l2_loss", "l2_normalize", "leaky_relu", "log_sigmoid", "log_softmax", "max_pool", "max_pool1d", "max_pool2d", "max_pool3d", "moments",
+    "reduce_logsumexp", "relu", "relu6", "selu", "separable_conv2d", "sigmoid", "sigmoid_cross_entropy_with_logits", "silu", "softmax",
+    "softmax_cross_entropy_with_logits", "softmax_cross_entropy_with_logits_v2", "softplus", "softsign",
+    "sparse_softmax_cross_entropy_with_logits", "swish", "tanh", "weighted_cross_entropy_with_logits", "xw_plus_b",
 ]  # fmt: skip

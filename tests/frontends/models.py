@@ -1,4 +1,4 @@
-"""The two models whose training must give the same bits however it is run: an MLP with dropout and a small transformer."""
+"""The models whose training must give the same bits however it is run: an MLP with dropout, a small transformer, a small CNN."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ import duo.nn.functional as F
 class MLP(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.net = nn.Sequential(nn.Linear(20, 33), nn.ReLU(), nn.Dropout(0.25), nn.Linear(33, 17), nn.Tanh(), nn.Linear(17, 5))
+        self.net = nn.Sequential(
+            nn.Linear(20, 33), nn.ReLU(), nn.Dropout(0.25), nn.Linear(33, 17), nn.Tanh(), nn.Linear(17, 5)
+        )
 
     def forward(self, x):
         return self.net(x)
@@ -46,6 +48,19 @@ class Transformer(nn.Module):
         return self.head(self.norm(self.block(self.embed(tokens) + self.place)))
 
 
+class CNN(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.norm1 = nn.Conv2d(2, 5, 3, padding=1, bias=False), nn.BatchNorm2d(5)
+        self.conv2, self.norm2 = nn.Conv2d(5, 6, 3, stride=2, padding=1), nn.BatchNorm2d(6, momentum=None)
+        self.drop, self.head = nn.Dropout2d(0.2), nn.Linear(6 * 4, 4)
+
+    def forward(self, x):
+        x = F.max_pool2d(F.relu(self.norm1(self.conv1(x))), 3, 2, 1)
+        x = F.avg_pool2d(F.relu(self.norm2(self.conv2(x))), 2, 1)
+        return self.head(self.drop(x).flatten(1))
+
+
 def mlp_data(batch: int = 9) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(1)
     return rng.standard_normal((batch, 20)).astype(np.float32), rng.integers(0, 5, batch)
@@ -56,12 +71,17 @@ def transformer_data(batch: int = 3) -> tuple[np.ndarray, np.ndarray]:
     return rng.integers(0, 11, (batch, 7)), rng.integers(0, 11, (batch, 7))
 
 
+def cnn_data(batch: int = 5) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(3)
+    return rng.standard_normal((batch, 2, 11, 10)).astype(np.float32), rng.integers(0, 4, batch)
+
+
 def loss_of(model, x, y):
     out = model(x)
     return F.cross_entropy(out.flatten(0, -2), y.flatten())
 
 
-MODELS = {"mlp": (MLP, mlp_data), "transformer": (Transformer, transformer_data)}
+MODELS = {"mlp": (MLP, mlp_data), "transformer": (Transformer, transformer_data), "cnn": (CNN, cnn_data)}
 SEED = 5
 
 

@@ -25,6 +25,18 @@ LAYERS = {
     "sequential": lambda: nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2)),
     "list": lambda: Listed(),
 }
+IMAGE_LAYERS = {
+    "conv": lambda: nn.Conv2d(2, 4, 3, padding=1, groups=2),
+    "transposed conv": lambda: nn.ConvTranspose2d(2, 3, 3, stride=2, output_padding=1),
+    "max pool": lambda: nn.MaxPool2d(3, 2, 1),
+    "average pool": lambda: nn.AvgPool2d(2, ceil_mode=True),
+    "batch norm": lambda: nn.BatchNorm2d(2),
+    "batch norm in evaluation": lambda: nn.BatchNorm2d(2).eval(),
+    "group norm": lambda: nn.GroupNorm(2, 2),
+    "dropout of channels": lambda: nn.Dropout2d(0.3),
+    "upsampling": lambda: nn.Upsample(scale_factor=2),
+}
+LAYERS.update(IMAGE_LAYERS)
 LOSSES = {
     "mse": nn.MSELoss,
     "l1": nn.L1Loss,
@@ -70,20 +82,21 @@ def assert_same_text(eager, graph) -> None:
     assert eager.hash == graph.hash
 
 
-def x_data() -> np.ndarray:
-    return np.random.default_rng(0).standard_normal((3, 6)).astype(np.float32)
+def x_data(name: str = "") -> np.ndarray:
+    shape = (3, 2, 6, 5) if name in IMAGE_LAYERS else (3, 6)
+    return np.random.default_rng(0).standard_normal(shape).astype(np.float32)
 
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_layers(name):
-    module, x = LAYERS[name](), x_data()
+    module, x = LAYERS[name](), x_data(name)
     feed = placeholder(x)
     assert_same_text(duo.lower(module, duo.tensor(x)), tf.lower([module(feed)], [feed]))
 
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_gradients_of_layers(name):
-    module, x = LAYERS[name](), x_data()
+    module, x = LAYERS[name](), x_data(name)
     parameters = list(module.parameters())
 
     def eager(x):

@@ -16,7 +16,7 @@ from typing import NamedTuple
 from duo_backends.cpu.body import Emitter, Scope, Value
 from duo_backends.cpu.code import SIGNATURE, KernelCode, Phase, Target
 from duo_backends.cpu.convert import convert
-from duo_backends.cpu.gemm_pack import emit_copy, emit_gather, emit_transpose
+from duo_backends.cpu.gemm_pack import emit_copy, emit_copy_tiles, emit_gather, emit_transpose
 from duo_backends.cpu.gemm_plan import CHUNK_BLOCKS, SEQUENTIAL_K, Plan, make_plan
 from duo_backends.cpu.gemm_rows import emit_rows_kernel
 from duo_backends.cpu.gemm_tile import BLOCK, Tile, emit_micro_kernel, transposed_lanes
@@ -95,7 +95,8 @@ class _Driver:
         spread: int | None = 0
         if not packed_b and b_column != 1:
             spread = b_column * b.itemsize if isinstance(b_column, int) else None
-        tile = Tile(rows, vectors, a, row_bytes, b, b_vector, plan.compute, spread, not plan.one_block)
+        ahead = plan.b_ahead if spread == 0 and not packed_b else 0
+        tile = Tile(rows, vectors, a, row_bytes, b, b_vector, plan.compute, spread, not plan.one_block, ahead)
         emit = emit_rows_kernel if spread != 0 else emit_micro_kernel
         return self._function(tile, "tile", lambda name: emit(self.module, self.target, name, tile))
 
@@ -126,6 +127,17 @@ class _Driver:
             lambda name: emit_transpose(module, target, name, gather, dtype, compute, lanes),
         )
         return transpose, lanes
+
+    def tile_copier(self, rows: int) -> str:
+        """The function that packs tiles of `rows` rows of A that lie side by side."""
+        module, target, plan, dtype = self.module, self.target, self.plan, self.a_type
+        return self._function(
+            ("copy tiles", rows),
+            "copy",
+            lambda name: emit_copy_tiles(
+                module, target, name, dtype, plan.compute, rows, plan.a_stride, plan.a_tile_bytes
+            ),
+        )
 
     # ---------------------------------------------------------------------------------------------------- epilogue
     def epilogue(self) -> str:
@@ -329,7 +341,7 @@ class _Driver:
         size = plan.compute.itemsize
         with self._sweep(t0, t1) as (panel, tile):
             if plan.pack_a:
-                a_at = f.gep("i8", self.a_packed, f.mul(f.sub(tile.number, t0), str(self._a_tile_bytes)))
+                a_at = f.gep("i8", self.a_packed, f.mul(f.sub(tile.number, t0), str(self.plan.a_tile_bytes)))
                 a_step = str(plan.a_stride * size)
             else:
                 a_at = f.gep("i8", a, f.mul(tile.row, self._bytes(kernel.a.at.strides[-2], self.a_type)))
@@ -383,10 +395,6 @@ class _Driver:
         )
 
     # --------------------------------------------------------------------------------------------------- packing
-    @property
-    def _a_tile_bytes(self) -> int:
-        return self.plan.a_stride * self.plan.k_block * self.plan.compute.itemsize
-
     def _pack_b(self, b: str, k: str) -> None:
         f, plan = self.f, self.plan
         if not (plan.pack_b or plan.pack_tail):
@@ -427,20 +435,16 @@ class _Driver:
             pack(whole, self.b_packed)
 
     def _pack_a(self, a: str, k: str, t0: str, t1: str) -> None:
+        if self.kernel.a.at.strides[-2] == 1:
+            self._copy_a(a, k, t0, t1)
+            return
         f, plan = self.f, self.plan
         lane, step = self.kernel.a.at.strides[-2:]
-        name, at_once = self.packer(
-            self.a_type,
-            lane,
-            step,
-            plan.a_vector,
-            plan.a_stride // plan.a_vector,
-            plan.a_vector * plan.compute.itemsize,
-        )
+        name, at_once = self.packer(self.a_type, lane, step, plan.a_vector, 1, 0)
         lane_bytes, step_bytes = self._bytes(lane, self.a_type), self._bytes(step, self.a_type)
         size = plan.compute.itemsize
         with self._each_tile(t0, t1) as tile:
-            slot = f.gep("i8", self.a_packed, f.mul(f.sub(tile.number, t0), str(self._a_tile_bytes)))
+            slot = f.gep("i8", self.a_packed, f.mul(f.sub(tile.number, t0), str(plan.a_tile_bytes)))
             with f.loop("0", tile.rows, at_once, runs=True) as loop:
                 from_ = f.gep("i8", a, f.mul(f.add(tile.row, loop.index), lane_bytes))
                 valid = f.min(f.sub(tile.rows, loop.index), str(at_once))
@@ -449,6 +453,19 @@ class _Driver:
                     f"call void @{name}(ptr {from_}, i64 {lane_bytes}, i64 {step_bytes}, i64 {valid}, i64 {k}, "
                     f"ptr {to}, i64 {plan.a_stride * size})"
                 )
+
+    def _copy_a(self, a: str, k: str, t0: str, t1: str) -> None:
+        """Rows of A side by side in memory: all tiles of a height at once, so that a cache line is read once for all that it holds."""
+        f, plan = self.f, self.plan
+        step_bytes = self._bytes(self.kernel.a.at.strides[-1], self.a_type)
+        for segment, (first, count, row) in zip(plan.segments, self.spans, strict=True):
+            begin, end = f.call("smax", "i64", [("i64", t0), ("i64", first)]), f.min(t1, f.add(first, count))
+            name = self.tile_copier(segment.rows)
+            with f.when(f.op(f"icmp slt i64 {begin}, {end}")):
+                at = f.add(row, f.mul(f.sub(begin, first), str(segment.rows)))
+                from_ = f.gep("i8", a, f.mul(at, str(self.a_type.itemsize)))
+                to = f.gep("i8", self.a_packed, f.mul(f.sub(begin, t0), str(plan.a_tile_bytes)))
+                f.emit(f"call void @{name}(ptr {from_}, i64 {step_bytes}, i64 {f.sub(end, begin)}, i64 {k}, ptr {to})")
 
     # ----------------------------------------------------------------------------------------------------- long K
     def _combine_chunks(self, block: str, chunk: str, level: str) -> None:

@@ -67,6 +67,49 @@ def emit_copy(
     f.finish()
 
 
+def emit_copy_tiles(
+    module: Module, target: Target, name: str, dtype: DType, compute: DType, rows: int, stride: int, tile_bytes: int
+) -> None:
+    """void name(source, bytes between k steps, tiles, k, target): tiles of `rows` contiguous rows each, one after the other in memory, to
+    packed tiles `tile_bytes` apart with `stride` elements between k steps. A whole row of the source at a time."""
+    parameters = "ptr noalias readonly %source, i64 %step, i64 %tiles, i64 %k, ptr noalias %target"
+    f = Function(module, f"define internal void @{name}({parameters}) noinline #0")
+    most = target.vector_bytes // compute.itemsize
+    pieces = [(at, min(most, rows - at)) for at in range(0, rows, most)]
+
+    def piece(source: str, target_: str, at: int, count: int) -> None:
+        lanes = 1 << (count - 1).bit_length()
+        loose, packed = vector(lanes, memory_type(dtype)), vector(lanes, register_type(compute))
+        from_, to = f.gep("i8", source, str(at * dtype.itemsize)), f.gep("i8", target_, str(at * compute.itemsize))
+        if count == lanes:
+            loaded = f.op(f"load {loose}, ptr {from_}, align {dtype.itemsize}")
+        else:
+            mask = f"<{', '.join(f'i1 {int(lane < count)}' for lane in range(lanes))}>"
+            operands = [
+                ("ptr", from_),
+                ("i32", str(dtype.itemsize)),
+                (vector(lanes, "i1"), mask),
+                (loose, "zeroinitializer"),
+            ]
+            loaded = f.op(f.intrinsic("masked.load", loose, operands, f"{mangle(loose)}.p0"))
+        value = convert(f, target, loaded, dtype, compute, lanes, None)
+        f.emit(f"store {packed} {value}, ptr {to}, align {compute.itemsize}")
+
+    with f.loop("0", "%k", 1, [("ptr", "%source"), ("ptr", "%target")]) as steps:
+        with f.loop("0", "%tiles", 1, [("ptr", v) for v in steps.values], runs=True) as loop:
+            for at, count in pieces:
+                piece(loop.values[0], loop.values[1], at, count)
+            loop.next = [
+                f.op(f"getelementptr i8, ptr {loop.values[0]}, i64 {rows * dtype.itemsize}"),
+                f.op(f"getelementptr i8, ptr {loop.values[1]}, i64 {tile_bytes}"),
+            ]
+        steps.next = [
+            f.op(f"getelementptr i8, ptr {steps.values[0]}, i64 %step"),
+            f.op(f"getelementptr i8, ptr {steps.values[1]}, i64 {stride * compute.itemsize}"),
+        ]
+    f.finish()
+
+
 def emit_gather(module: Module, target: Target, name: str, dtype: DType, compute: DType) -> None:
     """Any strides: element by element."""
     f = _function(module, name)

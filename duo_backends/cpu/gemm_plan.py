@@ -20,10 +20,12 @@ SEQUENTIAL_K = 16384  # up to here blocks are added in order, beyond it chunks c
 CACHED_ROWS = 168  # rows of A packed at a time: with K blocks of 512 they stay in the second-level cache
 TRANSPOSED_ROWS = 8  # up to here B with contiguous k is transposed on the fly instead of packed
 TRANSPOSED_VECTORS = 4  # vectors of columns of a panel of such a B; half as many where its columns share cache sets
+B_AHEAD = 8
+OFTEN = 512  # rows of A from which on packing B costs next to nothing
 UNIT_SIDE = 512  # largest rows and columns of a unit
 UNITS = 16  # units that large work is cut into at least
 UNIT_WORK = 1 << 21  # multiply-adds of a unit below which it is not cut further
-STREAMED_ROWS = 24  # with one or two row tiles a unit counts as having these rows: it waits for B's memory
+STREAMED_ROWS = 48  # with one or two row tiles a unit counts as having these rows: it waits for B's memory
 _ALIGN = 64
 
 
@@ -78,6 +80,13 @@ class Plan:
         return min(self.unit_tiles, max(1, CACHED_ROWS // self.segments[0].rows))
 
     @property
+    def b_ahead(self) -> int:
+        """How many k steps early rows of B are asked for: where B is read once, by panels that split the pairs of lines that the
+        hardware fetches."""
+        once = len(self.segments) == 1 and self.segments[0].count == 1
+        return B_AHEAD if once and self.vectors == 3 else 0
+
+    @property
     def a_vector(self) -> int:
         """Lanes at once in packing A: no more than its tiles need."""
         rows, lanes = self.segments[0].rows, 16 // self.compute.itemsize
@@ -107,8 +116,13 @@ class Plan:
 
     @property
     def a_bytes(self) -> int:
-        rows = self.cached_tiles * self.a_stride if self.pack_a else 0
-        return _round(rows * self.k_block * self.compute.itemsize)
+        return self.cached_tiles * self.a_tile_bytes if self.pack_a else 0
+
+    @property
+    def a_tile_bytes(self) -> int:
+        """Of a packed tile of A over a block of k; a cache line more than it needs, so that tiles written side by side do not share
+        cache sets."""
+        return _round(self.a_stride * self.k_block * self.compute.itemsize) + _ALIGN
 
     @property
     def sums_bytes(self) -> int:
@@ -149,7 +163,7 @@ def _known(d: DimLike) -> int | None:
 def make_plan(kernel: ContractKernel, target: Target) -> Plan:
     compute = compute_dtype(kernel.acc)
     lanes, registers = lanes_of(target, compute), registers_of(target)
-    m, n, k = _known(kernel.m), _known(kernel.n), _known(kernel.k)
+    m, n = _known(kernel.m), _known(kernel.n)
     column_vectors = None if n is None else -(-n // lanes)
     rows, vectors = best_tile(m or None, column_vectors or None, registers)
     a_type, b_type = kernel.args[kernel.a.buffer].dtype, kernel.args[kernel.b.buffer].dtype
@@ -168,13 +182,13 @@ def make_plan(kernel: ContractKernel, target: Target) -> Plan:
     panels = math.inf if column_vectors is None else -(-column_vectors // vectors)
     tiles = math.inf if m is None else -(-m // rows)
     pack_b = (b_column != 1 and not transposing) or (
-        tiles > 2 and (b_type is not compute or k is None or n is None or k * n * compute.itemsize > 1 << 15)
+        tiles > 2 and (b_type is not compute or _thrashes(m, b_step, compute.itemsize))
     )
     pack_a = (not isinstance(a_row, int) and m != 1) or (
         panels > 2 and (a_type is not compute or (_conflicts(rows, a_row, a_step, compute.itemsize) and tiles > 1))
     )
     pack_tail = not pack_b and (n is None or n % lanes != 0)
-    unit_tiles, unit_panels = _unit(kernel, rows, vectors * lanes, tiles, panels)
+    unit_tiles, unit_panels = _unit(kernel, rows, vectors * lanes, tiles, panels, pack_a, pack_b)
     return Plan(
         kernel, compute, lanes, vectors, tail_vectors, segments, pack_a, pack_b, pack_tail, unit_tiles, unit_panels
     )
@@ -201,8 +215,16 @@ def _conflicts(rows: int, a_row: DimLike, a_step: DimLike, itemsize: int) -> boo
     return not isinstance(a_step, int) or a_step * itemsize >= 2048
 
 
-def _unit(kernel: ContractKernel, rows: int, columns: int, tiles: float, panels: float) -> tuple[int, int]:
-    """Row tiles and panels of a unit: up to 512 x 512, cut while there are few units with much work."""
+def _thrashes(m: int | None, b_step: DimLike, itemsize: int) -> bool:
+    """Whether rows of B read in place fall into so few cache sets that packing pays: they must also be read often."""
+    return m is not None and m >= OFTEN and isinstance(b_step, int) and b_step * itemsize % 4096 == 0
+
+
+def _unit(
+    kernel: ContractKernel, rows: int, columns: int, tiles: float, panels: float, pack_a: bool, pack_b: bool
+) -> tuple[int, int]:
+    """Row tiles and panels of a unit: up to 512 x 512, cut while there are few units with much work; where one operand is packed, which
+    each unit does for itself, rather across the other."""
     k = kernel.k if isinstance(kernel.k, int) else 2 * BLOCK
     batch = math.prod(d for d in kernel.batch if isinstance(d, int))
     side = UNIT_SIDE if isinstance(kernel.k, int) else UNIT_SIDE // 2
@@ -210,12 +232,18 @@ def _unit(kernel: ContractKernel, rows: int, columns: int, tiles: float, panels:
     all_panels = min(panels, -(-4 * side // columns)) if panels == math.inf else panels
     unit_tiles, unit_panels = max(1, min(all_tiles, side // rows)), max(1, min(all_panels, max(1, side // columns)))
     least = STREAMED_ROWS if tiles <= 2 else 1
-    while batch * -(-all_tiles // unit_tiles) * -(-all_panels // unit_panels) < UNITS:
-        if max(unit_tiles * rows, least) * unit_panels * columns * k < 2 * UNIT_WORK:
+    while True:
+        units = batch * -(-all_tiles // unit_tiles) * -(-all_panels // unit_panels)
+        if units >= UNITS or max(unit_tiles * rows, least) * unit_panels * columns * k < 2 * UNIT_WORK:
             break
-        if unit_panels > 1 and (unit_panels * columns >= unit_tiles * rows or unit_tiles == 1):
+        across = unit_panels * columns >= unit_tiles * rows if pack_a == pack_b else pack_b
+        if (unit_panels if across else unit_tiles) == 1:
+            across = not across
+            if pack_a != pack_b and units >= UNITS // 2:
+                break
+        if across and unit_panels > 1:
             unit_panels = -(-unit_panels // 2)
-        elif unit_tiles > 1:
+        elif not across and unit_tiles > 1:
             unit_tiles = -(-unit_tiles // 2)
         else:
             break

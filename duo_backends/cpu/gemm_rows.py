@@ -39,7 +39,9 @@ def emit_rows_kernel(module: Module, target: Target, name: str, tile: Tile) -> N
             values = _one_step(starts) if count == 1 else load_square(f, target, starts, b, compute)
             for at, value in zip(a_at, values, strict=True):
                 for r in range(rows):
-                    scalar = f.op(f"load {memory_type(a)}, ptr {f.gep('i8', at, str(r * tile.a_row))}, align {a.itemsize}")
+                    scalar = f.op(
+                        f"load {memory_type(a)}, ptr {f.gep('i8', at, str(r * tile.a_row))}, align {a.itemsize}"
+                    )
                     splat = broadcast(f, convert(f, target, scalar, a, compute, 1, None), lanes, element)
                     acc[r] = multiply_add(f, type_, splat, value, acc[r], compute)
             if count > 1:

@@ -98,11 +98,10 @@ class Tile:
     compute: DType
     b_column: int | None = 0
     adds: bool = True  # whether it is ever called with `add`
+    b_ahead: int = 0  # k steps from here whose row of B is asked for early; 0: none
 
 
-PARAMETERS = (
-    "i64 %k, ptr noalias readonly %a, i64 %as, ptr noalias readonly %b, i64 %bs, ptr noalias %tile, i1 %add"  # see below
-)
+PARAMETERS = "i64 %k, ptr noalias readonly %a, i64 %as, ptr noalias readonly %b, i64 %bs, ptr noalias %tile, i1 %add"  # see below
 
 
 def emit_micro_kernel(module: Module, target: Target, name: str, tile: Tile) -> None:
@@ -137,6 +136,8 @@ def emit_micro_kernel(module: Module, target: Target, name: str, tile: Tile) -> 
         with f.loop(done, end, count, [("ptr", a_at), ("ptr", b_at), *((type_, x) for x in acc)]) as loop:
             a_at, b_at, *acc = loop.values
             for _ in range(count):
+                if tile.b_ahead:
+                    _ask(f, b_at, tile)
                 acc = step(a_at, b_at, acc)
                 a_at = f.op(f"getelementptr i8, ptr {a_at}, i64 %as")
                 b_at = f.op(f"getelementptr i8, ptr {b_at}, i64 %bs")
@@ -145,6 +146,14 @@ def emit_micro_kernel(module: Module, target: Target, name: str, tile: Tile) -> 
         done = end
     leave_sums(f, tile, type_, lanes * compute.itemsize, acc)
     f.finish()
+
+
+def _ask(f: Function, b_at: str, tile: Tile) -> None:
+    """Asks for the row of B `b_ahead` k steps from here."""
+    row = f.gep("i8", b_at, f.mul("%bs", str(tile.b_ahead), f.top))
+    for v in range(tile.vectors):
+        operands = [("ptr", f.gep("i8", row, str(v * tile.b_vector))), ("i32", "0"), ("i32", "3"), ("i32", "1")]
+        f.emit(f.intrinsic("prefetch", "void", operands, "p0"))
 
 
 def leave_sums(f: Function, tile: Tile, type_: str, size: int, sums: list[str]) -> None:

@@ -1,8 +1,9 @@
 """LLVM text of the thread pool: fork-join over pthreads that spin for a while, then sleep.
 
 One caller at a time owns the pool (`@duo.lock`); its task is a phase of a kernel, cut into chunks that threads claim by
-raising `next` in `claim` (epoch, chunks and next in one word, so that a thread that slept through a task cannot claim from
-it with what it read of another). The caller works too and waits only until every chunk is done, not for threads that
+raising `next` or lowering `end` in `claim` (epoch, end and next in one word, so that a thread that slept through a task cannot
+claim from it with what it read of another): even threads from the front, odd ones from the back, so that each call finds most
+of a chunk's memory in the cache of the core that used it last. The caller works too and waits only until every chunk is done, not for threads that
 are still waking up. A sleeper announces itself in `sleepers` (or `waiting`) *before* it looks at its word a last
 time, and a waker changes the word before it looks for sleepers, all sequentially consistent: no wake-up is lost.
 Workers start on first use, which is also how they come back after fork.
@@ -80,7 +81,7 @@ define internal void @duo.leave_fp(i64 %old) nounwind {
 
 # The task: what threads below `limit` share. Status words of chunk c lie at status + 64 c.
 _TASK = """
-%duo.task.t = type { ptr, ptr, ptr, i64, i64, ptr, ptr }
+%duo.task.t = type { ptr, ptr, ptr, i64, i64, ptr, ptr, i64 }
 @duo.task = internal global %duo.task.t zeroinitializer, align 128
 @duo.claim = internal global i64 0, align 128
 @duo.done = internal global i32 0, align 128
@@ -91,10 +92,10 @@ entry:
   br label %look
 look:
   %claim = load atomic i64, ptr @duo.claim acquire, align 8
-  %chunk = and i64 %claim, 65535
+  %next = and i64 %claim, 65535
   %high = lshr i64 %claim, 16
-  %chunks = and i64 %high, 65535
-  %left = icmp ult i64 %chunk, %chunks
+  %end.of = and i64 %high, 65535
+  %left = icmp ult i64 %next, %end.of
   br i1 %left, label %read, label %exit
 read:
   %fn = load atomic ptr, ptr @duo.task monotonic, align 8
@@ -104,8 +105,13 @@ read:
   %limit = load atomic i64, ptr getelementptr (%duo.task.t, ptr @duo.task, i64 0, i32 4) monotonic, align 8
   %scratch = load atomic ptr, ptr getelementptr (%duo.task.t, ptr @duo.task, i64 0, i32 5) monotonic, align 8
   %words = load atomic ptr, ptr getelementptr (%duo.task.t, ptr @duo.task, i64 0, i32 6) monotonic, align 8
+  %chunks = load atomic i64, ptr getelementptr (%duo.task.t, ptr @duo.task, i64 0, i32 7) monotonic, align 8
   fence acquire
-  %raised = add i64 %claim, 1
+  %odd = trunc i64 %tid to i1
+  %change = select i1 %odd, i64 -65536, i64 1
+  %raised = add i64 %claim, %change
+  %last.of = sub i64 %end.of, 1
+  %chunk = select i1 %odd, i64 %last.of, i64 %next
   %mine = icmp ult i64 %tid, %limit
   br i1 %mine, label %try, label %exit
 try:
@@ -207,6 +213,7 @@ done:
 ; Runs the task of @duo.task in `chunks` chunks and returns when all are done.
 define internal void @duo.fork(i64 %chunks) nounwind {
 entry:
+  store atomic i64 %chunks, ptr getelementptr (%duo.task.t, ptr @duo.task, i64 0, i32 7) monotonic, align 8
   store atomic i32 0, ptr @duo.waiting monotonic, align 4
   store atomic i32 0, ptr @duo.done monotonic, align 4
   %e = load i32, ptr @duo.epoch

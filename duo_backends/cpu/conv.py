@@ -6,10 +6,11 @@ import hashlib
 from collections.abc import Mapping
 
 from duo_backends.cpu.code import KernelCode, Phase, Target, no_scratch
+from duo_backends.cpu.conv_images import emit_images, make_image_plan
 from duo_backends.cpu.conv_pixels import emit_pixels
 from duo_backends.cpu.conv_plain import emit_plain
 from duo_backends.cpu.conv_plan import make_plan
-from duo_backends.cpu.gemm_tile import compute_dtype, lanes_of
+from duo_backends.cpu.gemm_tile import compute_dtype
 from duo_backends.cpu.llvm import Module
 from duo_ir.kernels.kernel import ConvKernel
 from duo_ir.types import evaluate, product
@@ -19,24 +20,25 @@ def compile_conv(kernel: ConvKernel, target: Target) -> KernelCode:
     """Tiles of result positions where all but the batch is known, else one vector of sums at a time."""
     name = "conv_" + hashlib.sha256(repr((kernel, target)).encode()).hexdigest()[:16]
     module = Module()
-    plan = make_plan(kernel, target)
-    lanes = lanes_of(target, compute_dtype(kernel.acc))
-    work = product(kernel.axes[:-1]) * product([kernel.c, *[w.taps for w in kernel.windows]])
-    if plan is not None:
-        emit_pixels(module, target, plan, name)
+    images = make_image_plan(kernel, target)
+    pixels = make_plan(kernel, target) if images is None else None
+    work = product(kernel.axes) * product([kernel.c, *[w.taps for w in kernel.windows]])
 
-        def cost(sizes: Mapping[str, int]) -> float:
-            return 50.0 + evaluate(work, sizes) * -(-plan.n // lanes) / 6.0
+    def cost(sizes: Mapping[str, int]) -> float:
+        return 50.0 + evaluate(work, sizes) * 2 / (1.5 * target.vector_bytes * (4 / compute_dtype(kernel.acc).itemsize))
 
-        return KernelCode(
-            module.text(), (Phase(name, plan.units),), lambda sizes, threads: threads * plan.scratch, cost
-        )
+    if images is not None:
+        phases = emit_images(module, target, images, name)
+        return KernelCode(module.text(), phases, images.scratch, cost)
+    if pixels is not None:
+        phases = emit_pixels(module, target, pixels, name)
+        return KernelCode(module.text(), phases, pixels.scratch, cost)
     emit_plain(module, target, kernel, name)
 
     def units(sizes: Mapping[str, int]) -> int:
         return 0 if evaluate(kernel.n, sizes) == 0 else evaluate(product(kernel.axes[:-1]), sizes)
 
     def slow_cost(sizes: Mapping[str, int]) -> float:
-        return 50.0 + evaluate(work, sizes) * -(-evaluate(kernel.n, sizes) // lanes) * 2.0
+        return 20 * cost(sizes)
 
     return KernelCode(module.text(), (Phase(name, units),), no_scratch, slow_cost)

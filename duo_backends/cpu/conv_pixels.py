@@ -1,8 +1,8 @@
 """Convolution from tiles of result positions: an implicit matrix product with rows (image, position), columns channels, K (taps, channels).
 
 A unit is some result rows of one image and group, and some column panels. It copies what it reads of x to a *slab* (padded with zeros,
-widened, channels contiguous) unless x can be read in place, packs w block by block of K unless all of it was packed at the
-start, and lets micro-kernels (`conv_tile.py`) sum over runs of both. After the last block the body runs on each tile.
+widened, channels contiguous) unless x can be read in place, packs w panel by panel unless a phase before has packed all of it for
+all units, and lets micro-kernels (`conv_tile.py`) sum over runs of both. After the last block the body runs on each tile.
 """
 
 from __future__ import annotations
@@ -11,13 +11,14 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from duo_backends.cpu.body import Emitter
-from duo_backends.cpu.code import SIGNATURE, Target
+from duo_backends.cpu.code import SIGNATURE, Phase, Target
 from duo_backends.cpu.conv_epilogue import emit_epilogue, pointers_of
+from duo_backends.cpu.conv_pack import WeightPacker
 from duo_backends.cpu.conv_plan import Plan
 from duo_backends.cpu.conv_tile import MOST_UNROLLED, RUN_WORDS, RunTile, emit_run_kernel
 from duo_backends.cpu.convert import convert
-from duo_backends.cpu.gemm_pack import emit_copy, emit_gather, emit_transpose
-from duo_backends.cpu.gemm_tile import BLOCK, transposed_lanes
+from duo_backends.cpu.gemm_plan import CHUNK_BLOCKS
+from duo_backends.cpu.gemm_tile import BLOCK
 from duo_backends.cpu.llvm import Function, Module, mangle, memory_type, register_type, vector
 
 
@@ -31,9 +32,18 @@ class _Tile(NamedTuple):
     wide: int
 
 
-def emit_pixels(module: Module, target: Target, plan: Plan, name: str) -> None:
-    """define void @name(SIGNATURE)."""
-    _Pixels(module, target, plan, name).emit()
+def emit_pixels(module: Module, target: Target, plan: Plan, name: str) -> tuple[Phase, ...]:
+    """Functions @name... (SIGNATURE), and the phases they are."""
+    pixels = _Pixels(module, target, plan, name)
+    phases = [Phase(name, lambda sizes: plan.units(sizes) * plan.chunks)]
+    pixels.emit()
+    if plan.resident:
+        pixels.emit_packing()
+        phases.insert(0, Phase(f"{name}_pack", lambda sizes: plan.panels * plan.groups if plan.units(sizes) else 0))
+    if plan.chunks > 1:
+        pixels.emit_combination()
+        phases.append(Phase(f"{name}_combine", plan.units))
+    return tuple(phases)
 
 
 class _Pixels:
@@ -43,6 +53,7 @@ class _Pixels:
         self.a_type = self.kernel.args[self.kernel.a.buffer].dtype
         self.b_type = self.kernel.args[self.kernel.b.buffer].dtype
         self.made: dict[object, str] = {}
+        self.packer = WeightPacker(module, target, plan, self.b_type, self._function)
 
     def _function(self, key: object, kind: str, emit: Callable[[str], None]) -> str:
         if key not in self.made:
@@ -52,28 +63,64 @@ class _Pixels:
 
     # -------------------------------------------------------------------------------------------------------- main
     def emit(self) -> None:
+        plan = self.plan
+        self._begin(self.name)
+        f = self.f
+        mine = f.add(self.shared_bytes, f.mul("%tid", str(plan.own_bytes), f.top), f.top)
+        self.slab = f.gep("i8", "%scratch", mine, f.top)
+        if not plan.resident:
+            self.packed = f.gep("i8", self.slab, str(plan.slab_bytes), f.top)
+        self.sums = f.gep("i8", self.slab, str(plan.own_bytes - plan.own_sums_bytes), f.top)
+        with f.loop("%begin", "%end") as unit:
+            self._unit(unit.index)
+        f.finish()
+
+    def _begin(self, name: str) -> None:
+        """A function of a phase; the scratch that threads share is first: packed weights, then the sums of chunks."""
         plan, kernel = self.plan, self.kernel
-        f = self.f = Function(self.module, f"define void @{self.name}({SIGNATURE}) #0")
+        f = self.f = Function(self.module, f"define void @{name}({SIGNATURE}) #0")
         emitter = Emitter(f, self.target, kernel.args, pointers_of(f, kernel), kernel.dims)
         self.dim = emitter.dim
-        mine = f.gep("i8", "%scratch", f.mul("%tid", str(plan.scratch), f.top), f.top)
-        self.slab = mine
-        self.packed = f.gep("i8", mine, str(plan.slab_bytes), f.top)
-        self.sums = f.gep("i8", mine, str(plan.slab_bytes + plan.packed_bytes), f.top)
+        self.units = f.mul(self.dim(kernel.images), str(plan.image_units), f.top)
+        self.packed = "%scratch"
+        self.chunk_sums = f.gep("i8", "%scratch", str(plan.shared_packed_bytes), f.top)
+        self.shared_bytes: str = str(plan.shared_packed_bytes)
+        if plan.chunks > 1:
+            sums = f.mul(self.units, str(plan.chunks * plan.sums_bytes), f.top)
+            self.shared_bytes = f.add(self.shared_bytes, sums, f.top)
         self._fill_table()
         x, w = emitter.pointers[kernel.a.buffer], emitter.pointers[kernel.b.buffer]
         self.x = f.gep(memory_type(self.a_type), x, self.dim(kernel.a.at.offset), f.top)
         self.w = f.gep(memory_type(self.b_type), w, self.dim(kernel.b.at.offset), f.top)
-        if plan.resident:
-            with f.loop("0", str(plan.groups), 1) as group:
-                panels = f.mul(group.index, str(plan.panels))
-                for first, last, vectors in self._panel_kinds():
-                    with f.loop(str(first), str(last), 1) as panel, f.loop("0", str(plan.blocks), 1) as block:
-                        to = self._packed_panel(f.add(panels, panel.index), block.index, vectors)
-                        self._pack(group.index, panel.index, block.index, to, vectors)
+
+    def emit_combination(self) -> None:
+        """The second phase of a long K: the chunks of each unit by the adjacent tree, then the epilogue."""
+        plan = self.plan
+        self._begin(f"{self.name}_combine")
+        f = self.f
+        type_, step = vector(plan.lanes, register_type(plan.compute)), plan.lanes * self.size
         with f.loop("%begin", "%end") as unit:
-            self._unit(unit.index)
+            self.sums = self._chunk_sums("0", unit.index)
+            apart = f.mul(self.units, str(plan.sums_bytes))
+            with f.loop("0", str(plan.sums_bytes), step) as loop:
+                at = f.gep("i8", self.sums, loop.index)
+                places = [f.gep("i8", at, f.mul(apart, str(chunk))) for chunk in range(plan.chunks)]
+                parts = [f.op(f"load {type_}, ptr {place}, align {step}") for place in places]
+                while len(parts) > 1:
+                    even = len(parts) // 2 * 2
+                    operation = "fadd" if plan.compute.is_float else "add"
+                    paired = [f.op(f"{operation} {type_} {x}, {y}") for x, y in zip(parts[:even:2], parts[1:even:2])]
+                    parts = paired + parts[even:]
+                f.emit(f"store {type_} {parts[0]}, ptr {at}, align {step}")
+            self._locate(unit.index)
+            for panel, vectors in self._panels():
+                for tile in self._tiles():
+                    self._finish(tile, panel, vectors, self._sums_of(tile, panel))
         f.finish()
+
+    def _chunk_sums(self, chunk: str, unit: str) -> str:
+        f, plan = self.f, self.plan
+        return f.gep("i8", self.chunk_sums, f.mul(f.add(f.mul(chunk, self.units), unit), str(plan.sums_bytes)))
 
     def _panel_kinds(self) -> list[tuple[int, int, int]]:
         """(first panel, last, vectors): the full ones and the tail, if it is narrower."""
@@ -102,14 +149,26 @@ class _Pixels:
         count = f.op(f"load i64, ptr {f.gep('i64', self.counts, block)}, align 8")
         return f.gep("i64", self.table, f.mul(block, str(self.longest * RUN_WORDS))), count
 
-    def _unit(self, unit: str) -> None:
+    def _locate(self, unit: str) -> None:
+        """What unit number `unit` (of all in one chunk) is."""
         f, plan = self.f, self.plan
-        columns, rest = f.rem(unit, str(plan.column_units)), f.div(unit, str(plan.column_units))
+        self.columns, rest = f.rem(unit, str(plan.column_units)), f.div(unit, str(plan.column_units))
         self.h0 = f.mul(f.rem(rest, str(plan.row_units)), str(plan.block_high))
         rest = f.div(rest, str(plan.row_units))
         self.d, rest = f.rem(rest, str(plan.axes[0].count)), f.div(rest, str(plan.axes[0].count))
         self.group, self.image = f.rem(rest, str(plan.groups)), f.div(rest, str(plan.groups))
         self.rows = f.min(f.sub(str(plan.axes[1].count), self.h0), str(plan.block_high))
+        self.p0 = f.mul(self.columns, str(plan.unit_panels))
+        self.p1 = f.min(f.add(self.p0, str(plan.unit_panels)), str(plan.panels))
+
+    def _unit(self, number: str) -> None:
+        f, plan = self.f, self.plan
+        chunk, unit = "0", number
+        if plan.chunks > 1:
+            chunk, unit = f.op(f"udiv i64 {number}, {self.units}"), f.op(f"urem i64 {number}, {self.units}")
+            self.sums = self._chunk_sums(chunk, unit)
+        self.chunk = chunk
+        self._locate(unit)
         image_step, group_step = self.kernel.a.at.strides[0], self.kernel.a.at.strides[-2]
         at = f.add(f.mul(self.image, self.dim(image_step)), f.mul(self.group, self.dim(group_step)))
         self.x_unit = f.gep(memory_type(self.a_type), self.x, at)
@@ -120,41 +179,65 @@ class _Pixels:
             self.a = f.gep(memory_type(self.a_type), self.x_unit, place)
         else:
             self.a = self.slab
-            first = f.op(f"or i1 {f.op(f'icmp eq i64 {columns}, 0')}, {f.op(f'icmp eq i64 {unit}, %begin')}")
-            with f.when(first):  # units of other columns before it have filled the slab already
+            with f.when(self._needs_slab(number)):
                 self._fill_slab()
-        p0 = f.mul(columns, str(plan.unit_panels))
-        p1 = f.min(f.add(p0, str(plan.unit_panels)), str(plan.panels))
-        for first_panel, last, vectors in self._panel_kinds():
-            begin = f.op(f.intrinsic("smax", "i64", [("i64", p0), ("i64", str(first_panel))]))
-            with f.loop(begin, f.min(p1, str(last))) as panel:
-                self._panel(panel.index, vectors)
+        for panel, vectors in self._panels():
+            self._panel(panel, vectors)
+
+    def _needs_slab(self, number: str) -> str:
+        """Whether the unit before, in this call, left another slab than this one needs: they go column by column, chunk by chunk."""
+        f, plan = self.f, self.plan
+        first = f.op(f"icmp eq i64 {number}, %begin")
+        one = plan.column_units if plan.chunks > 1 else 0
+        fresh = f.op(f"icmp eq i64 {self.columns}, 0")
+        if one:
+            several = f.op(f"icmp ne i64 {self.units}, {one}")  # with one slab in all, the next chunk needs the same
+            fresh = f.op(f"and i1 {fresh}, {several}")
+        return f.op(f"or i1 {first}, {fresh}")
+
+    def _panels(self) -> Iterator[tuple[str, int]]:
+        """Emits loops over the unit's panels: (number, vectors), once for each kind."""
+        f = self.f
+        for first, last, vectors in self._panel_kinds():
+            begin = f.op(f.intrinsic("smax", "i64", [("i64", self.p0), ("i64", str(first))]))
+            with f.loop(begin, f.min(self.p1, str(last))) as panel:
+                yield panel.index, vectors
 
     def _panel(self, panel: str, vectors: int) -> None:
         f, plan = self.f, self.plan
-        with f.loop("0", str(plan.blocks), 1) as block:
-            if plan.resident:
-                number = f.add(f.mul(self.group, str(plan.panels)), panel)
-                b = self._packed_panel(number, block.index, vectors)
-            else:
-                b = self.packed
-                self._pack(self.group, panel, block.index, b, vectors)
+        begin, end = "0", str(plan.blocks)
+        if plan.chunks > 1:
+            begin = f.mul(self.chunk, str(CHUNK_BLOCKS))
+            end = f.min(f.add(begin, str(CHUNK_BLOCKS)), end)
+        if self.packer.turns and not plan.resident:
+            self._pack_panel(panel, vectors)
+        with f.loop(begin, end) as block:
+            if not (plan.resident or self.packer.turns):
+                self._pack_block(panel, block.index, vectors)
+            b = self._packed_block(panel, block.index, vectors)
             runs, count = self._runs_of(block.index)
-            add = "false" if plan.blocks == 1 else f.op(f"icmp ne i64 {block.index}, 0")
+            add = "false" if plan.blocks == 1 else f.op(f"icmp ne i64 {block.index}, {begin}")
             last = f.op(f"icmp eq i64 {block.index}, {plan.blocks - 1}")
             for tile in self._tiles():
-                sums = (
-                    self.sums if plan.blocks == 1 else f.gep("i8", self.sums, f.mul(tile.number, str(plan.tile_bytes)))
-                )
+                sums = self._sums_of(tile, panel)
                 name = self._micro_kernel(tile.high, tile.wide, vectors)
                 f.emit(
                     f"call void @{name}(ptr {self._a_of(tile)}, ptr {b}, ptr {runs}, i64 {count}, ptr {sums}, i1 {add})"
                 )
                 if plan.blocks == 1:
                     self._finish(tile, panel, vectors, sums)
-                else:
+                elif plan.chunks == 1:
                     with f.when(last):
                         self._finish(tile, panel, vectors, sums)
+
+    def _sums_of(self, tile: _Tile, panel: str) -> str:
+        f, plan = self.f, self.plan
+        if plan.blocks == 1:
+            return self.sums
+        number = tile.number
+        if plan.chunks > 1:
+            number = f.add(f.mul(f.sub(panel, self.p0), str(plan.unit_tiles)), number)
+        return f.gep("i8", self.sums, f.mul(number, str(plan.tile_bytes)))
 
     def _tiles(self) -> Iterator[_Tile]:
         """Emits loops over the unit's tiles: yields once for each shape, inside its loops."""
@@ -210,57 +293,47 @@ class _Pixels:
         )
 
     # ---------------------------------------------------------------------------------------------------- packing w
-    def _packed_panel(self, number: str, block: str, vectors: int) -> str:
-        """Where all of w is packed: one panel after the other, each K block after K block."""
+    def _packed_block(self, panel: str, block: str, vectors: int) -> str:
+        """Where a block of a panel is packed: panels one after the other, K block after K block."""
         f, plan = self.f, self.plan
-        at = f.mul(number, str(plan.packed_k * plan.k_row))
-        return f.gep("i8", self.packed, f.add(at, f.mul(block, str(BLOCK * vectors * plan.lanes * self.size))))
+        at = "0"
+        if plan.resident:
+            at = f.mul(f.add(f.mul(self.group, str(plan.panels)), panel), str(plan.k * plan.k_row))
+        if plan.resident or self.packer.turns:
+            at = f.add(at, f.mul(block, str(BLOCK * self.packer.row(vectors))))
+        return f.gep("i8", self.packed, at)
 
-    def _packer(self, vectors: int) -> tuple[str, int]:
-        """(packing function, columns it packs at once)."""
-        plan, module, target = self.plan, self.module, self.target
-        _, c, n = plan.w_steps
-        dtype, compute, lanes = self.b_type, plan.compute, plan.lanes
-        if n == 1:
-            copy = self._function(
-                ("copy", vectors),
-                "copy",
-                lambda name: emit_copy(module, target, name, dtype, compute, lanes, vectors, lanes * self.size),
-            )
-            return copy, lanes * vectors
-        gather = self._function("gather", "gather", lambda name: emit_gather(module, target, name, dtype, compute))
-        if c != 1:
-            return gather, lanes
-        some = transposed_lanes(target, compute)
-        transpose = self._function(
-            "transpose", "transpose", lambda name: emit_transpose(module, target, name, gather, dtype, compute, some)
-        )
-        return transpose, some
+    def _pack_panel(self, panel: str, vectors: int) -> None:
+        """All K of a panel."""
+        f = self.f
+        if self.packer.turns:
+            self.packer.turn(f, self.w, self.group, panel, self._packed_block(panel, "0", vectors), vectors)
+            return
+        with f.loop("0", str(self.plan.blocks), 1) as block:
+            self._pack_block(panel, block.index, vectors)
 
-    def _pack(self, group: str, panel: str, block: str, to: str, vectors: int) -> None:
-        """Packs one panel over one K block: [k][vectors * lanes]. Lanes wholly beyond the last column repeat it."""
-        f, plan = self.f, self.plan
-        name, at_once = self._packer(vectors)
-        group_step, c, n = plan.w_steps
-        item, row = self.b_type.itemsize, vectors * plan.lanes * self.size
+    def _pack_block(self, panel: str, block: str, vectors: int) -> None:
         runs, count = self._runs_of(block)
-        column = f.mul(panel, str(plan.panel))
-        start = f.add(f.mul(group, str(group_step * item)), f.mul(column, str(n * item)))
-        with f.loop("0", count, 1, [("ptr", to)], runs=True) as run:
-            entry = f.gep("i64", runs, f.mul(run.index, str(RUN_WORDS)))
-            length = f.op(f"load i64, ptr {f.gep('i64', entry, '1')}, align 8")
-            offset = f.op(f"load i64, ptr {f.gep('i64', entry, '2')}, align 8")
-            source = f.gep("i8", self.w, f.add(start, f.mul(offset, str(item))))
-            last = f.sub(f.sub(str(plan.n), column), "1")
-            with f.loop("0", str(vectors * plan.lanes), at_once, runs=True) as lane:
-                begin = f.min(lane.index, last)
-                valid = f.min(f.sub(f.add(last, "1"), begin), str(at_once))
-                from_ = f.gep("i8", source, f.mul(begin, str(n * item)))
-                place = f.gep("i8", run.values[0], f.mul(lane.index, str(self.size)))
-                f.emit(
-                    f"call void @{name}(ptr {from_}, i64 {n * item}, i64 {c * item}, i64 {valid}, i64 {length}, ptr {place}, i64 {row})"
-                )
-            run.next = [f.gep("i8", run.values[0], f.mul(length, str(row)))]
+        to = self._packed_block(panel, block, vectors)
+        self.packer.pack(self.f, self.w, self.group, panel, runs, count, to, vectors)
+
+    def emit_packing(self) -> None:
+        """The first phase where w stays packed for all units: a unit is one panel."""
+        plan = self.plan
+        self._begin(f"{self.name}_pack")
+        f = self.f
+        with f.loop("%begin", "%end") as unit:
+            self.group, panel = f.div(unit.index, str(plan.panels)), f.rem(unit.index, str(plan.panels))
+            if plan.tail_vectors == plan.vectors:
+                self._pack_panel(panel, plan.vectors)
+            else:
+                tail = f.op(f"icmp eq i64 {panel}, {plan.panels - 1}")
+                with f.when(tail):
+                    self._pack_panel(panel, plan.tail_vectors)
+                if plan.panels > 1:
+                    with f.when(f.op(f"xor i1 {tail}, true")):
+                        self._pack_panel(panel, plan.vectors)
+        f.finish()
 
     # ------------------------------------------------------------------------------------------------------ the slab
     def _fill_slab(self) -> None:

@@ -11,16 +11,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from duo_backends.cpu.code import Target
-from duo_backends.cpu.gemm_plan import SEQUENTIAL_K
+from duo_backends.cpu.gemm_plan import CHUNK_BLOCKS, SEQUENTIAL_K
 from duo_backends.cpu.gemm_tile import BLOCK, compute_dtype, lanes_of, max_rows, registers_of, tile_cost
 from duo_ir.kernels.kernel import ConvKernel, Window
 from duo_ir.types import DType, evaluate
 
 MOST_ROWS = 14  # of a tile
 SLAB_BYTES = 1 << 18  # the part of x that a unit works on stays in the second-level cache
-RESIDENT_BYTES = 3 << 16  # packed weights up to here are kept by each thread for all its units
+RESIDENT_BYTES = 1 << 26  # packed weights up to here are shared by all units
 UNITS = 8  # that the work is cut into at least, while
 UNIT_WORK = 1 << 18  # multiply-adds of a unit are more than this
+MOST_RUNS = 4096  # in the table of all blocks, which the code writes out
 _ALIGN = 64
 
 
@@ -100,6 +101,11 @@ class Plan:
     @property
     def blocks(self) -> int:
         return -(-self.k // BLOCK)
+
+    @property
+    def chunks(self) -> int:
+        """Units split a long K too: each chunk's sums are combined afterwards."""
+        return -(-self.blocks // CHUNK_BLOCKS) if self.k > SEQUENTIAL_K else 1
 
     @property
     def panel(self) -> int:
@@ -187,6 +193,8 @@ class Plan:
     def w_steps(self) -> tuple[int, int, int]:
         """Elements of w between groups, channels, columns."""
         *_, group, c, n = self.kernel.b.at.strides
+        if self.c == 1 and self.axes[2].taps > 1:
+            c = self.axes[2].w_step  # K goes on along the taps
         return _int(group), _int(c), _int(n)
 
     @property
@@ -195,14 +203,17 @@ class Plan:
         return self.panel * self.compute.itemsize
 
     @property
-    def packed_k(self) -> int:
-        """K steps of w that are packed at a time."""
-        return self.k if self.resident else min(self.k, BLOCK)
+    def shared_packed_bytes(self) -> int:
+        return _round(self.panels * self.groups * self.k * self.k_row) if self.resident else 0
 
     @property
-    def packed_bytes(self) -> int:
-        panels = self.panels * self.groups if self.resident else 1
-        return _round(panels * self.packed_k * self.k_row)
+    def own_packed_bytes(self) -> int:
+        """Of one panel, which some ways of packing do at once."""
+        return 0 if self.resident else _round(self.k * self.k_row)
+
+    @property
+    def own_sums_bytes(self) -> int:
+        return self.sums_bytes if self.chunks == 1 else 0
 
     @property
     def tile_bytes(self) -> int:
@@ -214,17 +225,27 @@ class Plan:
 
     @property
     def sums_bytes(self) -> int:
-        return _round(self.tile_bytes * (1 if self.blocks == 1 else self.unit_tiles))
+        """Of the tiles of one panel; of all panels of a unit where chunks are combined afterwards; of one tile with one block."""
+        tiles = 1 if self.blocks == 1 else self.unit_tiles * (self.unit_panels if self.chunks > 1 else 1)
+        return _round(self.tile_bytes * tiles)
 
     @property
-    def scratch(self) -> int:
-        """Bytes per thread."""
-        return self.slab_bytes + self.packed_bytes + self.sums_bytes
+    def own_bytes(self) -> int:
+        """Scratch of one thread: slab, packed weights, sums."""
+        return self.slab_bytes + self.own_packed_bytes + self.own_sums_bytes
+
+    @property
+    def image_units(self) -> int:
+        """Units of one image, in each of its chunks."""
+        return self.groups * self.axes[0].count * self.row_units * self.column_units
+
+    def scratch(self, sizes: Mapping[str, int], threads: int) -> int:
+        """Packed weights and the sums of all chunks, then each thread's own part."""
+        chunks = self.units(sizes) * self.chunks * self.sums_bytes if self.chunks > 1 else 0
+        return self.shared_packed_bytes + chunks + threads * self.own_bytes
 
     def units(self, sizes: Mapping[str, int]) -> int:
-        return (
-            evaluate(self.kernel.images, sizes) * self.groups * self.axes[0].count * self.row_units * self.column_units
-        )
+        return evaluate(self.kernel.images, sizes) * self.image_units
 
 
 def _follows(before: Run, run: Run, size: int, w_c: int) -> bool:
@@ -273,7 +294,7 @@ def make_plan(kernel: ConvKernel, target: Target) -> Plan | None:
     d, h, w = (*[dummy] * (3 - len(axes)), *axes)
     groups, n, c = _int(kernel.groups), _int(kernel.n), _int(kernel.c)
     k = c * d.taps * h.taps * w.taps
-    if k == 0 or k > SEQUENTIAL_K or 0 in (n, groups, d.count, h.count, w.count) or (n == 1 and groups > 1):
+    if k == 0 or 0 in (n, groups, d.count, h.count, w.count) or (n == 1 and groups > 1):
         return None
     vectors, high, wide = _tile(h.count, w.count, -(-n // lanes), registers)
     in_place = (
@@ -287,7 +308,10 @@ def make_plan(kernel: ConvKernel, target: Target) -> Plan | None:
     units = (kernel.images if isinstance(kernel.images, int) else UNITS) * d.count * -(-h.count // block)
     columns = -(-n // (vectors * lanes)) * vectors * lanes
     resident = units > 1 and columns * groups * k * compute.itemsize <= RESIDENT_BYTES
-    return Plan(kernel, compute, lanes, (d, h, w), vectors, high, wide, block, panels, in_place, pixel, resident)
+    plan = Plan(kernel, compute, lanes, (d, h, w), vectors, high, wide, block, panels, in_place, pixel, resident)
+    if d.taps * h.taps * w.taps > MOST_RUNS and sum(len(runs) for runs in plan.runs) > MOST_RUNS:
+        return None
+    return plan
 
 
 def _tile(high: int, wide: int, column_vectors: int, registers: int) -> tuple[int, int, int]:

@@ -25,7 +25,7 @@ class RunTile:
     rows: tuple[int, ...]
     vectors: int
     compute: DType
-    a_step: int  # bytes of A per k within a run
+    a_step: int | None  # bytes of A per k within a run; None: the third word of each says
     steps: tuple[int, ...] = ()
     adds: bool = True  # whether it is ever called with `add`
 
@@ -89,10 +89,13 @@ def _over_runs(f: Function, tile: RunTile, type_: str, b_step: int, acc: list[st
         offset = f.op(f"load i64, ptr {entry}, align 8")
         length = f.op(f"load i64, ptr {f.gep('i64', entry, '1')}, align 8")
         a_at = f.op(f"getelementptr i8, ptr %a, i64 {offset}")
+        a_step = str(tile.a_step)
+        if tile.a_step is None:
+            a_step = f.op(f"load i64, ptr {f.gep('i64', entry, '2')}, align 8")
         with f.loop("0", length, 1, [("ptr", a_at), ("ptr", b_at), *((type_, x) for x in acc)], runs=True) as k:
             a_at, b_at, *acc = k.values
             acc = step(a_at, b_at, acc)
-            a_at = f.op(f"getelementptr i8, ptr {a_at}, i64 {tile.a_step}")
+            a_at = f.op(f"getelementptr i8, ptr {a_at}, i64 {a_step}")
             b_at = f.op(f"getelementptr i8, ptr {b_at}, i64 {b_step}")
             k.next = [a_at, b_at, *acc]
         run.next = k.results[1:]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from duo_ir.kernels.kernel import Body, ContractKernel, Kernel, LoopKernel, ScanKernel, ScatterKernel
+from duo_ir.kernels.kernel import Body, ContractKernel, ConvKernel, Kernel, LoopKernel, ScanKernel, ScatterKernel
 from duo_ir.types import evaluate, product
 
 _ARITHMETIC = {"add": 1, "sub": 1, "mul": 1, "div": 1, "fma": 2, "sqrt": 1, "neg": 1}
@@ -25,6 +25,9 @@ def flops(kernel: Kernel, sizes: Mapping[str, int]) -> int:
     if isinstance(kernel, ContractKernel):
         results = evaluate(product(kernel.batch) * kernel.m * kernel.n, sizes)
         return results * (2 * evaluate(kernel.k, sizes) + _body(kernel.body))
+    if isinstance(kernel, ConvKernel):
+        depth = kernel.c * product([w.taps for w in kernel.windows])
+        return evaluate(product(kernel.axes), sizes) * (2 * evaluate(depth, sizes) + _body(kernel.body))
     if isinstance(kernel, LoopKernel):
         each = 0
         for stage in kernel.stages:
@@ -52,6 +55,10 @@ def describe(kernel: Kernel, sizes: Mapping[str, int]) -> str:
     if isinstance(kernel, ContractKernel):
         batch = f"{numbers(kernel.batch)} of " if kernel.batch else ""
         return f"matmul {batch}{numbers((kernel.m, kernel.k, kernel.n))} {kernel.result.name}"
+    if isinstance(kernel, ConvKernel):
+        counts, taps = [w.count for w in kernel.windows], [w.taps for w in kernel.windows]
+        groups = f" in {numbers((kernel.groups,))} groups" if kernel.groups != 1 else ""
+        return f"conv {numbers((kernel.images, *counts, kernel.n))}{groups} of {numbers((*taps, kernel.c))} {kernel.result.name}"
     if isinstance(kernel, LoopKernel):
         parts = []
         for stage in kernel.stages:

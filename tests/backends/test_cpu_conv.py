@@ -74,6 +74,7 @@ SHAPES: list[tuple[Shape, Shape, dict[str, Any]]] = [
     ((1, 70, 16, 64), (3, 3, 64, 16), {"padding": _PAD}),  # several units
     ((1, 3, 2000), (2, 2000, 2), {}),
     ((1, 1800, 10), (1795, 10, 3), {}),  # K beyond 16384
+    ((7, 1650, 10), (1640, 10, 3), {}),
 ]
 
 
@@ -106,6 +107,20 @@ def test_dtypes(dtype: Any) -> None:
     attrs = attributes(2, padding=_PAD, strides=(1, 2))
     for x, w in (((2, 5, 9, 3), (3, 3, 3, 17)), ((1, 4, 30, 70), (3, 3, 70, 5))):
         c.check(lambda x, w: ops.conv(x, w, **attrs), operands(x, w, dtype))
+
+
+def test_long_weight_gradients() -> None:
+    """K beyond 16384 is summed by chunks: in tiles of images, and where there is one image."""
+    for x, w in (((2, 96, 90, 4), (1, 1, 4, 3)), ((3, 80, 75, 1), (3, 3, 1, 18))):
+        attrs = attributes(2, padding=((w[0] // 2, w[0] // 2),) * 2)
+
+        def gradient(x: Value, g: Value, w: Shape = w, attrs: dict[str, Any] = attrs) -> Value:
+            out = ops.conv(x, nd.full(w, 0.0, f32), **attrs)
+            (found,) = reverse([out.op], {out: g}, [out.op.operands[1]])
+            assert found is not None
+            return found
+
+        c.check(gradient, operands(x, (*x[:3], w[3])))
 
 
 def test_special_values() -> None:

@@ -19,6 +19,7 @@ from duo.eager.trace import END, Trace, state
 from duo.eager.watch import Epoch, changed
 from duo.jit import guards, nests, opcodes  # noqa: F401  (opcodes fills the table that observe.py reads)
 from duo.jit.capture import Capture, tensors_in
+from duo.jit.in_place import quicken
 from duo.jit.observe import Observer
 from duo.jit.recording import Recording, analyse, run
 from duo.jit.replay import MISS, Replay, Structure
@@ -179,6 +180,7 @@ class Compiled:
         replay = Replay(
             self._name, args, kwargs, capture.tensors, recording, checks, metas, structure, capture.grad_mode
         )
+        quicken(replay, self._name, args, kwargs, capture.tensors)
         self._serial += 1
         self._replays[self._serial] = replay
         while len(self._replays) > MOST_REPLAYS:

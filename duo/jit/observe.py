@@ -139,7 +139,7 @@ class Observer:
         code = frame.f_code
         if name.split(".", 1)[0] in _SILENT or code.co_filename.startswith("<frozen importlib"):
             if code is _MODULE_CALL:
-                self.touch(frame.f_locals.get("self"))
+                self._module_call(frame.f_locals.get("self"), frame)
             return None
         if frame.f_back not in self.frames and name.split(".", 1)[0] in _CALLED_BY_DUO:
             return None
@@ -155,6 +155,16 @@ class Observer:
         except Exception as error:
             self.culprit(f"{code.co_qualname if hasattr(code, 'co_qualname') else code.co_name}: {error}", frame)
         return self._step
+
+    def _module_call(self, module: Any, frame: Any) -> None:
+        """A module is called: its class's `forward`, whatever function that is, belongs to what the program depends on."""
+        self.touch(module)
+        for cls in type(module).__mro__:
+            if "forward" in cls.__dict__:
+                found = cls.__dict__["forward"]
+                what = f"{cls.__qualname__}.forward"
+                self._add(guards.member(cls, "forward", found, what, _where(frame)), cls, "forward")
+                return
 
     def _begin(self, frame: Any, code: types.CodeType, function: Any) -> _Frame:
         inner = code in self.made_codes

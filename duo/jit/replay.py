@@ -106,7 +106,7 @@ class Replay:
         self.source = ""
         self.used = [False]
         self.check: Any = None  # like `run`, without running
-        self.run: Any = _Writer(self, name, args, kwargs, tensors).function()
+        self.run: Any = Writer(self, name, args, kwargs, tensors).function()
 
     # ------------------------------------------------------------------------------------------- rare paths of the code
     def same_structure(self) -> bool:
@@ -224,7 +224,7 @@ def storage_of(tensor: EagerTensor) -> Storage:
     return tensor._storage
 
 
-class _Writer:
+class Writer:
     """Writes the function of a Replay."""
 
     def __init__(self, replay: Replay, name: str, args: tuple, kwargs: dict, tensors: list[EagerTensor]) -> None:
@@ -250,8 +250,10 @@ class _Writer:
     def add(self, *lines: str) -> None:
         self.lines += lines
 
+    miss = "return MISS"
+
     def miss_if(self, condition: str) -> None:
-        self.lines.append(f"if {condition}: return MISS")
+        self.lines.append(f"if {condition}: {self.miss}")
 
     def function(self) -> Any:
         r, replay = self.r, self.replay
@@ -309,10 +311,10 @@ class _Writer:
                 leaf(value, part)
         else:
             for i, value in enumerate(self.args):
-                nests.taking(value, f"args[{i}]", self.lines, self.names, leaf, "return MISS")
+                nests.taking(value, f"args[{i}]", self.lines, self.names, leaf, self.miss)
         for name, value in self.kwargs.items():
             self.miss_if(f"{name!r} not in kwargs")
-            nests.taking(value, f"kwargs[{name!r}]", self.lines, self.names, leaf, "return MISS")
+            nests.taking(value, f"kwargs[{name!r}]", self.lines, self.names, leaf, self.miss)
 
     def _guards(self) -> None:
         for guard in self.replay.checks:
@@ -443,19 +445,25 @@ class _Writer:
         for n, out in zip(program.order, outs):
             if n not in wanted:
                 continue
-            v = self.numbered[n] = f"r{n}"
-            self.add(f"{v} = new(Val)", f"{v}.trace = None", f"{v}.index = {n}", f"{v}.node = None",
-                     f"{v}.info = {self.const(r.node.info_of(n), 'i')}", f"{v}.buf = {out}", f"{v}.scalars = None")  # fmt: skip
-            error = program.errors.get(n)
-            if error is not None and not program.alive:
-                self.names["Origin"] = Origin
-                self.add(f"{v}.extra = Origin(None, {n}, {self.const(error, 'E')})")
-            else:
-                self.add(f"{v}.extra = None")
-            self.add(f"{v}.stamp = None")
+            self._val(n, out)
         if program.alive:
             table = ", ".join(f"{n}: {v}" for n, v in self.numbered.items())
             self.add(f"replay.segment({self.const(program, 'P')}, outs, {{{table}}}, [{', '.join(vals)}])")
+
+    def _val(self, n: int, out: str) -> None:
+        """Makes value n, whose buffer is `out`."""
+        program = self.r.program
+        assert program is not None
+        v = self.numbered[n] = f"r{n}"
+        self.add(f"{v} = new(Val)", f"{v}.trace = None", f"{v}.index = {n}", f"{v}.node = None",
+                 f"{v}.info = {self.const(self.r.node.info_of(n), 'i')}", f"{v}.buf = {out}", f"{v}.scalars = None")  # fmt: skip
+        error = program.errors.get(n)
+        if error is not None and not program.alive:
+            self.names["Origin"] = Origin
+            self.add(f"{v}.extra = Origin(None, {n}, {self.const(error, 'E')})")
+        else:
+            self.add(f"{v}.extra = None")
+        self.add(f"{v}.stamp = None")
 
     def _wanted(self) -> set[int]:
         r = self.r
@@ -475,7 +483,8 @@ class _Writer:
         for i, n in enumerate(r.storages):
             self.add(f"s{i} = Storage({self.numbered[n]})")
         for i, made in enumerate(r.made):
-            self._tensor(f"m{i}", made)
+            if made.number in self.numbered:
+                self._tensor(f"m{i}", made)
         for _, grad_leaf, _, after in r.grads:
             name = self.leaf_names[id(grad_leaf)]
             if after is None:
@@ -534,4 +543,4 @@ def _replace(text: str, name: str, by: str) -> str:
     return "".join(out)[:-1]
 
 
-__all__ = ["MISS", "Replay", "Structure"]
+__all__ = ["MISS", "Replay", "Structure", "Writer"]

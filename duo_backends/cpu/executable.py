@@ -13,8 +13,10 @@ import os
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from types import CodeType
+from typing import Any
 
 import numpy as np
 
@@ -78,6 +80,20 @@ class CpuExecutable:
         return bound
 
 
+NUMBER = -1
+
+
+@dataclass(frozen=True)
+class Argument:
+    """How an argument of a cell entry is given: `kind` is NUMBER, POINTER (an address) or a kind of cell (`cells_text.py`), with the info and
+    extra that its value must have. slots: the program's inputs and outputs that it is."""
+
+    kind: int
+    slots: tuple[int, ...]
+    info: object = None
+    extra: object = None
+
+
 class Call:
     """One run that may overwrite inputs: `results` lists its buffers beforehand, `done` tells whether they hold the results. Whoever keeps
     it can tell after an interrupt, at whatever moment, whether the inputs are old and whole or gone: native code sets the mark."""
@@ -117,7 +133,7 @@ class CpuBound:
         self._scalars = executable.scalars
         count = len(program.inputs)
         self._plain = list(program.results) == list(range(count, count + len(program.outputs)))
-        safe = written_after_checks(program)  # a program that fails leaves its inputs as they were
+        self._safe = safe = written_after_checks(program)  # a program that fails leaves its inputs as they were
         self._donations = [
             (output, given)
             for output, given in program.donations
@@ -129,7 +145,10 @@ class CpuBound:
         self.givable = frozenset([given for _, given in self._donations])
         self._plan = self._make_plan()
         self.entry = native().make_entry(self._plan.ctypes.data)
+        templates = any(isinstance(item, Step) and item.sizes for item in program.items)
+        self._frames: list[Buffer] = _FromSecondCall() if templates else []
         self._measure()
+        self.run = self._make_run()
         on_change(self)
         profile.register(self)
 
@@ -139,9 +158,8 @@ class CpuBound:
     run: Callable[..., list[Buffer]]
 
     def _make_run(self) -> Callable[..., list[Buffer]]:
-        names = {
-            "Buffer": Buffer, "allocate": allocate, "entry": self.entry, "fail": self.fail, "frames": self._frames,
-            "new_frame": self.new_frame, "begin": self.begin, "results": self._results, "bits": self._bits, "check": self.check_inputs,
+        names: dict[str, Any] = {
+            "entry": self.entry, "begin": self.begin, "results": self._results, "bits": self._bits, "check": self.check_inputs,
         }  # fmt: skip
         inputs = [f"a{k}" for k in range(len(self._in_bytes))]
         lines = ["def run(inputs, donated=()):", "  if donated: return begin(inputs, donated).run()"]
@@ -150,24 +168,38 @@ class CpuBound:
         if inputs:
             lines.append(f"  {', '.join(inputs)}, = inputs")
         addresses = [self._address(k, name) for k, name in enumerate(inputs)]
-        for k, nbytes in enumerate(self._out_bytes):
-            home = allocator.class_of(nbytes)
-            names[f"home{k}"], names[f"pop{k}"] = home, home.pop
-            lines.append(f"  try: o{k} = Buffer(pop{k}(), {nbytes}, home{k})")
-            lines.append(f"  except IndexError: o{k} = allocate({nbytes})")
+        for k in range(len(self._out_bytes)):
+            lines += ["  " + line for line in self.output_lines(k, names)]
             addresses.append(f"o{k}.ptr")
-        if self._keeps_frames:
-            lines += ["  try: frame = frames.pop()", "  except IndexError: frame = new_frame()"]
-        else:
-            lines.append("  frame = new_frame()")
-        lines.append(f"  failed = entry({', '.join([*addresses, 'frame.ptr'])})")
-        lines.append("  if failed: fail(failed, frame)")
-        if self._keeps_frames:
-            lines.append("  frames.append(frame)")
+        lines += ["  " + line for line in self.call_lines("entry", addresses, names)]
         outputs = f"[{', '.join(f'o{k}' for k in range(len(self._out_bytes)))}]"
         lines.append(f"  return {outputs}" if self._plain else f"  return results(inputs, {outputs})")
-        exec(_compiled("\n".join(lines)), names)  # type: ignore[arg-type]
-        return names["run"]  # type: ignore[return-value]
+        exec(_compiled("\n".join(lines)), names)
+        return names["run"]  # type: ignore[no-any-return]
+
+    def output_lines(self, k: int, names: dict[str, Any]) -> list[str]:
+        """Code that makes `o{k}`, a buffer for output k."""
+        nbytes = self._out_bytes[k]
+        home = allocator.class_of(nbytes)
+        names.update({f"home{k}": home, f"pop{k}": home.pop, "Buffer": Buffer, "allocate": allocate})
+        return [
+            f"try: o{k} = Buffer(pop{k}(), {nbytes}, home{k})",
+            f"except IndexError: o{k} = allocate({nbytes})",
+        ]
+
+    def call_lines(
+        self, entry: str, arguments: Sequence[str], names: dict[str, Any], refused: str = "", lock: str = ""
+    ) -> list[str]:
+        """Code that calls an entry with a frame and raises what it reports. `refused`: what to do if it refuses; `lock`: held meanwhile."""
+        names.update({"frames": self._frames, "new_frame": self.new_frame, "fail": self.fail})
+        call = f"failed = {entry}({', '.join([*arguments, 'frame.ptr'])})"
+        lines = ["try: frame = frames.pop()", "except IndexError: frame = new_frame()"]
+        lines += [call] if not lock else [f"with {lock}:", f"  {call}"]
+        lines.append("if failed:")
+        if refused:
+            lines += [f"  if failed == {-layout.REFUSED}:", f"    {refused}"]
+        lines.append("  fail(failed, frame)")
+        return [*lines, f"if frame.nbytes <= {KEPT_FRAME}: frames.append(frame)"]
 
     def _address(self, k: int, name: str) -> str:
         """The expression for what the entry takes for input k."""
@@ -272,12 +304,13 @@ class CpuBound:
         for word, place in enumerate(self.table.places):
             if place < 0:
                 users[-1 - place].append(base + 8 * word)
+        self._users = users
         self._patches = np.array([offset for user in users for offset in user] + [0], np.int64)
         self._specs = np.zeros((count + 1, layout.SPEC_WORDS), np.int64)
         position = 0
         for k, user in enumerate(users):
             kind = _KINDS[program.inputs[k].dtype.name] if k in self._scalars else layout.POINTER
-            self._specs[k] = (kind, layout.FRAME_HEADER + 8 * k, position, position + len(user))
+            self._specs[k, :4] = (kind, layout.FRAME_HEADER + 8 * k, position, position + len(user))
             position += len(user)
         flags = layout.HAS_PARALLEL if self.table.parallel else 0
         if self.table.cost > RELEASE_NANOSECONDS or self.table.loops:
@@ -287,17 +320,55 @@ class CpuBound:
         self._places_at = base
         # Frame offsets of what lies in the arena; arguments are patched by each call.
         self._places = np.array([max(place, 0) + self._temps_at for place in self.table.places], np.int64)
-        return np.array([count + 1, *addresses, flags], np.int64)
+        self._flags = flags
+        return np.array([count + 1, *addresses, flags, 0, 0], np.int64)
+
+    def cell_entry(
+        self, arguments: Sequence[Argument], layout_words: np.ndarray, flight: object
+    ) -> tuple[Callable[..., int], object]:
+        """An entry for arguments given another way than `run`'s: of each, how, and which slots of inputs and outputs get its address. Its last
+        argument is the frame. It gives 0; `-REFUSED`, with nothing changed; or another code for `fail`. Keep the second object as long."""
+        patches: list[int] = []
+        specs = np.zeros((len(arguments) + 1, layout.SPEC_WORDS), np.int64)
+        for row, argument in zip(specs, arguments):
+            start = len(patches)
+            patches += [offset for slot in argument.slots for offset in self._users[slot]]
+            kind, cell = argument.kind, 0
+            if argument.kind == NUMBER:
+                (slot,) = argument.slots
+                kind, cell = _KINDS[self.program.inputs[slot].dtype.name], layout.FRAME_HEADER + 8 * slot
+            row[:6] = (
+                kind,
+                cell,
+                start,
+                len(patches),
+                *[0 if x is None else id(x) for x in (argument.info, argument.extra)],
+            )
+        places = np.array([*patches, 0], np.int64)
+        words = [len(arguments) + 1, self.table.code.ctypes.data, specs.ctypes.data, places.ctypes.data, self._flags]
+        plan = np.array([*words, layout_words.ctypes.data, id(flight)], np.int64)
+        return native().make_entry(plan.ctypes.data), (self, arguments, specs, places, plan, layout_words, flight)
+
+    @property
+    def releases(self) -> bool:
+        """Whether other Python threads run meanwhile."""
+        return bool(self._flags & layout.RELEASE_GIL)
+
+    def may_overwrite(self, output: int, given: int) -> bool:
+        """Whether the output may be written into the memory of that input."""
+        return (output, given) in self._donations
+
+    @property
+    def safe_outputs(self) -> frozenset[int]:
+        """Outputs that are not written before everything that may fail has run."""
+        return self._safe
 
     def _measure(self) -> None:
         threads = get_num_threads() if self.table.parallel else 1
         status_at = _round(self._temps_at + self.table.arena)
         scratch_at = _round(status_at + STATUS_BYTES * CHUNKS_PER_THREAD * threads)
         self._geometry = (threads, status_at, scratch_at, scratch_at + self.table.scratch(threads))
-        self._keeps_frames = self._geometry[3] <= KEPT_FRAME
-        templates = any(isinstance(item, Step) and item.sizes for item in self.program.items)
-        self._frames: list[Buffer] = _FromSecondCall() if templates else []
-        self.run = self._make_run()
+        self._frames.clear()
 
     def threads_changed(self) -> None:
         self._measure()

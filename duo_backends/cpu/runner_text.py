@@ -5,7 +5,9 @@
 output, and last the address of a frame: all memory that one call needs, so that calls of one program may overlap.
 
 Plan, i64 words:   0 arguments  1 code  2 argument specs  3 patches  4 flags (1: release the GIL, 2: has parallel phases)
+                   5 layout of cells (`cells_text.py`)  6 the object that a value says it waits for while it is overwritten
 Argument spec:     0 kind  1 scalar cell (frame offset)  2, 3 range in patches: frame offsets that get the address
+                   4, 5 of a cell: the `info` and `extra` that its value must have (0: any)
 Frame header:      0 threads it has scratch for  1 scratch  2 status words (64 bytes a chunk)  3 set to 1 when a run has ended well
 Code, 8 words:     PHASE fn, args (frame offset), dims, units, threads, threads while no worker sleeps | BRANCH cell, target if false | JUMP target | END
 Profile:           while one is set, each phase appends an event to it: 64 bytes of header (events so far, room for how many), then
@@ -15,14 +17,15 @@ Result:            0; position + 1 of the phase whose bounds check failed; or a 
 
 from __future__ import annotations
 
+from duo_backends.cpu.cells_text import cells_text
 from duo_backends.cpu.pool_text import CHUNKS_PER_THREAD
 
 PHASE, BRANCH, JUMP, END = 0, 1, 2, 3
-CODE_WORDS, SPEC_WORDS = 8, 4
+CODE_WORDS, SPEC_WORDS = 8, 8
 RELEASE_GIL, HAS_PARALLEL = 1, 2
 FRAME_HEADER = 64
 DONE_AT = 24  # bytes
-NULL_ARGUMENT, OUT_OF_RANGE, WRONG_COUNT = 0, 1 << 32, 1 << 48
+NULL_ARGUMENT, OUT_OF_RANGE, WRONG_COUNT, REFUSED = 0, 1 << 32, 1 << 48, 1 << 49
 # Argument kinds. BITS16 is an f16 or bf16 given as the int of its bits.
 POINTER, F64, F32, I64, I32, I16, I8, U8, BOOL, BITS16 = range(10)
 
@@ -30,7 +33,7 @@ SYMBOLS = ("duo_entry", "duo_copy", "duo_set_profile")
 PROFILE_HEADER, EVENT_WORDS = 64, 4
 PYTHON = (
     "PyLong_AsVoidPtr", "PyLong_AsLongLong", "PyLong_FromLongLong", "PyFloat_AsDouble", "PyObject_IsTrue",
-    "PyErr_Occurred", "PyEval_SaveThread", "PyEval_RestoreThread",
+    "PyErr_Occurred", "PyEval_SaveThread", "PyEval_RestoreThread", "Py_IncRef", "Py_DecRef",
 )  # fmt: skip
 
 _INTERPRETER = """
@@ -252,6 +255,11 @@ start:
   %patches = load ptr, ptr %p3
   %p4 = getelementptr i64, ptr %plan, i64 4
   %flags = load i64, ptr %p4
+  %p5 = getelementptr i64, ptr %plan, i64 5
+  %layout = load ptr, ptr %p5
+  %p6 = getelementptr i64, ptr %plan, i64 6
+  %flight = load ptr, ptr %p6
+  %saved = alloca [2 x ptr], i64 %nargs
   %last = sub i64 %nargs, 1
   %frame.at = getelementptr ptr, ptr %args, i64 %last
   %frame.object = load ptr, ptr %frame.at
@@ -266,7 +274,9 @@ one:
   %k2 = add i64 %k, 1
   %object.at = getelementptr ptr, ptr %args, i64 %k
   %object = load ptr, ptr %object.at
-  %spec = getelementptr [4 x i64], ptr %specs, i64 %k
+  %spec = getelementptr [8 x i64], ptr %specs, i64 %k
+  %saved.at = getelementptr [2 x ptr], ptr %saved, i64 %k
+  store [2 x ptr] zeroinitializer, ptr %saved.at
   %kind = load i64, ptr %spec
   %spec1 = getelementptr i64, ptr %spec, i64 1
   %offset = load i64, ptr %spec1
@@ -279,7 +289,18 @@ one:
                                      i64 5, label %int
                                      i64 6, label %int
                                      i64 7, label %int
-                                     i64 9, label %int ]
+                                     i64 9, label %int
+                                     i64 10, label %cell.given
+                                     i64 11, label %cell.given
+                                     i64 12, label %cell.given
+                                     i64 13, label %cell.given ]
+cell.given:
+  %memory = call ptr @duo.cell(ptr %object, i64 %kind, ptr %spec, ptr %layout, ptr %saved.at)
+  %refused = icmp eq ptr %memory, null
+  br i1 %refused, label %refuse, label %patch
+refuse:
+  %r.refused = call ptr @PyLong_FromLongLong(i64 -REFUSED)
+  ret ptr %r.refused
 pointer:
   %given = call ptr @PyLong_AsVoidPtr(ptr %object)
   %given.null = icmp eq ptr %given, null
@@ -360,7 +381,7 @@ fits:
   %same = icmp eq i64 %back, %n
   br i1 %same, label %patch, label %unfit
 patch:
-  %address = phi ptr [ %given, %pointer ], [ %cell, %store.f64 ], [ %cell, %store.f32 ], [ %cell, %bool.store ],
+  %address = phi ptr [ %given, %pointer ], [ %memory, %cell.given ], [ %cell, %store.f64 ], [ %cell, %store.f32 ], [ %cell, %bool.store ],
                      [ %cell, %store.i64 ], [ %cell, %fits ]
   %spec2 = getelementptr i64, ptr %spec, i64 2
   %from = load i64, ptr %spec2
@@ -384,15 +405,24 @@ run:
   %release = trunc i64 %flags to i1
   br i1 %release, label %long, label %short
 long:
+  %hides = icmp ne ptr %flight, null
+  br i1 %hides, label %hide, label %leave
+hide:
+  call void @duo.hide(ptr %saved, i64 %last, ptr %layout, ptr %flight)
+  br label %leave
+leave:
   %thread = call ptr @PyEval_SaveThread()
   %r.long = call i64 @duo.run(ptr %frame, ptr %code, i64 %flags)
   call void @PyEval_RestoreThread(ptr %thread)
+  br i1 %hides, label %show, label %result
+show:
+  call void @duo.show(ptr %saved, i64 %last, ptr %layout, ptr %flight)
   br label %result
 short:
   %r.short = call i64 @duo.run(ptr %frame, ptr %code, i64 %flags)
   br label %result
 result:
-  %r = phi i64 [ %r.long, %long ], [ %r.short, %short ]
+  %r = phi i64 [ %r.long, %leave ], [ %r.long, %show ], [ %r.short, %short ]
   %r.object = call ptr @PyLong_FromLongLong(i64 %r)
   ret ptr %r.object
 null:
@@ -424,6 +454,7 @@ define internal float @duo.narrow(double %d) noinline nounwind {
 def runner_text() -> str:
     """The runner; belongs in one module with the text of `pool_text.py`."""
     entry = _ENTRY.replace("OUT_OF_RANGE", str(OUT_OF_RANGE)).replace("WRONG_COUNT", str(WRONG_COUNT))
+    entry = cells_text() + entry.replace("REFUSED", str(REFUSED))
     interpreter = _INTERPRETER.replace("CHUNKS_PER_THREAD", str(CHUNKS_PER_THREAD))
     interpreter = interpreter.replace("PROFILE_HEADER", str(PROFILE_HEADER)).replace("EVENT_WORDS", str(EVENT_WORDS))
     return interpreter + entry

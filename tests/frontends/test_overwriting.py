@@ -11,6 +11,7 @@ import pytest
 
 import duo
 from duo import nn, runtime
+from duo.jit import cells
 
 TRIALS = int(os.environ.get("DUO_SIGNAL_TRIALS", "300"))
 SIZE = 96  # 96 x 96 floats: large enough for eager mode to overwrite
@@ -50,7 +51,7 @@ class Training:
         return [t.detach().numpy().copy() for t in self.state()]
 
 
-MODES = ["eager"]
+MODES = ["eager", "compile"]
 
 
 @pytest.fixture(params=MODES)
@@ -293,7 +294,7 @@ def test_interrupts_find_every_value_whole(mode):
 
 def test_other_threads_read_whole_values(mode):
     """A weight whose elements are all equal stays so for every reader while steps overwrite it."""
-    w = duo.full((300, 300), 1.0, requires_grad=True)
+    w = duo.full((700, 700), 1.0, requires_grad=True)
     optimizer = duo.optim.SGD([w], lr=1.0)
 
     def step():
@@ -304,6 +305,8 @@ def test_other_threads_read_whole_values(mode):
     run = step if mode == "eager" else duo.compile(step)
     for _ in range(3):
         run()
+    if mode == "compile":
+        assert next(iter(run._replays.values())).recording.program.runnable.releases  # readers run meanwhile
     problems, stop = [], threading.Event()
 
     def read():
@@ -322,3 +325,62 @@ def test_other_threads_read_whole_values(mode):
         t.join()
     assert not problems
     assert w.detach().numpy()[0, 0] == 1.0 - 303
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_child_forked_during_a_compiled_step_reads_whole_values():
+    job = Training("compile", size=400)
+    for _ in range(3):
+        job.step()
+    stop = threading.Event()
+
+    def train():
+        while not stop.is_set():
+            job.step()
+
+    thread = threading.Thread(target=train)
+    thread.start()
+    try:
+        for _ in range(8):
+            child = os.fork()
+            if child == 0:
+                code = 1
+                try:
+                    signal.alarm(20)
+                    with duo.no_grad():
+                        code = 0 if np.isfinite((job.weight.detach() * 1.0).numpy()).all() else 2
+                finally:
+                    os._exit(code)
+            assert os.waitpid(child, 0)[1] == 0
+    finally:
+        stop.set()
+        thread.join()
+
+
+def test_what_is_recorded_and_not_yet_run_reads_the_old_values():
+    job = Training("compile")
+    for _ in range(3):
+        job.step()
+    before = job.weight.detach().numpy().copy()
+    pending = job.weight + 0.0
+    job.step()
+    assert np.array_equal(pending.detach().numpy(), before)
+    assert not np.array_equal(job.weight.detach().numpy(), before)
+
+
+def test_gradients_stay_where_they_are_unless_someone_holds_them():
+    job = Training("compile")
+    for _ in range(3):
+        job.step()
+    first = job.weight.grad._val.buf.ptr
+    job.step()
+    assert job.weight.grad._val.buf.ptr == first
+    held = job.weight.grad
+    copy = held.numpy().copy()
+    job.step()
+    assert job.weight.grad is not held and np.array_equal(held.numpy(), copy)
+
+
+def test_layout_is_found_here():
+    """Without it compiled steps would overwrite nothing, and say nothing of it."""
+    assert cells.layout() is not None

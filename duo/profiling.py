@@ -1,7 +1,7 @@
 """`duo.profile`: where the time of a piece of a program goes, by source line and by kernel, against what the machine can do.
 
 The backend's runner notes each phase of each program (duo_backends/cpu/profile.py); here the notes are added up, set against the
-work that the kernels are (duo_ir/kernels/work.py) and the measured peaks, printed, and written as a Chrome trace.
+work that the kernels are (duo_ir/kernels/work.py, which programs ask) and the measured peaks, printed, and written as a Chrome trace.
 """
 
 from __future__ import annotations
@@ -183,19 +183,14 @@ class profile:
 
 
 def _runs(events: Iterable[Any]) -> list[_Run]:
-    describe, flops, traffic = runtime.work()
     out = []
     for e in events:
-        if e.step is None:
+        note = e.note
+        if note is None:
             out.append(_Run("copy", "(copies)", e.start, e.end, e.threads, 0, 0))
-            continue
-        kernel = e.step.kernel
-        out.append(
-            _Run(
-                describe(kernel, e.sizes), e.step.where or "(no line)", e.start, e.end, e.threads,
-                flops(kernel, e.sizes), traffic(kernel, e.sizes),
-            )
-        )  # fmt: skip
+        else:
+            line = note.where or "(no line)"
+            out.append(_Run(note.description, line, e.start, e.end, e.threads, note.flops, note.traffic))
     return out
 
 

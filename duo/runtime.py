@@ -34,6 +34,7 @@ class Statistics:
 
     compiled: int = 0
     fused: int = 0
+    from_disk: int = 0
     hits: int = 0
     overwritten: int = 0
 
@@ -50,6 +51,11 @@ def backend() -> Any:
 @functools.cache
 def _pipeline() -> Any:
     return importlib.import_module("duo_ir.pipeline")
+
+
+@functools.cache
+def _saved() -> Any:
+    return importlib.import_module("duo_backends.cpu.saved")
 
 
 @functools.cache
@@ -150,7 +156,14 @@ def runnable(function: Function, fused: bool = True, scalars: Collection[int] = 
 
 
 def _compile(function: Function, fused: bool, scalars: Collection[int]) -> Any:
-    return _pipeline().compile(function, backend(), fusion=fused, scalars=scalars).bind({})
+    saved = _saved()
+    found = saved.load(function, fused, scalars)
+    if found is not None:
+        statistics.from_disk += 1
+        return found
+    made = _pipeline().compile(function, backend(), fusion=fused, scalars=scalars).bind({})
+    saved.store(function, fused, scalars, made)
+    return made
 
 
 def from_numpy(array: np.ndarray, copy: bool = True) -> Buffer:
@@ -206,9 +219,3 @@ def recording(capacity: int) -> Any:
 def peaks() -> Any:
     """The machine's measured peaks: `gflops_per_core`, `gbytes`, `threads`."""
     return importlib.import_module("duo_backends.cpu.peaks").peaks()
-
-
-def work() -> tuple[Any, Any, Any]:
-    """(describe, flops, traffic) of `duo_ir.kernels.work`."""
-    module = importlib.import_module("duo_ir.kernels.work")
-    return module.describe, module.flops, module.traffic

@@ -7,12 +7,14 @@ NumPy arrays. Executables are immutable and may be used from several threads at 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import numpy as np
 
-from duo_ir.kernels.program import Program
 from duo_ir.types import DType
+
+if TYPE_CHECKING:  # a program that was found on disk needs no passes
+    from duo_ir.kernels.program import Program
 
 Scalar: TypeAlias = float | int | bool
 

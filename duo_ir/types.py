@@ -270,12 +270,13 @@ def _size(value: object) -> int:
 class TensorType:
     """A dtype and a shape. Interned: equal types are the same object."""
 
-    __slots__ = ("__weakref__", "_hash", "dtype", "is_static", "shape")
+    __slots__ = ("__weakref__", "_hash", "_text", "dtype", "is_static", "shape")
     _interned: dict[tuple[DType, Shape], TensorType] = {}
     dtype: DType
     shape: Shape
     is_static: bool  # no symbolic size
     _hash: int
+    _text: str
 
     def __new__(cls, dtype: DType, shape: Shape = ()) -> TensorType:
         key = (dtype, shape)
@@ -288,6 +289,7 @@ class TensorType:
             key = (dtype, shape)
             found = object.__new__(cls)
             found.dtype, found.shape, found._hash = dtype, shape, hash(key)
+            found._text = f"{dtype.name}[{','.join(map(str, shape))}]"
             found.is_static = not any(isinstance(d, Dim) for d in shape)
             cls._interned[key] = found
         return found
@@ -334,7 +336,7 @@ class TensorType:
         return TensorType(dtype, self.shape)
 
     def __str__(self) -> str:
-        return f"{self.dtype.name}[{','.join(map(str, self.shape))}]"
+        return self._text
 
     __repr__ = __str__
 

@@ -1,47 +1,21 @@
-"""Compiled programs on the CPU: `CpuExecutable` (any sizes) and `CpuBound` (sizes known, ready to run).
-
-A call needs a *frame*: argument pointers, scalar cells, temporaries, status words and scratch in one block. Small frames are
-kept by the bound program, one per overlapping call; large ones go back to the allocator after each call, so that programs share
-memory.
-"""
+"""Compiled programs on the CPU, for any sizes: `CpuExecutable` holds a program and its loaded kernels, `bind` makes it ready to run."""
 
 from __future__ import annotations
 
-import ctypes
-import math
-import os
 import threading
-from collections import Counter, OrderedDict
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
-from types import CodeType
-from typing import Any
+from collections import OrderedDict
+from collections.abc import Collection, Mapping
 
-import numpy as np
-
-from duo_backends.base import Scalar
-from duo_backends.cpu import profile
-from duo_backends.cpu import runner_text as layout
-from duo_backends.cpu.memory import Buffer, allocate, allocator
-from duo_backends.cpu.pool_text import CHUNKS_PER_THREAD, STATUS_BYTES
+from duo_backends.cpu.bound import CpuBound, Prepared
 from duo_backends.cpu.runner import native
-from duo_backends.cpu.table import LoadedKernel, Table, build_table
-from duo_backends.cpu.threads import get_num_threads, on_change
-from duo_ir.errors import ArgumentError, DeviceError, IndexOutOfRange
+from duo_backends.cpu.table import LoadedKernel, build_table
+from duo_ir.errors import ArgumentError
 from duo_ir.kernels.kernel import Kernel
 from duo_ir.kernels.plan import written_after_checks
 from duo_ir.kernels.program import Program, Step
-from duo_ir.types import DType, evaluate
+from duo_ir.types import TensorType, evaluate
 
-KEPT_FRAME = 1 << 20  # bytes up to which a bound program keeps its frames
-RELEASE_NANOSECONDS = 30_000  # estimated work from which on other Python threads may run meanwhile
 BOUND_LIMIT = 256  # sets of sizes that an executable remembers
-_LINE = 64
-_KINDS = {
-    "f64": layout.F64, "f32": layout.F32, "i64": layout.I64, "i32": layout.I32, "i16": layout.I16, "i8": layout.I8,
-    "u8": layout.U8, "bool": layout.BOOL, "f16": layout.BITS16, "bf16": layout.BITS16,
-}  # fmt: skip
 
 
 class CpuExecutable:
@@ -74,339 +48,32 @@ class CpuExecutable:
         with self._lock:
             bound = self._bound.get(key)
             if bound is None:
-                bound = self._bound[key] = CpuBound(self, dict(zip(self.program.dims, key)))
+                bound = self._bound[key] = CpuBound(self.prepare(dict(zip(self.program.dims, key))))
                 if len(self._bound) > BOUND_LIMIT:
                     self._bound.popitem(last=False)
         return bound
 
-
-NUMBER = -1
-
-
-@dataclass(frozen=True)
-class Argument:
-    """How an argument of a cell entry is given: `kind` is NUMBER, POINTER (an address) or a kind of cell (`cells_text.py`), with the info and
-    extra that its value must have. slots: the program's inputs and outputs that it is."""
-
-    kind: int
-    slots: tuple[int, ...]
-    info: object = None
-    extra: object = None
-
-
-class Call:
-    """One run that may overwrite inputs: `results` lists its buffers beforehand, `done` tells whether they hold the results. Whoever keeps
-    it can tell after an interrupt, at whatever moment, whether the inputs are old and whole or gone: native code sets the mark."""
-
-    __slots__ = ("_arguments", "_bound", "_frame", "_inputs", "_mark", "results")
-
-    def __init__(
-        self, bound: CpuBound, inputs: Sequence[object], arguments: list[object], frame: Buffer, results: list[Buffer]
-    ) -> None:
-        self._bound, self._inputs, self._frame, self.results = bound, inputs, frame, results
-        self._mark = ctypes.c_int64.from_address(frame.ptr + layout.DONE_AT)
-        self._mark.value = 0
-        self._arguments = [*arguments, frame.ptr]
-
-    @property
-    def done(self) -> bool:
-        """Whether it has run to its end."""
-        return self._mark.value == 1
-
-    def run(self) -> list[Buffer]:
-        """Runs once and gives `results`. Raises IndexOutOfRange, with every input as it was."""
-        failed = self._bound.entry(*self._arguments)
-        if failed:
-            self._bound.fail(failed, self._frame)
-        return self.results
-
-
-class CpuBound:
-    """A program ready to run. `run` may be called from several threads at once."""
-
-    def __init__(self, executable: CpuExecutable, sizes: Mapping[str, int]) -> None:
-        program = self.program = executable.program
-        self.executable, self.sizes = executable, sizes
-        self.table: Table = build_table(program, executable.kernels, sizes, native().copy)
-        self._out_bytes = [evaluate(t.nbytes, sizes) for t in program.outputs]
-        self._in_bytes = [evaluate(t.nbytes, sizes) for t in program.inputs]
-        self._scalars = executable.scalars
-        count = len(program.inputs)
-        self._plain = list(program.results) == list(range(count, count + len(program.outputs)))
-        self._safe = safe = written_after_checks(program)  # a program that fails leaves its inputs as they were
-        self._donations = [
+    def prepare(self, sizes: Mapping[str, int]) -> Prepared:
+        """What a bound program of these sizes is made of."""
+        program = self.program
+        inputs = tuple([TensorType(t.dtype, t.static_shape(sizes)) for t in program.inputs])
+        outputs = tuple([TensorType(t.dtype, t.static_shape(sizes)) for t in program.outputs])
+        table = build_table(program, self.kernels, sizes, native().copy)
+        safe = written_after_checks(program)  # a program that fails leaves its inputs as they were
+        donations = tuple(
             (output, given)
             for output, given in program.donations
             if given not in program.results
-            and given not in self._scalars
-            and self._in_bytes[given] >= self._out_bytes[output]
+            and given not in self.scalars
+            and _nbytes(inputs[given]) >= _nbytes(outputs[output])
             and output in safe
-        ]
-        self.givable = frozenset([given for _, given in self._donations])
-        self._plan = self._make_plan()
-        self.entry = native().make_entry(self._plan.ctypes.data)
+        )
         templates = any(isinstance(item, Step) and item.sizes for item in program.items)
-        self._frames: list[Buffer] = _FromSecondCall() if templates else []
-        self._measure()
-        self.run = self._make_run()
-        on_change(self)
-        profile.register(self)
-
-    # --------------------------------------------------------------------------------------------------------- running
-    # `run(inputs, donated=())`, see `duo_backends.base.Bound.run`, is made by _make_run: a function with the program's
-    # number of inputs and outputs written out costs half of one with loops.
-    run: Callable[..., list[Buffer]]
-
-    def _make_run(self) -> Callable[..., list[Buffer]]:
-        names: dict[str, Any] = {
-            "entry": self.entry, "begin": self.begin, "results": self._results, "bits": self._bits, "check": self.check_inputs,
-        }  # fmt: skip
-        inputs = [f"a{k}" for k in range(len(self._in_bytes))]
-        lines = ["def run(inputs, donated=()):", "  if donated: return begin(inputs, donated).run()"]
-        if os.environ.get("DUO_VERIFY") == "1":
-            lines.append("  check(inputs)")
-        if inputs:
-            lines.append(f"  {', '.join(inputs)}, = inputs")
-        addresses = [self._address(k, name) for k, name in enumerate(inputs)]
-        for k in range(len(self._out_bytes)):
-            lines += ["  " + line for line in self.output_lines(k, names)]
-            addresses.append(f"o{k}.ptr")
-        lines += ["  " + line for line in self.call_lines("entry", addresses, names)]
-        outputs = f"[{', '.join(f'o{k}' for k in range(len(self._out_bytes)))}]"
-        lines.append(f"  return {outputs}" if self._plain else f"  return results(inputs, {outputs})")
-        exec(_compiled("\n".join(lines)), names)
-        return names["run"]  # type: ignore[no-any-return]
-
-    def output_lines(self, k: int, names: dict[str, Any]) -> list[str]:
-        """Code that makes `o{k}`, a buffer for output k."""
-        nbytes = self._out_bytes[k]
-        home = allocator.class_of(nbytes)
-        names.update({f"home{k}": home, f"pop{k}": home.pop, "Buffer": Buffer, "allocate": allocate})
-        return [
-            f"try: o{k} = Buffer(pop{k}(), {nbytes}, home{k})",
-            f"except IndexError: o{k} = allocate({nbytes})",
-        ]
-
-    def call_lines(
-        self, entry: str, arguments: Sequence[str], names: dict[str, Any], refused: str = "", lock: str = ""
-    ) -> list[str]:
-        """Code that calls an entry with a frame and raises what it reports. `refused`: what to do if it refuses; `lock`: held meanwhile."""
-        names.update({"frames": self._frames, "new_frame": self.new_frame, "fail": self.fail})
-        call = f"failed = {entry}({', '.join([*arguments, 'frame.ptr'])})"
-        lines = ["try: frame = frames.pop()", "except IndexError: frame = new_frame()"]
-        lines += [call] if not lock else [f"with {lock}:", f"  {call}"]
-        lines.append("if failed:")
-        if refused:
-            lines += [f"  if failed == {-layout.REFUSED}:", f"    {refused}"]
-        lines.append("  fail(failed, frame)")
-        return [*lines, f"if frame.nbytes <= {KEPT_FRAME}: frames.append(frame)"]
-
-    def _address(self, k: int, name: str) -> str:
-        """The expression for what the entry takes for input k."""
-        if k not in self._scalars:
-            return f"{name}.ptr"
-        return f"bits({name}, {k})" if self.program.inputs[k].dtype.is_narrow_float else name
-
-    def _bits(self, value: object, k: int) -> int:
-        """The bits of an f16 or bf16 scalar input."""
-        return int(_rounded(value, self.program.inputs[k].dtype).view(np.uint16))
-
-    def begin(
-        self,
-        inputs: Sequence[Buffer | Scalar],
-        donated: Collection[int] = (),
-        preferred: Sequence[tuple[int, int]] = (),
-    ) -> Call:
-        """A call that may write results into the buffers of the inputs `donated`, where the program allows it and nobody else sees their
-        memory: the result is that very buffer. Pairs (result, input) that are `preferred` come first."""
-        donors = self._donors(inputs, donated, preferred)
-        outputs = [donors.get(k) or allocate(n) for k, n in enumerate(self._out_bytes)]
-        given: list[object] = []
-        for k, x in enumerate(inputs):
-            if k not in self._scalars:
-                given.append(x.ptr)  # type: ignore[union-attr]
-            else:
-                given.append(self._bits(x, k) if self.program.inputs[k].dtype.is_narrow_float else x)
-        given += [x.ptr for x in outputs]
-        return Call(self, inputs, given, self.new_frame(), outputs if self._plain else self._results(inputs, outputs))
-
-    def check_inputs(self, inputs: Sequence[Buffer | Scalar]) -> None:
-        """Raises ArgumentError when there are too few inputs or a buffer is too small (each call does under DUO_VERIFY=1)."""
-        if len(inputs) != len(self._in_bytes):
-            raise ArgumentError(f"the program takes {len(self._in_bytes)} inputs, not {len(inputs)}")
-        for k, (x, nbytes) in enumerate(zip(inputs, self._in_bytes)):
-            if k not in self._scalars and (not isinstance(x, Buffer) or x.nbytes < nbytes):
-                raise ArgumentError(f"input {k}, {self.program.inputs[k]}, needs a buffer of {nbytes} bytes, not {x!r}")
-
-    def _donors(
-        self,
-        inputs: Sequence[Buffer | Scalar],
-        donated: Collection[int],
-        preferred: Sequence[tuple[int, int]],
-    ) -> dict[int, Buffer]:
-        """Output number -> the given-away input that it overwrites: one that the program allows and nobody else sees."""
-        donors: dict[int, Buffer] = {}
-        taken: set[int] = set()
-        uses = Counter(map(id, inputs))
-        count, allowed = len(self.program.inputs), set(self._donations)
-        first = [(self.program.results[k] - count, given) for k, given in preferred]
-        for output, given in [*[pair for pair in first if pair in allowed], *self._donations]:
-            if output in donors or given in taken or given not in donated:
-                continue
-            buffer = inputs[given]
-            if isinstance(buffer, Buffer) and buffer.donatable and uses[id(buffer)] == 1:
-                donors[output] = buffer
-                taken.add(given)
-        return donors
-
-    def _results(self, inputs: Sequence[Buffer | Scalar], outputs: list[Buffer]) -> list[Buffer]:
-        count = len(self.program.inputs)
-        out = []
-        for slot in self.program.results:
-            if slot >= count:
-                out.append(outputs[slot - count])
-            elif slot in self._scalars:
-                array = _rounded(inputs[slot], self.program.inputs[slot].dtype)
-                buffer = allocate(array.nbytes)
-                ctypes.memmove(buffer.ptr, array.ctypes.data, array.nbytes)
-                out.append(buffer)
-            else:
-                out.append(inputs[slot])  # type: ignore[arg-type]
-        return out
-
-    def fail(self, code: int, frame: Buffer) -> None:
-        if code > 0:
-            raise self._index_error(self.table.steps[code - 1], frame)
-        if code == -layout.WRONG_COUNT:
-            raise ArgumentError(f"the program takes {len(self.program.inputs)} inputs")
-        if code < -layout.OUT_OF_RANGE:
-            k = -code - layout.OUT_OF_RANGE - 1
-            raise ArgumentError(f"input {k} does not fit {self.program.inputs[k].dtype.name}")
-        raise DeviceError(f"input {-code - 1} of the program has no memory")
-
-    def _index_error(self, step: Step | None, frame: Buffer) -> IndexOutOfRange:
-        assert step is not None
-        status = ctypes.c_int64.from_address(frame.ptr + 16).value
-        site, index, bound = (ctypes.c_int64 * 3).from_address(status)
-        sites = step.kernel.sites
-        what = sites[site - 1] if 0 < site <= len(sites) else "an indexed access"
-        if "{index}" in what:
-            return IndexOutOfRange(what.replace("{index}", str(index)))
-        where = f"{step.where}: " if step.where else ""
-        return IndexOutOfRange(f"{where}{what}: index {index} is out of range for an axis of size {bound}")
-
-    # ---------------------------------------------------------------------------------------------- plan and frames
-    def _make_plan(self) -> np.ndarray:
-        """The words that `duo_entry` reads; arrays they point to are kept in this object."""
-        program, count = self.program, len(self.program.inputs) + len(self.program.outputs)
-        base = layout.FRAME_HEADER + 8 * len(program.inputs)
-        users: list[list[int]] = [[] for _ in range(count)]
-        for word, place in enumerate(self.table.places):
-            if place < 0:
-                users[-1 - place].append(base + 8 * word)
-        self._users = users
-        self._patches = np.array([offset for user in users for offset in user] + [0], np.int64)
-        self._specs = np.zeros((count + 1, layout.SPEC_WORDS), np.int64)
-        position = 0
-        for k, user in enumerate(users):
-            kind = _KINDS[program.inputs[k].dtype.name] if k in self._scalars else layout.POINTER
-            self._specs[k, :4] = (kind, layout.FRAME_HEADER + 8 * k, position, position + len(user))
-            position += len(user)
-        flags = layout.HAS_PARALLEL if self.table.parallel else 0
-        if self.table.cost > RELEASE_NANOSECONDS or self.table.loops:
-            flags |= layout.RELEASE_GIL
-        addresses = [a.ctypes.data for a in (self.table.code, self._specs, self._patches)]
-        self._temps_at = _round(base + 8 * len(self.table.places))
-        self._places_at = base
-        # Frame offsets of what lies in the arena; arguments are patched by each call.
-        self._places = np.array([max(place, 0) + self._temps_at for place in self.table.places], np.int64)
-        self._flags = flags
-        return np.array([count + 1, *addresses, flags, 0, 0], np.int64)
-
-    def cell_entry(
-        self, arguments: Sequence[Argument], layout_words: np.ndarray, flight: object
-    ) -> tuple[Callable[..., int], object]:
-        """An entry for arguments given another way than `run`'s: of each, how, and which slots of inputs and outputs get its address. Its last
-        argument is the frame. It gives 0; `-REFUSED`, with nothing changed; or another code for `fail`. Keep the second object as long."""
-        patches: list[int] = []
-        specs = np.zeros((len(arguments) + 1, layout.SPEC_WORDS), np.int64)
-        for row, argument in zip(specs, arguments):
-            start = len(patches)
-            patches += [offset for slot in argument.slots for offset in self._users[slot]]
-            kind, cell = argument.kind, 0
-            if argument.kind == NUMBER:
-                (slot,) = argument.slots
-                kind, cell = _KINDS[self.program.inputs[slot].dtype.name], layout.FRAME_HEADER + 8 * slot
-            row[:6] = (
-                kind,
-                cell,
-                start,
-                len(patches),
-                *[0 if x is None else id(x) for x in (argument.info, argument.extra)],
-            )
-        places = np.array([*patches, 0], np.int64)
-        words = [len(arguments) + 1, self.table.code.ctypes.data, specs.ctypes.data, places.ctypes.data, self._flags]
-        plan = np.array([*words, layout_words.ctypes.data, id(flight)], np.int64)
-        return native().make_entry(plan.ctypes.data), (self, arguments, specs, places, plan, layout_words, flight)
-
-    @property
-    def releases(self) -> bool:
-        """Whether other Python threads run meanwhile."""
-        return bool(self._flags & layout.RELEASE_GIL)
-
-    def may_overwrite(self, output: int, given: int) -> bool:
-        """Whether the output may be written into the memory of that input."""
-        return (output, given) in self._donations
-
-    @property
-    def safe_outputs(self) -> frozenset[int]:
-        """Outputs that are not written before everything that may fail has run."""
-        return self._safe
-
-    def _measure(self) -> None:
-        threads = get_num_threads() if self.table.parallel else 1
-        status_at = _round(self._temps_at + self.table.arena)
-        scratch_at = _round(status_at + STATUS_BYTES * CHUNKS_PER_THREAD * threads)
-        self._geometry = (threads, status_at, scratch_at, scratch_at + self.table.scratch(threads))
-        self._frames.clear()
-
-    def threads_changed(self) -> None:
-        self._measure()
-
-    def new_frame(self) -> Buffer:
-        """A frame for one call at a time; its `ptr` is the entry's last argument."""
-        threads, status_at, scratch_at, nbytes = self._geometry
-        frame = allocate(nbytes)
-        start = frame.ptr
-        header = (ctypes.c_int64 * 3).from_address(start)
-        header[0], header[1], header[2] = threads, start + scratch_at, start + status_at
-        words = self._places + start
-        ctypes.memmove(start + self._places_at, words.ctypes.data, words.nbytes)
-        ctypes.memset(start + status_at, 0, STATUS_BYTES * CHUNKS_PER_THREAD * threads)
-        return frame
+        results = program.results
+        return Prepared(
+            inputs, outputs, results, donations, frozenset(safe), self.scalars, table, templates, self.kernels
+        )
 
 
-class _FromSecondCall(list[Buffer]):
-    """The frames of a program of templates, most of which run once: what the first call leaves is not kept."""
-
-    called = False
-
-    def append(self, frame: Buffer) -> None:
-        if self.called:
-            super().append(frame)
-        self.called = True
-
-
-def _rounded(value: object, dtype: DType) -> np.ndarray:
-    """A Python number as a 0-d array."""
-    with np.errstate(over="ignore"):
-        return np.asarray(value, dtype.numpy)
-
-
-@lru_cache(maxsize=1024)
-def _compiled(source: str) -> CodeType:
-    return compile(source, "<duo bound program>", "exec")
-
-
-def _round(nbytes: int) -> int:
-    return math.ceil(nbytes / _LINE) * _LINE
+def _nbytes(type: TensorType) -> int:
+    return evaluate(type.nbytes, {})

@@ -13,18 +13,16 @@ import hashlib
 import itertools
 import os
 import platform
-import sys
 import threading
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
 from duo_backends.cpu.cache import DiskCache, default_directory
 from duo_backends.cpu.code import Target
-from duo_backends.cpu.objects import Unsupported, load_objects
+from duo_backends.cpu.objects import OWN_LOADER, Unsupported, load_objects
 from duo_ir.errors import ArgumentError, DeviceError
 
 REVISION = "1"  # part of every cache key: change it when options of code generation change
@@ -63,10 +61,11 @@ class Statistics:
 
 @dataclass(frozen=True)
 class Library:
-    """Loaded code; the addresses are valid while it is referenced."""
+    """Loaded code; the addresses are valid while it is referenced. `key`: the name of its object file in the disk cache."""
 
     addresses: Mapping[str, int]
     tracker: Any
+    key: str = ""
 
 
 statistics = Statistics()
@@ -206,16 +205,35 @@ def object_codes(texts: Sequence[str], m: Machine) -> list[bytes]:
         missing = [i for i, code in enumerate(found) if code is None]
         statistics.from_disk += len(texts) - len(missing)
         statistics.compiled += len(missing)
-        workers = min(len(missing), os.cpu_count() or 1, 8)
-        if workers > 1:
-            with ThreadPoolExecutor(workers) as pool:
-                made = list(pool.map(lambda i: _generate(texts[i], m), missing))
-        else:
-            made = [_generate(texts[i], m) for i in missing]
+        made = _in_threads(lambda i: _generate(texts[i], m), missing)
         for i, code in zip(missing, made):
             found[i] = code
             disk.put(keys[i], code)
     return [code for code in found if code is not None]
+
+
+def _in_threads(work: Callable[[int], bytes], items: Sequence[int]) -> list[bytes]:
+    """work(item) of every item, in order, on several threads; raises the first error. (`concurrent.futures` takes milliseconds to load.)"""
+    out: list[Any] = [None] * len(items)
+    left = iter(enumerate(items))
+
+    def run() -> None:
+        for k, item in left:
+            try:
+                out[k] = work(item)
+            except BaseException as error:
+                out[k] = error
+
+    threads = [threading.Thread(target=run) for _ in range(min(len(items), os.cpu_count() or 1, 8) - 1)]
+    for thread in threads:
+        thread.start()
+    run()
+    for thread in threads:
+        thread.join()
+    for result in out:
+        if isinstance(result, BaseException):
+            raise result
+    return out
 
 
 # --------------------------------------------------------------------------------------------------------- loading
@@ -238,16 +256,13 @@ def load_many(
     objects: Sequence[tuple[bytes, Sequence[str]]], imports: Mapping[str, int] | None = None
 ) -> list[Library]:
     """`load` for several (object file, symbols) that will be kept together."""
-    if _OWN_LOADER:
+    if OWN_LOADER:
         try:
             found, memory = load_objects([code for code, _ in objects], imports)
             return [Library({s: each[s] for s in symbols}, memory) for each, (_, symbols) in zip(found, objects)]
         except Unsupported:
             pass
     return [_link(code, symbols, imports or {}) for code, symbols in objects]
-
-
-_OWN_LOADER = sys.platform == "linux" and platform.machine() == "x86_64"
 
 
 def _link(code: bytes, symbols: Sequence[str], imports: Mapping[str, int]) -> Library:
@@ -273,5 +288,20 @@ def build(text: str, symbols: Sequence[str], m: Machine, imports: Mapping[str, i
 
 def build_many(modules: Sequence[tuple[str, Sequence[str]]], m: Machine) -> list[Library]:
     """As `build`, for several (text, symbols) at once."""
-    codes = object_codes([text for text, _ in modules], m)
-    return load_many([(code, symbols) for code, (_, symbols) in zip(codes, modules)])
+    texts = [text for text, _ in modules]
+    codes = object_codes(texts, m)
+    libraries = load_many([(code, symbols) for code, (_, symbols) in zip(codes, modules)])
+    return [replace(library, key=cache_key(text, m)) for library, text in zip(libraries, texts)]
+
+
+def build_for_host(text: str, symbols: Sequence[str], fingerprint: str | None, imports: Mapping[str, int]) -> Library:
+    """`build` for this machine. With a `fingerprint` of it and of the code generator, object code that an earlier process made loads
+    without LLVM."""
+    if fingerprint is None:
+        return build(text, symbols, machine("native"), imports)
+    key = hashlib.sha256("\0".join(("host", fingerprint, text)).encode()).hexdigest()
+    code = disk_cache().get(key)
+    if code is None:
+        code = object_codes([text], machine("native"))[0]
+        disk_cache().put(key, code)
+    return load(code, symbols, imports)

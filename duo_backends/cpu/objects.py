@@ -9,6 +9,7 @@ Formats: System V ABI (gabi, chapters 4 and 5) and its x86-64 supplement, sectio
 from __future__ import annotations
 
 import ctypes
+import platform
 import struct
 import sys
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,7 @@ from typing import NamedTuple
 from duo_backends.cpu.system import system
 from duo_ir.errors import DeviceError
 
+OWN_LOADER = sys.platform == "linux" and platform.machine() == "x86_64"  # whether objects made here load without LLVM
 _MAGIC = b"\x7fELF\x02\x01\x01"  # 64 bits, little-endian
 _RELOCATABLE, _X86_64 = 1, 62
 _SYMTAB, _RELA, _NOBITS = 2, 4, 8

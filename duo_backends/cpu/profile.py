@@ -16,7 +16,6 @@ import numpy as np
 from duo_backends.cpu.runner import native
 from duo_backends.cpu.runner_text import CODE_WORDS, EVENT_WORDS, PROFILE_HEADER
 from duo_ir.errors import ArgumentError
-from duo_ir.kernels.program import Step
 
 _bounds: weakref.WeakSet[Any] = weakref.WeakSet()  # every bound program
 _lock = threading.Lock()
@@ -33,11 +32,10 @@ def register(bound: Any) -> None:
 
 @dataclass(frozen=True)
 class Event:
-    """One run of a kernel, all its phases: the program's step (None: a copy), the values of the kernel's sizes, nanoseconds on the clock
-    of `time.perf_counter_ns`, threads it may have used."""
+    """One run of a kernel, all its phases: what is known of it (`bound.Note`; None: a copy), nanoseconds on the clock of
+    `time.perf_counter_ns`, threads it may have used."""
 
-    step: Step | None
-    sizes: dict[str, int]
+    note: Any
     start: int
     end: int
     threads: int
@@ -92,13 +90,13 @@ class Recording:
             begin, number = spans[int(np.searchsorted(starts, address, "right")) - 1]
             bound = self.bounds[number]
             row = (address - begin) // (8 * CODE_WORDS)
-            step = bound.table.steps[row]
-            if row > 0 and step is not None and bound.table.steps[row - 1] is step and number in latest:
+            note = bound.table.notes[row]
+            if row > 0 and note is not None and bound.table.notes[row - 1] is note and number in latest:
                 k = latest[number]  # a further phase
                 out[k] = replace(out[k], end=end, threads=max(threads, out[k].threads))
                 continue
             latest[number] = len(out)
-            out.append(Event(step, dict(step.bind(bound.sizes)) if step is not None else {}, start, end, threads))
+            out.append(Event(note, start, end, threads))
         return sorted(out, key=lambda e: e.start)
 
 

@@ -13,7 +13,8 @@ import threading
 from collections.abc import Callable
 
 from duo_backends.cpu import pool_text, runner_text, threads
-from duo_backends.cpu.jit import Library, build, machine
+from duo_backends.cpu.fingerprint import fingerprint
+from duo_backends.cpu.jit import Library, build_for_host
 from duo_backends.cpu.system import system
 
 _METH_FASTCALL = 0x80  # Include/methodobject.h
@@ -41,7 +42,7 @@ class Native:
             name: ctypes.cast(getattr(ctypes.pythonapi, name), ctypes.c_void_p).value or 0
             for name in runner_text.PYTHON
         }
-        self.library: Library = build(text, symbols, machine("native"), imports)
+        self.library: Library = build_for_host(text, symbols, fingerprint(), imports)
         addresses = self.library.addresses
         number = ctypes.CFUNCTYPE(None, ctypes.c_int64)
         self.resize = ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64)(addresses["duo_resize"])

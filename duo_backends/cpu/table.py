@@ -13,12 +13,14 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from duo_backends.cpu.code import KernelCode
+from duo_backends.cpu.bound import Note, Table
+from duo_backends.cpu.code import KernelCode, no_scratch
 from duo_backends.cpu.pool_text import MAX_THREADS
 from duo_backends.cpu.runner_text import BRANCH, CODE_WORDS, END, FRAME_HEADER, JUMP, PHASE
 from duo_ir.errors import VerifyError
 from duo_ir.kernels.kernel import Kernel
 from duo_ir.kernels.program import Cond, Copy, Program, Step, While
+from duo_ir.kernels.work import describe, flops, traffic
 from duo_ir.types import evaluate
 
 SERIAL_NANOSECONDS = 50_000  # a phase below this is not worth waking threads for
@@ -39,23 +41,33 @@ class LoadedKernel:
     library: object
 
 
-@dataclass
-class Table:
-    """The result: `code` words (dims as addresses into `dims`), the pointer words of a frame as places, and the arena's size.
-    `steps[i]` is what instruction i runs, for error messages. `scratch(threads)` gives bytes."""
+class StepNote:
+    """What bound programs tell of a step (`bound.Note`), computed when somebody asks. `sizes`: the values of its kernel's sizes."""
 
-    code: np.ndarray
-    dims: np.ndarray
-    places: list[int]
-    arena: int
-    cost: float
-    parallel: bool
-    loops: bool
-    steps: list[Step | None]
-    scratch_users: list[tuple[KernelCode, Mapping[str, int], int]]
+    __slots__ = ("_sizes", "_step")
 
-    def scratch(self, threads: int) -> int:
-        return max((code.scratch(sizes, min(n, threads)) for code, sizes, n in self.scratch_users), default=0)
+    def __init__(self, step: Step, sizes: Mapping[str, int]) -> None:
+        self._step, self._sizes = step, sizes
+
+    @property
+    def where(self) -> str:
+        return self._step.where
+
+    @property
+    def sites(self) -> Sequence[str]:
+        return self._step.kernel.sites
+
+    @property
+    def description(self) -> str:
+        return describe(self._step.kernel, self._sizes)
+
+    @property
+    def flops(self) -> int:
+        return flops(self._step.kernel, self._sizes)
+
+    @property
+    def traffic(self) -> int:
+        return traffic(self._step.kernel, self._sizes)
 
 
 def argument(k: int) -> int:
@@ -102,7 +114,7 @@ class _Coder:
     base: int  # frame offset of the first pointer word
     layouts: dict[int, _Layout] = field(default_factory=dict)
     code: list[list[int]] = field(default_factory=list)
-    steps: list[Step | None] = field(default_factory=list)
+    notes: list[Note | None] = field(default_factory=list)
     places: list[int] = field(default_factory=list)
     dims: list[int] = field(default_factory=list)
     users: list[tuple[KernelCode, Mapping[str, int], int]] = field(default_factory=list)
@@ -173,11 +185,12 @@ class _Coder:
         dims = len(self.dims)
         self.dims += sizes.values()
         most = 1
+        note = StepNote(step, sizes)
         for address, n in zip(loaded.addresses, units):
             if n > 0:
                 threads = _threads(cost, n)
                 most = max(most, *threads)
-                self.add([PHASE, address, args, dims, n, *threads], step)
+                self.add([PHASE, address, args, dims, n, *threads], note)
         self.users.append((loaded.code, sizes, most))
 
     def copy_bytes(self, source: int, target: int, nbytes: int) -> None:
@@ -254,9 +267,9 @@ class _Coder:
         self.places += places
         return offset
 
-    def add(self, words: list[int], step: Step | None = None) -> int:
+    def add(self, words: list[int], note: Note | None = None) -> int:
         self.code.append(words)
-        self.steps.append(step)
+        self.notes.append(note)
         return len(self.code) - 1
 
 
@@ -275,7 +288,12 @@ def build_table(program: Program, kernels: Mapping[Kernel, LoadedKernel], sizes:
             row[3] = dims.ctypes.data + 8 * words[3]
     parallel = any(words[0] == PHASE and words[6] > 1 for words in coder.code)
     arena = coder.layout(program).nbytes
-    return Table(code, dims, coder.places, arena, coder.cost, parallel, coder.loops, coder.steps, coder.users)
+    users = [user for user in coder.users if user[0].scratch is not no_scratch]
+
+    def scratch(threads: int) -> int:
+        return max((code.scratch(sizes, min(n, threads)) for code, sizes, n in users), default=0)
+
+    return Table(code, dims, coder.places, arena, coder.cost, parallel, coder.loops, coder.notes, scratch)
 
 
 def single_place(body: Program, carried: int) -> set[int]:

@@ -116,7 +116,8 @@ def run_once(
 ) -> list[np.ndarray]:
     """The results of one run on arrays (Python numbers where the program takes scalars), in memory that held poison."""
     buffers = [a if type(a) in (int, float, bool) else machine.from_numpy(np.asarray(a)) for a in arrays]
-    shapes = [t.static_shape(bound.sizes) for t in function.result_types]
+    sizes_of = bind_dims(function.param_types, [np.shape(a) for a in arrays])
+    shapes = [t.static_shape(sizes_of) for t in function.result_types]
     sizes = [math.prod(s) * t.dtype.itemsize for s, t in zip(shapes, function.result_types)]
     poison = [machine.from_numpy(np.full(n, POISON, np.uint8)) for n in sizes]
     del poison  # the allocator hands these blocks out again

@@ -17,8 +17,8 @@ from duo.eager.tensor import EagerTensor
 from duo.jit import cells
 from duo.jit.recording import Source
 from duo.jit.replay import Replay, Writer
-from duo_backends.cpu.cells_text import ANY, GRADIENT, OWNED, READ
 from duo_backends.cpu.bound import NUMBER, Argument
+from duo_backends.cpu.cells_text import ANY, GRADIENT, OWNED, READ
 from duo_backends.cpu.runner_text import POINTER
 
 

@@ -256,7 +256,7 @@ def load_many(
     objects: Sequence[tuple[bytes, Sequence[str]]], imports: Mapping[str, int] | None = None
 ) -> list[Library]:
     """`load` for several (object file, symbols) that will be kept together."""
-    if OWN_LOADER:
+    if OWN_LOADER and objects:
         try:
             found, memory = load_objects([code for code, _ in objects], imports)
             return [Library({s: each[s] for s in symbols}, memory) for each, (_, symbols) in zip(found, objects)]

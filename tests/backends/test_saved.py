@@ -82,6 +82,16 @@ def test_a_stored_program_gives_the_same():
             assert (ours.description, ours.flops, ours.traffic) == (theirs.description, theirs.flops, theirs.traffic)
 
 
+def test_a_program_without_kernels():
+    builder = Builder("same")
+    with builder:
+        x = builder.parameter(TensorType(f32, (5, 4)))
+        function = builder.build([x, x])
+    saved.store(function, True, (), pipeline.compile(function, CpuBackend()).bind({}))
+    given = inputs()[:1]
+    assert saved.load(function, True, ()).run(given) == [*given, *given]
+
+
 def test_lines_are_those_of_the_program_at_hand():
     saved.store(build(7), True, SCALARS, compiled(build(7)))
     for line in (7, 23):

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import duo
 from duo_backends.cpu import fingerprint as fingerprints
 from duo_backends.cpu import jit, saved
 from duo_backends.cpu.backend import CpuBackend
@@ -191,12 +190,3 @@ def test_a_second_process_needs_no_compiler(tmp_path):
     losses = first[: first.index("]") + 1]
     assert second == f"{losses} True []"
     assert first != second
-
-
-def test_statistics_tell(tmp_path):
-    x = duo.tensor([1.0, 2.0, 3.0])
-    before = duo.debug.statistics().from_disk
-    for _ in range(2):
-        duo.debug.set_backend("cpu")  # forgets programs
-        (x * 3.25 + 1.5).exp().tolist()
-    assert duo.debug.statistics().from_disk > before

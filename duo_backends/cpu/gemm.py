@@ -25,6 +25,8 @@ from duo_ir.errors import ArgumentError
 from duo_ir.kernels.kernel import Access, ContractKernel
 from duo_ir.types import DimLike, DType, evaluate, product
 
+_LINE = 64  # bytes of a cache line
+
 
 def compile_contract(kernel: ContractKernel, target: Target) -> KernelCode:
     """One phase; units are rectangles of the result. Raises ArgumentError for operands with guards or index operands."""
@@ -185,6 +187,45 @@ class _Driver:
                 strip(full, f.op(f"icmp slt {vector(lanes, 'i64')} <{numbers}>, {count}"))
         f.finish()
 
+    # ---------------------------------------------------------------------------------------------------- prefetch
+    def _met_late(self) -> list[tuple[Access, int]]:
+        """What the epilogue reads and writes beside the result's own lines, in rows along its columns; 1 marks writes. The hardware does not
+        foresee such short rows."""
+        kernel = self.kernel
+        if len(kernel.stores) + len(kernel.body) <= 2:
+            return []
+        accesses = [(i.attr, 0) for i in kernel.body if isinstance(i.attr, Access)] + [(s.access, 1) for s in kernel.stores]
+        return [
+            (a, write)
+            for a, write in accesses
+            if a.at.strides[-1] == 1 and a.at.strides[-2] != 0 and not a.index_strides and not a.guards
+        ]
+
+    def prefetch(self) -> str:
+        """void name(args, dims, status, batch indices..., row, rows, column, columns): fetches the lines of a tile."""
+        return self._function("prefetch", "prefetch", self._emit_prefetch)
+
+    def _emit_prefetch(self, name: str) -> None:
+        kernel = self.kernel
+        batch = [f"%batch{i}" for i in range(len(kernel.batch))]
+        f = Function(
+            self.module,
+            f"define internal void @{name}(ptr %args, ptr %dims, ptr %status, "
+            + "".join(f"i64 {b}, " for b in batch)
+            + "i64 %row, i64 %rows, i64 %column, i64 %columns) noinline #0",
+        )
+        emitter = Emitter(f, self.target, kernel.args, _pointers(f, kernel), kernel.dims)
+        with f.loop("0", "%rows", 1, runs=True) as loop:
+            row = f.op(f"add i64 %row, {loop.index}")
+            for access, write in self._met_late():
+                dtype = kernel.args[access.buffer].dtype
+                position, _, _ = emitter.affine(Scope.flat((*batch, row, "%column")), access.at)
+                start = f.gep(memory_type(dtype), emitter.pointers[access.buffer], position)
+                for offset in range(0, self.plan.panel * dtype.itemsize, _LINE):
+                    operands = [("ptr", f.gep("i8", start, str(offset))), *[("i32", str(n)) for n in (write, 3, 1)]]
+                    f.emit(f.intrinsic("prefetch", "void", operands, "p0"))
+        f.finish()
+
     # -------------------------------------------------------------------------------------------------------- main
     def emit(self) -> None:
         kernel, plan = self.kernel, self.plan
@@ -284,18 +325,23 @@ class _Driver:
                 level = f.op(f.intrinsic("ctpop", "i64", [("i64", chunk)]))
                 level = f.op(f"select i1 {self.long}, i64 {level}, i64 0")
                 sums = f.gep("i8", self.sums, f.mul(level, str(plan.sums_bytes)))
+            # after its last block a tile is finished at once, while it and what was fetched for it are near
+            last_block = "true"
+            if not plan.one_block:
+                last_block = f.op(f"icmp eq i64 {block.index}, {f.sub(self.blocks, '1', f.top)}")
+            finish = None if plan.may_be_long else last_block
             self._pack_b(b, k)
             if plan.pack_a:
                 with f.loop(self.t0, self.t1, plan.cached_tiles, runs=True) as cached:
                     last = f.min(f.add(cached.index, str(plan.cached_tiles)), self.t1)
                     self._pack_a(a, k, cached.index, last)
-                    self._multiply(cached.index, last, a, b, k, sums, add)
+                    self._multiply(cached.index, last, a, b, k, sums, add, finish)
             else:
-                self._multiply(self.t0, self.t1, a, b, k, sums, add)
+                self._multiply(self.t0, self.t1, a, b, k, sums, add, finish)
             if plan.may_be_long:
                 with f.when(self.long):
                     self._combine_chunks(block.index, chunk, level)
-        if not plan.one_block:
+        if plan.may_be_long:
             with self._sweep(self.t0, self.t1) as (panel, tile):
                 self._finish_tile(tile, panel, self.sums)
 
@@ -336,7 +382,10 @@ class _Driver:
             return no
         return self.f.pure(f"select i1 {condition}, {type_} {yes}, {type_} {no}")
 
-    def _multiply(self, t0: str, t1: str, a: str, b: str, k: str, sums: str, add: str) -> None:
+    def _multiply(
+        self, t0: str, t1: str, a: str, b: str, k: str, sums: str, add: str, finish: str | None
+    ) -> None:  # fmt: skip
+        """One block of K into the sums of row tiles [t0, t1); then, where the i1 `finish` says so, the epilogue."""
         f, plan, kernel = self.f, self.plan, self.kernel
         size = plan.compute.itemsize
         with self._sweep(t0, t1) as (panel, tile):
@@ -372,11 +421,15 @@ class _Driver:
                 for s in plan.segments
             ]
             name, place = self._select(tile.number, names, "ptr"), self._sums_of(tile, panel, sums)
+            if finish is not None and self._met_late():
+                with f.when(finish):
+                    self._call_on_tile(self.prefetch(), tile, panel, "")
             f.emit(
                 f"call void {name}(i64 {k}, ptr {a_at}, i64 {a_step}, ptr {b_at}, i64 {b_step}, ptr {place}, i1 {add})"
             )
-            if plan.one_block:
-                self._finish_tile(tile, panel, sums)
+            if finish is not None:
+                with f.when(finish):
+                    self._finish_tile(tile, panel, sums)
 
     def _sums_of(self, tile: _RowTile, panel: _Panel, sums: str) -> str:
         if self.plan.one_block:
@@ -387,11 +440,16 @@ class _Driver:
 
     def _finish_tile(self, tile: _RowTile, panel: _Panel, sums: str) -> None:
         plan, size = self.plan, self.plan.lanes * self.plan.compute.itemsize
-        batch = "".join(f"i64 {b}, " for b in self.batch)
         row_bytes = self._choose(panel.tail, str(plan.tail_vectors * size), str(plan.vectors * size))
+        self._call_on_tile(
+            self.epilogue(), tile, panel, f", ptr {self._sums_of(tile, panel, sums)}, i64 {row_bytes}"
+        )  # fmt: skip
+
+    def _call_on_tile(self, name: str, tile: _RowTile, panel: _Panel, more: str) -> None:
+        batch = "".join(f"i64 {b}, " for b in self.batch)
         self.f.emit(
-            f"call void @{self.epilogue()}(ptr %args, ptr %dims, ptr %status, {batch}i64 {tile.row}, i64 {tile.rows}, "
-            f"i64 {panel.column}, i64 {panel.columns}, ptr {self._sums_of(tile, panel, sums)}, i64 {row_bytes})"
+            f"call void @{name}(ptr %args, ptr %dims, ptr %status, {batch}i64 {tile.row}, i64 {tile.rows}, "
+            f"i64 {panel.column}, i64 {panel.columns}{more})"
         )
 
     # --------------------------------------------------------------------------------------------------- packing

@@ -17,7 +17,7 @@ from duo_backends.cpu.code import Phase as PhaseCode
 from duo_backends.cpu.llvm import Module, vector
 from duo_backends.cpu.nest import ceil_div, points, symbol
 from duo_ir.kernels.kernel import AttentionKernel, Store
-from duo_ir.ops.attention import BLOCK
+from duo_ir.ops.attention import BLOCK, HALF
 from duo_ir.scalar import explog
 from duo_ir.types import evaluate
 
@@ -100,37 +100,34 @@ class _Forward:
         self._finish(batch, i0, count)
 
     def _block(self, batch: list[str], number: str, block: str, i0: str, count: str, keys: str) -> None:
-        """One block of keys."""
+        """One block of keys, for each half of the queries."""
         f, p, kernel = self.f, self.p, self.kernel
         j0 = f.mul(number, str(BLOCK))
         rows = f.min(f.sub(keys, j0), str(BLOCK))
-        a, row, step = self._rows(0, self.k, batch, j0, rows, self.width, self.key_rows)
-        p.multiply(
-            rows, str(self.width), a, row, step, self.queries, str(p.grid_row), BLOCK, self.scores, p.grid_row, SET
-        )
-        p.add_mask(batch, self.scores, i0, j0, rows, count, query_lanes=True)
-        if kernel.causal:
-            with f.when(f.op(f"icmp eq i64 {number}, {block}")):
-                p.cut_triangle(self.scores, rows, query_lanes=True)
-        p.panels(lambda offset: self._softmax(offset, rows, number))
-        a, row, step = self._rows(1, self.v, batch, j0, rows, self.value_width, self.value_rows)
-        # its transpose: rows are columns of the values
-        p.multiply(
-            str(self.value_width),
-            rows,
-            a,
-            p.size,
-            str(row),
-            self.scores,
-            str(p.grid_row),
-            BLOCK,
-            self.sums,
-            p.grid_row,
-            ADD,
-        )
+        k, k_row, k_step = self._rows(0, batch, j0, rows, self.width, self.key_rows)
+        v, v_row, _ = self._rows(1, batch, j0, rows, self.value_width, self.value_rows)
+        grid, diagonal = str(p.grid_row), f.op(f"icmp eq i64 {number}, {block}")
+        halves = f.div(f.add(count, str(HALF - 1)), str(HALF))
+        with f.loop("0", halves, runs=True) as half:
+            first = f.mul(half.index, str(HALF))
+            offset = f.mul(first, str(p.size))
+            queries, scores, sums = (f.gep("i8", at, offset) for at in (self.queries, self.scores, self.sums))
+            some = rows
+            if kernel.causal:
+                near = f.min(rows, f.add(first, str(HALF)))
+                some = f.op(f"select i1 {diagonal}, i64 {near}, i64 {rows}")
+            p.multiply(some, str(self.width), k, k_row, k_step, queries, grid, HALF, scores, p.grid_row, SET)
+            p.add_mask(batch, scores, f.add(i0, first), j0, some, f.sub(count, first), HALF, query_lanes=True)
+            if kernel.causal:
+                with f.when(diagonal):
+                    p.cut_triangle(scores, some, first, HALF, query_lanes=True)
+            with f.loop("0", str(HALF * p.size), p.vectors * p.lanes * p.size, runs=True) as panel:
+                self._softmax(f.add(offset, panel.index), some, number)
+            # the transpose of the values: rows are their columns
+            p.multiply(str(self.value_width), some, v, p.size, str(v_row), scores, grid, HALF, sums, p.grid_row, ADD)
 
     def _rows(
-        self, which: int, access: object, batch: list[str], j0: str, rows: str, width: int, to: str
+        self, which: int, batch: list[str], j0: str, rows: str, width: int, to: str
     ) -> tuple[str, int, str]:  # fmt: skip
         """(address, bytes between rows, bytes between columns) of a block of keys or values."""
         p = self.p

@@ -10,7 +10,7 @@ from __future__ import annotations
 from duo_backends.cpu.attention_parts import ADD, SET, Parts
 from duo_backends.cpu.body import Scope
 from duo_ir.kernels.kernel import Access
-from duo_ir.ops.attention import BLOCK
+from duo_ir.ops.attention import BLOCK, HALF
 from duo_ir.scalar import explog
 
 
@@ -110,35 +110,73 @@ class _Gradient:
         rows = f.min(f.sub(self.t, i0), str(BLOCK))
         p.copy_in(self.q, batch, i0, rows, self.width, self.queries, kernel.scale)
         g, g_step = self._rows(self.copy_g, self.g, batch, i0, rows, self.value_width, self.g_rows)
-        grid, one = str(p.grid_row), str(p.size)
-        p.multiply(
-            rows, str(self.width), self.queries, self.row, one, self.keys, grid, BLOCK, self.scores, p.grid_row, SET
-        )
-        p.multiply(rows, str(self.value_width), g, g_step, one, self.values, grid, BLOCK, self.slopes, p.grid_row, SET)
-        p.add_mask(batch, self.scores, i0, j0, rows, keys, query_lanes=False)
-        if kernel.causal:
-            with f.when(f.op(f"icmp eq i64 {number}, {block}")):
-                p.cut_triangle(self.scores, rows, query_lanes=False)
-        self._slopes(batch, i0, rows)
-        width, wide = p.padded(self.width), p.padded(self.value_width)
-        p.multiply(keys, rows, self.scores, p.size, grid, g, str(g_step), wide, self.dv, self.wide, ADD)
-        p.multiply(keys, rows, self.slopes, p.size, grid, self.queries, str(self.row), width, self.dk, self.row, ADD)
-        dq = p.at(self.dq, (i0, self.row))
-        p.multiply(rows, keys, self.slopes, p.grid_row, one, key_rows, str(key_step), width, dq, self.row, ADD)
+        diagonal = f.op(f"icmp eq i64 {number}, {block}") if kernel.causal else "false"
+        with f.loop("0", f.div(f.add(rows, str(HALF - 1)), str(HALF)), runs=True) as half:
+            first = f.mul(half.index, str(HALF))
+            self._queries(
+                batch,
+                i0,
+                first,
+                f.min(f.sub(rows, first), str(HALF)),
+                j0,
+                keys,
+                diagonal,
+                g,
+                g_step,
+                key_rows,
+                key_step,
+            )
+        grid = str(p.grid_row)
+        with f.loop("0", f.div(f.add(keys, str(HALF - 1)), str(HALF)), runs=True) as half:
+            first = f.mul(half.index, str(HALF))
+            some = f.min(f.sub(keys, first), str(HALF))
+            # on the diagonal the second half of the keys meets the second half of the queries only
+            start = f.op(f"select i1 {diagonal}, i64 {first}, i64 0")
+            count, columns = f.sub(rows, start), f.mul(first, str(p.size))
+            with f.when(f.op(f"icmp sgt i64 {count}, 0")):
+                weights, slopes = (
+                    f.gep("i8", p.at(x, (start, p.grid_row)), columns) for x in (self.scores, self.slopes)
+                )
+                dv, dk = p.at(self.dv, (first, self.wide)), p.at(self.dk, (first, self.row))
+                g_from, queries = p.at(g, (start, g_step)), p.at(self.queries, (start, self.row))
+                wide, width = p.padded(self.value_width), p.padded(self.width)
+                p.multiply(some, count, weights, p.size, grid, g_from, str(g_step), wide, dv, self.wide, ADD)
+                p.multiply(some, count, slopes, p.size, grid, queries, str(self.row), width, dk, self.row, ADD)
 
-    def _slopes(self, batch: list[str], i0: str, rows: str) -> None:
-        """Scores to exponentials, and their cotangents to ds = p * (dp - delta)."""
+    def _queries(
+        self, batch: list[str], i0: str, first: str, rows: str, j0: str, keys: str, diagonal: str, g: str, g_step: int, key_rows: str,
+        key_step: int,
+    ) -> None:  # fmt: skip
+        """Half a block of queries (from row `first` on) and a block of keys: its weights, slopes and part of dq."""
+        f, p = self.f, self.p
+        grid, one, half = str(p.grid_row), str(p.size), HALF * p.size
+        near = f.op(f"select i1 {diagonal}, i64 {f.add(f.mul(first, str(p.size)), str(half))}, i64 {p.grid_row}")
+        queries, g = p.at(self.queries, (first, self.row)), p.at(g, (first, g_step))
+        scores, slopes = (p.at(x, (first, p.grid_row)) for x in (self.scores, self.slopes))
+        p.multiply(rows, str(self.width), queries, self.row, one, self.keys, grid, near, scores, p.grid_row, SET)
+        p.multiply(rows, str(self.value_width), g, g_step, one, self.values, grid, near, slopes, p.grid_row, SET)
+        p.add_mask(batch, scores, f.add(i0, first), j0, rows, keys, BLOCK, query_lanes=False)
+        if diagonal != "false":
+            with f.when(diagonal):
+                p.cut_triangle(scores, rows, f.sub("0", first), BLOCK, query_lanes=False)
+        self._slopes(batch, f.add(i0, first), rows, scores, slopes, near)
+        some = f.min(keys, f.div(near, str(p.size)))
+        dq = p.at(self.dq, (f.add(i0, first), self.row))
+        p.multiply(
+            rows, some, slopes, p.grid_row, one, key_rows, str(key_step), p.padded(self.width), dq, self.row, ADD
+        )
+
+    def _slopes(self, batch: list[str], i0: str, rows: str, scores: str, slopes: str, columns: str) -> None:
+        """Scores to exponentials, and their cotangents to ds = p * (dp - delta), in columns of so many bytes."""
         f, p, kernel = self.f, self.p, self.kernel
         with f.loop("0", rows, runs=True) as loop:
             scope = Scope.flat((*batch, f.add(i0, loop.index)), None, p.lanes)
             lse, delta = (self.e.splat(scope, self.e.load(a, (), p.compute, scope)) for a in kernel.rows)
-
-            def panel(offset: str, line: str = loop.index, lse: str = lse, delta: str = delta) -> None:
+            line = f.mul(loop.index, str(p.grid_row))
+            with f.loop("0", columns, p.vectors * p.lanes * p.size, runs=True) as panel:
                 for v in range(p.vectors):
-                    at = f.add(f.mul(line, str(p.grid_row)), f.add(offset, str(v * p.lanes * p.size)))
-                    score, slope = f.gep("i8", self.scores, at), f.gep("i8", self.slopes, at)
+                    at = f.add(f.add(line, panel.index), str(v * p.lanes * p.size))
+                    score, slope = f.gep("i8", scores, at), f.gep("i8", slopes, at)
                     weight = p.recipe(explog.exp, p.op("fsub", p.load(score), lse))
                     p.store(weight, score)
                     p.store(p.op("fmul", weight, p.op("fsub", p.load(slope), delta)), slope)
-
-            p.panels(panel)

@@ -21,8 +21,7 @@ from duo_ir.kernels.kernel import Access, AttentionKernel, Body, Store
 from duo_ir.ops.attention import BLOCK
 from duo_ir.types import DimLike, DType
 
-ROWS = 6  # of a register tile
-SET, FROM_ZERO, ADD = "set", "from_zero", "add"  # c = sum, c = +0 + sum, c += sum
+SET, ADD = "set", "add"  # c = sum, c += sum
 FAR = 1024  # bytes between rows from which a block of rows shares too few sets of the first-level cache
 
 
@@ -37,7 +36,7 @@ class Parts:
         self.compute = kernel.acc
         self.size = self.compute.itemsize
         self.lanes = target.vector_bytes // self.size
-        self.vectors = min(4 if registers_of(target) >= 32 else 2, BLOCK // self.lanes)
+        self.rows, self.vectors = (12 if registers_of(target) >= 32 else 6), 2  # of a register tile
         self.element = register_type(self.compute)
         self.type = vector(self.lanes, self.element)
         self.grid_row = BLOCK * self.size
@@ -105,24 +104,15 @@ class Parts:
         with self.f.loop("0", str(numbers * self.size), self.lanes * self.size, runs=True) as loop:
             self.store(self.number(value), self.f.gep("i8", base, loop.index))
 
-    def panels(self, emit: Callable[[str], None]) -> None:
-        """emit(byte offset) for each panel of `vectors` vectors of a grid's row."""
-        step = self.vectors * self.lanes * self.size
-        if step == self.grid_row:
-            emit("0")
-            return
-        with self.f.loop("0", str(self.grid_row), step, runs=True) as loop:
-            emit(loop.index)
-
     # ------------------------------------------------------------------------------------------------------ products
     def multiply(
-        self, rows: str, k: str, a: str, a_row: int, a_step: str, b: str, b_step: str, columns: int, c: str, c_row: int, mode: str
+        self, rows: str, k: str, a: str, a_row: int, a_step: str, b: str, b_step: str, columns: int | str, c: str, c_row: int, mode: str
     ) -> None:  # fmt: skip
-        """c[rows][columns] from a (bytes between rows and between steps) and b; columns is a multiple of the lanes."""
+        """c[rows][columns] from a (bytes between rows and between steps) and b. `columns`: a multiple of the lanes, or, in bytes, a value
+        that is a multiple of a panel's."""
         f, width = self.f, self.lanes * self.size
-        vectors = columns // self.lanes
-        full, rest = divmod(vectors, self.vectors)
-        tiles, left = f.div(rows, str(ROWS)), f.rem(rows, str(ROWS))
+        step = self.vectors * width
+        tiles, left = f.div(rows, str(self.rows)), f.rem(rows, str(self.rows))
 
         def panel(offset: str, count: int) -> None:
             b_at, c_at = f.gep("i8", b, offset), f.gep("i8", c, offset)
@@ -133,19 +123,26 @@ class Parts:
                 f.emit(f"call void @{name}(i64 {k}, ptr {a_from}, i64 {a_step}, ptr {b_at}, i64 {b_step}, ptr {c_to})")
 
             with f.loop("0", tiles) as loop:
-                tile(ROWS, f.mul(loop.index, str(ROWS)))
-            done = f.mul(tiles, str(ROWS))
-            for height in (4, 2, 1):
+                tile(self.rows, f.mul(loop.index, str(self.rows)))
+            done = f.mul(tiles, str(self.rows))
+            for height in (8, 4, 2, 1):
+                if height >= self.rows:
+                    continue
                 bit = f.pure(f"and i64 {left}, {height}")
                 with f.when(f.op(f"icmp ne i64 {bit}, 0")):
                     tile(height, done)
                 done = f.add(done, bit)
 
-        if full:
-            with f.loop("0", str(full * self.vectors * width), self.vectors * width) as loop:
+        whole, rest = (
+            (columns, 0)
+            if isinstance(columns, str)
+            else (str(columns * self.size // step * step), columns * self.size % step)
+        )
+        if whole != "0":
+            with f.loop("0", whole, step, runs=True) as loop:
                 panel(loop.index, self.vectors)
         if rest:
-            panel(str(full * self.vectors * width), rest)
+            panel(whole, rest // width)
 
     def _micro_kernel(self, rows: int, vectors: int, a_row: int, c_row: int, mode: str) -> str:
         key = (rows, vectors, a_row, c_row, mode)
@@ -182,8 +179,6 @@ class Parts:
                 if mode == ADD:
                     before = f.op(f"load {self.type}, ptr {place}, align {width}")
                     value = f.op(f"fadd {self.type} {before}, {value}")
-                elif mode == FROM_ZERO:
-                    value = f.op(f"fadd {self.type} {value}, {self.number(0.0)}")
                 f.emit(f"store {self.type} {value}, ptr {place}, align {width}")
         f.finish()
 
@@ -305,9 +300,10 @@ class Parts:
 
     # --------------------------------------------------------------------------------------------------------- masks
     def add_mask(
-        self, batch: Sequence[str], grid: str, i0: str, j0: str, rows: str, columns: str, query_lanes: bool
-    ) -> None:
-        """The mask operand onto a grid, whose lanes are queries (rows are keys) or the other way round."""
+        self, batch: Sequence[str], grid: str, query: str, key: str, rows: str, columns: str, count: int, query_lanes: bool
+    ) -> None:  # fmt: skip
+        """The mask operand onto a part of a grid, whose lanes are queries (rows are keys) or the other way round. `grid`: its first number, that
+        of query number `query` and key number `key`; `count` columns of which the first `columns` are there."""
         access = self.kernel.mask
         if access is None:
             return
@@ -315,10 +311,12 @@ class Parts:
         dtype = self.kernel.args[access.buffer].dtype
         rank = len(batch)
         with f.loop("0", rows, runs=True) as loop:
-            for number in range(BLOCK // self.lanes):
+            for number in range(count // self.lanes):
                 first = str(number * self.lanes)
-                live = self.phase.lane_mask(f.sub(columns, first), self.lanes)
-                lane0, line = (i0, f.add(j0, loop.index)) if query_lanes else (j0, f.add(i0, loop.index))
+                live = self.phase.lane_mask(
+                    f.call("smax", "i64", [("i64", f.sub(columns, first)), ("i64", "0")]), self.lanes
+                )
+                lane0, line = (query, f.add(key, loop.index)) if query_lanes else (key, f.add(query, loop.index))
                 lane0 = f.add(lane0, first)
                 indices = (*batch, lane0, line) if query_lanes else (*batch, line, lane0)
                 scope = Scope.flat(indices, rank if query_lanes else rank + 1, self.lanes, live)
@@ -329,16 +327,16 @@ class Parts:
                 else:
                     self.store(self.op("fadd", self.load(place), mask), place)
 
-    def cut_triangle(self, grid: str, rows: str, query_lanes: bool) -> None:
-        """-inf where the key comes after the query, in a grid that starts on the diagonal."""
+    def cut_triangle(self, grid: str, rows: str, behind: str, count: int, query_lanes: bool) -> None:
+        """-inf where the key comes after the query, in `count` columns; the first column is number `behind` where the first row is 0."""
         f = self.f
         with f.loop("0", rows, runs=True) as loop:
-            line = broadcast(f, f.op(f"trunc i64 {loop.index} to i32"), self.lanes, "i32")
-            for number in range(BLOCK // self.lanes):
+            line = f.sub(loop.index, behind)
+            line = broadcast(f, f.op(f"trunc i64 {line} to i32"), self.lanes, "i32")
+            for number in range(count // self.lanes):
                 place = self.at(grid, (loop.index, self.grid_row), (str(number * self.lanes), self.size))
-                seen = f.op(
-                    f"icmp {'sge' if query_lanes else 'sle'} <{self.lanes} x i32> {self.lane_numbers(number * self.lanes)}, {line}"
-                )
+                code = f"icmp {'sge' if query_lanes else 'sle'} <{self.lanes} x i32>"
+                seen = f.op(f"{code} {self.lane_numbers(number * self.lanes)}, {line}")
                 self.store(self.select(seen, self.load(place), self.number(float("-inf"))), place)
 
 

@@ -3,7 +3,7 @@
 Layout: query [..., T, H, D], key [..., S, H, D], value [..., S, H, E], mask [..., H, T, S], result [..., T, H, E]. One (..., H) entry:
 
 Forward, for each query i alone, in the compute dtype c (f32 for f16 and bf16, which widen exactly; the result rounds once at the end):
-keys come in blocks of 64 in ascending order; with `causal`, query i sees the blocks up to i // 64, those after it take no part. From
+keys come in blocks of 64 in ascending order; with `causal`, keys from 32 * (i // 32 + 1) on take no part. From
 m = -inf, l = +0, o[e] = +0, a block does, with b[d] = q[i, d] * scale rounded once:
 
     s[j]   = fma(b[d], k[j, d], .) over ascending d from +0;  + mask[i, j], or -inf where a bool mask is False;  -inf where causal and j > i
@@ -18,7 +18,7 @@ result is 0 and its gradient too. Multiply and add round separately except in fm
 
 Backward, given g, the lse, and delta[i] = sum(g * r): with s as above, p = exp(s - lse[i]), dp = fma(g[i, e], v[j, e], .) over ascending e
 from +0, ds = p * (dp - delta[i]). Sums over queries and over keys run in blocks of 64, each by fma in ascending order from +0, and the blocks
-are added in ascending order from +0 (with `causal`, the blocks that forward leaves out are left out):
+are added in ascending order from +0 (with `causal`, the pairs that forward leaves out are left out):
 
     dv[j, e] = sum over i of p * g[i, e];   dk[j, d] = sum over i of ds * b[i, d];   dq[i, d] = (sum over j of ds * k[j, d]) * scale
 
@@ -46,6 +46,7 @@ from duo_ir.types import DimLike, TensorType, bool_, i64
 
 Array = np.ndarray
 BLOCK = 64  # queries and keys that are taken together
+HALF = BLOCK // 2  # with `causal`, keys take part in so many at a time
 
 
 # ------------------------------------------------------------------------------------------------------------- types
@@ -123,6 +124,14 @@ def _part(mask: Array | None, i: slice, j: slice) -> Array | None:
     return None if mask is None else mask[..., i, j]
 
 
+def _shares(j0: int, causal: bool) -> list[tuple[slice, slice]]:
+    """(queries, keys) for the block of keys from j0 on: which queries it takes part in, and with which of its keys."""
+    block = slice(j0, j0 + BLOCK)
+    if not causal:
+        return [(slice(0, None), block)]
+    return [(slice(j0, j0 + HALF), slice(j0, j0 + HALF)), (slice(j0 + HALF, None), block)]
+
+
 @np.errstate(all="ignore")
 def forward_rows(q: Array, k: Array, v: Array, mask: Array | None, causal: bool, scale: float) -> tuple[Array, Array]:
     """The definition above on [..., T, D], [..., S, D], [..., S, E] and [..., T, S]: (result, lse)."""
@@ -132,22 +141,21 @@ def forward_rows(q: Array, k: Array, v: Array, mask: Array | None, causal: bool,
     m, total = np.full(shape, -np.inf, b.dtype), np.zeros(shape, b.dtype)
     o = np.zeros((*shape, v.shape[-1]), b.dtype)
     for j0 in range(0, k.shape[-2], BLOCK):
-        i0 = j0 if causal else 0
-        seen, block = slice(i0, None), slice(j0, j0 + BLOCK)
-        if i0 >= shape[-1]:
-            break
-        s = _scores(b[..., seen, :], wide_k[..., block, :], _part(mask, seen, block), causal, i0, j0)
-        old = m[..., seen]
-        new = np.fmax(np.fmax.reduce(s, axis=-1), old)
-        safe = np.where(new == -np.inf, zero, new)
-        a = _of(explog.exp, old - safe)
-        p = _of(explog.exp, s - safe[..., None])
-        added = np.zeros(old.shape, b.dtype)
-        for j in range(p.shape[-1]):
-            added = added + p[..., j]
-        total[..., seen] = total[..., seen] * a + added
-        o[..., seen, :] = o[..., seen, :] * a[..., None] + _dot(p[..., :, :, None], wide_v[..., None, block, :], -2)
-        m[..., seen] = new
+        for seen, block in _shares(j0, causal):
+            if seen.start >= shape[-1]:
+                continue
+            s = _scores(b[..., seen, :], wide_k[..., block, :], _part(mask, seen, block), causal, seen.start, j0)
+            old = m[..., seen]
+            new = np.fmax(np.fmax.reduce(s, axis=-1), old)
+            safe = np.where(new == -np.inf, zero, new)
+            a = _of(explog.exp, old - safe)
+            p = _of(explog.exp, s - safe[..., None])
+            added = np.zeros(old.shape, b.dtype)
+            for j in range(p.shape[-1]):
+                added = added + p[..., j]
+            total[..., seen] = total[..., seen] * a + added
+            o[..., seen, :] = o[..., seen, :] * a[..., None] + _dot(p[..., :, :, None], wide_v[..., None, block, :], -2)
+            m[..., seen] = new
     safe, none = np.where(m == -np.inf, zero, m), total == 0
     lse = np.where(none, b.dtype.type(np.inf), safe + _of(explog.log, np.where(none, one, total)))
     return narrow(o * (one / np.where(none, one, total))[..., None], q.dtype), lse
@@ -170,9 +178,18 @@ def backward_rows(
             p = _of(explog.exp, s - lse[..., seen, None])
             dp = _dot(wide_g[..., seen, None, :], wide_v[..., None, block, :], -1)
             ds = p * (dp - delta[..., seen, None])
-            dv[..., block, :] += _dot(p[..., :, :, None], wide_g[..., seen, None, :], -3)
-            dk[..., block, :] += _dot(ds[..., :, :, None], b[..., seen, None, :], -3)
-            dq[..., seen, :] += _dot(ds[..., :, :, None], wide_k[..., None, block, :], -2)
+            # the pairs that take part: for each run of keys their queries, for each run of queries their keys
+            first, last, whole = slice(0, HALF), slice(HALF, BLOCK), slice(0, BLOCK)
+            diagonal = causal and i0 == j0
+            for keys, queries in ((first, whole), (last, last)) if diagonal else ((whole, whole),):
+                to = slice(j0 + keys.start, j0 + keys.stop)
+                of = slice(i0 + queries.start, i0 + queries.stop)
+                dv[..., to, :] += _dot(p[..., queries, keys, None], wide_g[..., of, None, :], -3)
+                dk[..., to, :] += _dot(ds[..., queries, keys, None], b[..., of, None, :], -3)
+            for queries, keys in ((first, first), (last, whole)) if diagonal else ((whole, whole),):
+                to = slice(i0 + queries.start, i0 + queries.stop)
+                of = slice(j0 + keys.start, j0 + keys.stop)
+                dq[..., to, :] += _dot(ds[..., queries, keys, None], wide_k[..., None, of, :], -2)
     return narrow(dq * factor, q.dtype), narrow(dk, k.dtype), narrow(dv, v.dtype)
 
 

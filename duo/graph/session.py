@@ -16,9 +16,11 @@ import numpy as np
 
 from duo import runtime
 from duo.eager.tensor import EagerTensor, material
+from duo.eager.trace import Val, settle
 from duo.eager.trace import state as recording
 from duo.graph.errors import FailedPreconditionError, InvalidArgumentError
 from duo.graph.graph import Assign, Deferred, Graph, Operation, get_default_graph, located
+from duo.graph.in_place import quicken
 from duo.graph.lowering import Needed, deferred_of, lowered, sizes_of
 from duo.graph.states import Constant, Live, Number, SeededState, SharedState, State, number_of
 from duo.graph.tensor import GraphElement, array_of
@@ -61,6 +63,7 @@ class Program:
                 else:
                     self.owned.append((i, origin))
         self.live = list(live.items())
+        self.quick: Any = None  # of in_place.py, once every variable has a value; False: there is none
         self.executable = runtime.runnable(function, True, scalars)
         self._plan_results(session, low.fetched)
 
@@ -149,7 +152,7 @@ class Session:
 
     def __init__(self, target: str = "", graph: Graph | None = None, config: Any = None) -> None:
         self.graph = graph if graph is not None else get_default_graph()
-        self._values: dict[State, Any] = {}  # buffers of variables and seeded generators
+        self._values: dict[State, EagerTensor] = {}  # of variables and seeded generators, as tensors that nobody else sees
         self._exposed: dict[State, SharedState] = {}  # variables that eager mode sees as tensors
         self._calls: dict[Any, Call] = {}
         self._structures: dict[Any, Call] = {}
@@ -215,13 +218,20 @@ class Session:
 
     def _execute(self, program: Program, buffers: list[Any]) -> list[Any]:
         """Runs the program on fed buffers and its other inputs; writes states back."""
+        quick = program.quick
+        if quick is None and all(state in self._values for _, state in program.owned):
+            quick = program.quick = quicken(self, program) or False
+        if quick and recording.capture is None:
+            outs: list[Any] | None = quick(buffers)
+            if outs is not None:
+                return outs
         inputs = program.template.copy()
         for i, k in enumerate(program.fed):
             inputs[i] = buffers[k]
         values = self._values
         for i, state in program.owned:
             found = values.get(state)
-            inputs[i] = found if found is not None else self._first(state)
+            inputs[i] = settle((found if found is not None else self._first(state))._val)
         for i, shared_cell in program.cells:
             inputs[i] = shared_cell.load()
         for read, places in program.live:
@@ -234,10 +244,18 @@ class Session:
             if shared:
                 buffer = runtime.from_numpy(runtime.to_numpy(buffer, type_))
             if cell is None:
-                values[state] = buffer
+                self.set_value(state, material(buffer, type_))
             else:
                 cell.store(buffer)
         return outs
+
+    def set_value(self, state: State, val: Val) -> None:
+        """Makes `val` the value of a state of this Session."""
+        tensor = self._values.get(state)
+        if tensor is None:
+            self._values[state] = EagerTensor(val)
+        else:
+            tensor._val = val
 
     def _call(self, key: Any, fetches: Any, feed_dict: Mapping | None) -> Call:
         self._check_open()
@@ -312,8 +330,8 @@ class Session:
 
     def _first(self, state: State) -> Any:
         if isinstance(state, SeededState):
-            buffer = self._values[state] = runtime.from_numpy(state.start())
-            return buffer
+            tensor = self._values[state] = EagerTensor(material(runtime.from_numpy(state.start()), state.type))
+            return tensor
         raise FailedPreconditionError(
             f"variable {state.name!r}{located(state.loc)} has not been initialized in this Session; run "
             "tf.global_variables_initializer() first, or restore a checkpoint"
@@ -333,7 +351,7 @@ class Session:
         cell = self.cell(state)
         buffer = runtime.from_numpy(array)
         if cell is None:
-            self._values[state] = buffer
+            self.set_value(state, material(buffer, state.type))
         else:
             cell.store(buffer)
 
@@ -342,8 +360,8 @@ class Session:
         cell = self.cell(state)
         if cell is not None:
             return cell.tensor.detach()._array(share=False)
-        buffer = self._values.get(state)
-        return None if buffer is None else runtime.to_numpy(buffer, state.type, copy=True)
+        tensor = self._values.get(state)
+        return None if tensor is None else runtime.to_numpy(settle(tensor._val), state.type, copy=True)
 
     def is_initialized(self, variable: Any) -> bool:
         return self.cell(variable._state) is not None or variable._state in self._values
@@ -355,8 +373,8 @@ class Session:
         state = self.element(variable)._state
         cell = self._exposed.get(state)
         if cell is None:
-            buffer = self._values.get(state)
-            tensor = EagerTensor(material(buffer if buffer is not None else self._first(state), state.type))
+            found = self._values.get(state)
+            tensor = EagerTensor((found if found is not None else self._first(state))._val)
             if variable.trainable and state.type.dtype.is_float:
                 tensor.requires_grad_()
             cell = self._exposed[state] = SharedState(state.name, tensor, state.loc)

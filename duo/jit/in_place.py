@@ -13,8 +13,8 @@ import textwrap
 from dataclasses import replace
 from typing import Any
 
+from duo.eager import cells
 from duo.eager.tensor import EagerTensor
-from duo.jit import cells
 from duo.jit.recording import Source
 from duo.jit.replay import Replay, Writer
 from duo_backends.cpu.bound import NUMBER, Argument

@@ -11,7 +11,7 @@ import pytest
 
 import duo
 from duo import nn, runtime
-from duo.jit import cells
+from duo.eager import cells
 
 TRIALS = int(os.environ.get("DUO_SIGNAL_TRIALS", "300"))
 SIZE = 96  # 96 x 96 floats: large enough for eager mode to overwrite

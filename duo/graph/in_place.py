@@ -1,0 +1,104 @@
+"""The quick form of a prepared run: one native call that reads variables where they are and overwrites those that are assigned.
+
+See duo/jit/in_place.py, which does the same for compiled functions. Where native code refuses (a variable that someone else holds too, one
+that is pending) the plain way is taken, which leaves variables that own their values.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+from duo.eager import cells
+from duo.eager.values import material
+from duo.graph.states import SharedState
+from duo_backends.cpu.cells_text import OWNED, READ
+from duo_backends.cpu.executable import NUMBER, Argument
+from duo_backends.cpu.runner_text import POINTER
+
+
+def quicken(session: Any, program: Any) -> Callable[[list[Any]], list[Any] | None] | None:
+    """A function of the fed buffers that runs the program and gives its results by number (those fetched), or None when it was refused;
+    None where there is no such function. Every variable must have its value."""
+    bound, layout = program.executable, cells.layout()
+    if layout is None or not hasattr(bound, "cell_entry") or os.environ.get("DUO_VERIFY", "0") not in ("", "0"):
+        return None
+    results, count = bound.program.results, len(bound.program.inputs)
+    if any(results[k] < count for k in range(len(program.fetched))):
+        return None
+    if any(bound.program.inputs[i].dtype.is_narrow_float for i in bound.executable.scalars):
+        return None
+    tensors = {i: cell.tensor for i, cell in program.cells}
+    tensors.update((i, session._values[state]) for i, state in program.owned)
+    number = {state: i for i, state in [*program.cells, *program.owned]}
+    owned: dict[int, int] = {}
+    fresh = []
+    for k, state, cell, type_, copied in program.writes:
+        output, given = results[k] - count, number.get(cell if cell is not None else state, -1)
+        if output < 0 or copied:
+            return None
+        if results.count(results[k]) == 1 and bound.may_overwrite(output, given):
+            owned[given] = output
+        else:
+            fresh.append((output, state, cell, type_))
+    return _written(session, program, tensors, owned, fresh, layout)
+
+
+def _written(session: Any, program: Any, tensors: dict, owned: dict, fresh: list, layout: Any) -> Any:
+    """The function's text, and the function. owned: input -> output that overwrites it; fresh: outputs that are stored afterwards."""
+    bound, names = program.executable, dict[str, Any]()
+    count = len(bound.program.inputs)
+    lines: list[str] = []
+    given: list[str] = []
+    arguments: list[Argument] = []
+    live: dict[int, str] = {}
+
+    def const(value: Any) -> str:
+        name = f"x{len(names)}"
+        names[name] = value
+        return name
+
+    for n, (read, places) in enumerate(program.live):
+        lines.append(f"h{n} = {const(read)}()")
+        live.update((i, f"h{n}[{k}]") for i, k in places)
+    for i in range(count):
+        if i < len(program.fed):
+            given.append(f"buffers[{program.fed[i]}].ptr")
+            arguments.append(Argument(POINTER, (i,)))
+        elif i in tensors:
+            tensor = tensors[i]
+            slots = (i, count + owned[i]) if i in owned else (i,)
+            given.append(const(tensor))
+            arguments.append(Argument(OWNED if i in owned else READ, slots, tensor._val.info, tensor._leaf))
+        elif i in live:
+            given.append(live[i])
+            arguments.append(Argument(NUMBER, (i,)))
+        elif i in bound.executable.scalars:
+            given.append(const(program.template[i]))
+            arguments.append(Argument(NUMBER, (i,)))
+        else:
+            given.append(const(program.template[i].ptr))
+            arguments.append(Argument(POINTER, (i,)))
+    for output in range(len(bound.program.outputs)):
+        if output not in owned.values():
+            lines += bound.output_lines(output, names)
+            given.append(f"o{output}.ptr")
+            arguments.append(Argument(POINTER, (count + output,)))
+    flight = cells.Flight() if bound.releases else None
+    names["entry"], names["kept"] = bound.cell_entry(arguments, layout, flight)
+    lock = const(flight.lock) if flight is not None else ""
+    lines += bound.call_lines("entry", given, names, "return None", lock)
+    for output, state, cell, type_ in fresh:
+        lines.append(f"{const(_store(session, state, cell, type_))}(o{output})")
+    fetched = [bound.program.results[k] - count for k in range(len(program.fetched))]
+    lines.append(f"return [{', '.join([f'o{output}' for output in fetched])}]")
+    text = "def quick(buffers):\n" + "".join([f"    {line}\n" for line in lines])
+    exec(compile(text, "<quick run>", "exec"), names)
+    return names["quick"]
+
+
+def _store(session: Any, state: Any, cell: SharedState | None, type_: Any) -> Callable[[Any], None]:
+    if cell is not None:
+        return cell.store
+    return lambda buffer: session.set_value(state, material(buffer, type_))

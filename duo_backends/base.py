@@ -43,7 +43,8 @@ class Bound(Protocol):
         self, inputs: Sequence[Any], donated: Collection[int] = (), preferred: Sequence[tuple[int, int]] = ()
     ) -> Any:
         """The same as an object: `run()` runs it once, `results` lists the buffers from the start, `done` says whether they hold the
-        results, truthfully also when an interrupt came out of `run()`. preferred: pairs (result, input) that should share a buffer."""
+        results, truthfully also when an interrupt came out of `run()`. preferred: pairs (result, input) that should share a buffer. `close()` when
+        all is done with it."""
         ...
 
 

@@ -247,6 +247,8 @@ def _execute(trace: Trace, plan: FlushPlan, live: tuple[int, ...], program: Prog
     call.run()
     runtime.statistics.overwritten += sum(b.nbytes for b in set(inputs).intersection(call.results))
     _publish(trace, plan, program, call.results)
+    trace.call = None
+    call.close()
 
 
 def _publish(trace: Trace, plan: FlushPlan, program: Program, buffers: list[Any]) -> None:

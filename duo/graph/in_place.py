@@ -14,7 +14,7 @@ from duo.eager import cells
 from duo.eager.values import material
 from duo.graph.states import SharedState
 from duo_backends.cpu.cells_text import OWNED, READ
-from duo_backends.cpu.executable import NUMBER, Argument
+from duo_backends.cpu.bound import NUMBER, Argument
 from duo_backends.cpu.runner_text import POINTER
 
 

@@ -32,6 +32,7 @@ from duo_ir.types import DType, TensorType, evaluate
 
 KEPT_FRAME = 1 << 20  # bytes up to which a bound program keeps its frames
 RELEASE_NANOSECONDS = 30_000  # estimated work from which on other Python threads may run meanwhile
+DONATION_LIMIT = 64  # choices of inputs given away that a bound program remembers
 _LINE = 64
 _KINDS = {
     "f64": layout.F64, "f32": layout.F32, "i64": layout.I64, "i32": layout.I32, "i16": layout.I16, "i8": layout.I8,
@@ -108,9 +109,10 @@ class Call:
     __slots__ = ("_arguments", "_bound", "_frame", "_inputs", "_mark", "results")
 
     def __init__(
-        self, bound: CpuBound, inputs: Sequence[object], arguments: list[object], frame: Buffer, results: list[Buffer]
+        self, bound: CpuBound, inputs: Sequence[object], arguments: list[object], results: list[Buffer]
     ) -> None:
-        self._bound, self._inputs, self._frame, self.results = bound, inputs, frame, results
+        self._bound, self._inputs, self.results = bound, inputs, results
+        frame = self._frame = bound.take_frame()
         self._mark = ctypes.c_int64.from_address(frame.ptr + layout.DONE_AT)
         self._mark.value = 0
         self._arguments = [*arguments, frame.ptr]
@@ -127,6 +129,10 @@ class Call:
             self._bound.fail(failed, self._frame)
         return self.results
 
+    def close(self) -> None:
+        """It has run and nobody will ask again."""
+        self._bound.keep_frame(self._frame)
+
 
 class CpuBound:
     """A program ready to run. `run` may be called from several threads at once."""
@@ -139,6 +145,8 @@ class CpuBound:
         count = len(program.inputs)
         self._plain = list(program.results) == list(range(count, count + len(program.outputs)))
         self._donations = list(program.donations)
+        self._donors: dict[tuple, dict[int, int]] = {}  # inputs given away, pairs preferred -> donors
+        self._narrow = frozenset([k for k in self._scalars if program.inputs[k].dtype.is_narrow_float])
         self.givable = frozenset([given for _, given in self._donations])
         self._plan = self._make_plan()
         self.entry = native().make_entry(self._plan.ctypes.data)
@@ -215,16 +223,28 @@ class CpuBound:
     ) -> Call:
         """A call that may write results into the buffers of the inputs `donated`, where the program allows it and nobody else sees their
         memory: the result is that very buffer. Pairs (result, input) that are `preferred` come first."""
-        donors = self._donors(inputs, donated, preferred)
-        outputs = [donors.get(k) or allocate(n) for k, n in enumerate(self._out_bytes)]
-        given: list[object] = []
-        for k, x in enumerate(inputs):
-            if k not in self._scalars:
-                given.append(x.ptr)  # type: ignore[union-attr]
-            else:
-                given.append(self._bits(x, k) if self.program.inputs[k].dtype.is_narrow_float else x)
-        given += [x.ptr for x in outputs]
-        return Call(self, inputs, given, self.new_frame(), outputs if self._plain else self._results(inputs, outputs))
+        key = (tuple(donated), tuple(preferred))
+        donors = self._donors.get(key)
+        if donors is None:
+            if len(self._donors) >= DONATION_LIMIT:
+                self._donors.clear()
+            donors = self._donors[key] = self._choose_donors(donated, preferred)
+        heirs = dict(donors)
+        if heirs:
+            uses = Counter(map(id, inputs))
+            for output, given in donors.items():
+                if not inputs[given].donatable or uses[id(inputs[given])] != 1:  # type: ignore[union-attr]
+                    del heirs[output]  # others see its memory
+        outputs: list[Buffer] = [
+            inputs[heirs[k]] if k in heirs else allocate(n)  # type: ignore[misc]
+            for k, n in enumerate(self._out_bytes)
+        ]
+        arguments: list[object] = [
+            x.ptr if x.__class__ is Buffer else self._bits(x, k) if k in self._narrow else x  # type: ignore[union-attr]
+            for k, x in enumerate(inputs)
+        ]
+        arguments += [x.ptr for x in outputs]
+        return Call(self, inputs, arguments, outputs if self._plain else self._results(inputs, outputs))
 
     def check_inputs(self, inputs: Sequence[Buffer | Scalar]) -> None:
         """Raises ArgumentError when there are too few inputs or a buffer is too small (each call does under DUO_VERIFY=1)."""
@@ -234,25 +254,14 @@ class CpuBound:
             if k not in self._scalars and (not isinstance(x, Buffer) or x.nbytes < nbytes):
                 raise ArgumentError(f"input {k}, {self.program.inputs[k]}, needs a buffer of {nbytes} bytes, not {x!r}")
 
-    def _donors(
-        self,
-        inputs: Sequence[Buffer | Scalar],
-        donated: Collection[int],
-        preferred: Sequence[tuple[int, int]],
-    ) -> dict[int, Buffer]:
-        """Output number -> the given-away input that it overwrites: one that the program allows and nobody else sees."""
-        donors: dict[int, Buffer] = {}
-        taken: set[int] = set()
-        uses = Counter(map(id, inputs))
+    def _choose_donors(self, donated: Collection[int], preferred: Sequence[tuple[int, int]]) -> dict[int, int]:
+        """Output number -> the given-away input that it overwrites, where the program allows it."""
+        donors: dict[int, int] = {}
         count, allowed = len(self.program.inputs), set(self._donations)
         first = [(self.program.results[k] - count, given) for k, given in preferred]
         for output, given in [*[pair for pair in first if pair in allowed], *self._donations]:
-            if output in donors or given in taken or given not in donated:
-                continue
-            buffer = inputs[given]
-            if isinstance(buffer, Buffer) and buffer.donatable and uses[id(buffer)] == 1:
-                donors[output] = buffer
-                taken.add(given)
+            if output not in donors and given in donated and given not in donors.values():
+                donors[output] = given
         return donors
 
     def _results(self, inputs: Sequence[Buffer | Scalar], outputs: list[Buffer]) -> list[Buffer]:
@@ -368,6 +377,18 @@ class CpuBound:
 
     def threads_changed(self) -> None:
         self._measure()
+
+    def take_frame(self) -> Buffer:
+        """A frame that another call has left, or a new one."""
+        try:
+            return self._frames.pop()
+        except IndexError:
+            return self.new_frame()
+
+    def keep_frame(self, frame: Buffer) -> None:
+        """Keeps a frame for another call if it is small."""
+        if frame.nbytes <= KEPT_FRAME:
+            self._frames.append(frame)
 
     def new_frame(self) -> Buffer:
         """A frame for one call at a time; its `ptr` is the entry's last argument."""

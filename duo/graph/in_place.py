@@ -13,8 +13,8 @@ from typing import Any
 from duo.eager import cells
 from duo.eager.values import material
 from duo.graph.states import SharedState
-from duo_backends.cpu.cells_text import OWNED, READ
 from duo_backends.cpu.bound import NUMBER, Argument
+from duo_backends.cpu.cells_text import OWNED, READ
 from duo_backends.cpu.runner_text import POINTER
 
 
@@ -27,7 +27,7 @@ def quicken(session: Any, program: Any) -> Callable[[list[Any]], list[Any] | Non
     results, count = bound.program.results, len(bound.program.inputs)
     if any(results[k] < count for k in range(len(program.fetched))):
         return None
-    if any(bound.program.inputs[i].dtype.is_narrow_float for i in bound.executable.scalars):
+    if any(bound.program.inputs[i].dtype.is_narrow_float for i in bound.program.scalars):
         return None
     tensors = {i: cell.tensor for i, cell in program.cells}
     tensors.update((i, session._values[state]) for i, state in program.owned)
@@ -74,7 +74,7 @@ def _written(session: Any, program: Any, tensors: dict, owned: dict, fresh: list
         elif i in live:
             given.append(live[i])
             arguments.append(Argument(NUMBER, (i,)))
-        elif i in bound.executable.scalars:
+        elif i in bound.program.scalars:
             given.append(const(program.template[i]))
             arguments.append(Argument(NUMBER, (i,)))
         else:

@@ -18,7 +18,7 @@ from duo.eager.tensor import EagerTensor
 from duo.jit.recording import Source
 from duo.jit.replay import Replay, Writer
 from duo_backends.cpu.bound import NUMBER, Argument
-from duo_backends.cpu.cells_text import ANY, GRADIENT, OWNED, READ
+from duo_backends.cpu.cells_text import ANY, GRADIENT, GRADIENT_READ, OWNED, READ
 from duo_backends.cpu.runner_text import POINTER
 
 
@@ -26,7 +26,7 @@ def quicken(replay: Replay, name: str, args: tuple, kwargs: dict, tensors: list[
     """Gives `replay.run` its quick form, if it can have one."""
     writer = _Quick(replay, name, args, kwargs, tensors)
     if writer.possible():
-        replay.run = writer.function()
+        replay.run = writer.function() or replay.run
 
 
 class _Quick(Writer):
@@ -49,13 +49,13 @@ class _Quick(Writer):
         self.bound, self.ir = bound, bound.program
         sources = [x for x in [*r.inputs, *r.writes, *[owner for owner, *_ in r.grads]] if isinstance(x, Source)]
         return (
-            all(s.kind == "outside" or (s.kind == "argument" and s not in r.writes) for s in sources)
-            and all(owner.kind == "outside" and before != "tensor" for owner, _, before, _ in r.grads)
+            all(s.kind != "argument" or s not in r.writes for s in sources)
+            and all(owner.kind == "outside" for owner, *_ in r.grads)
             and all(t._leaf is None for t in self.tensors)
             and not r.storages
             and not any(made.chain or made.source is not None for made in r.made)
             and all(self._output(n) is not None for n in self._wanted())
-            and not any(t.dtype.is_narrow_float and k in bound.executable.scalars for k, t in enumerate(self.ir.inputs))
+            and not any(t.dtype.is_narrow_float and k in bound.program.scalars for k, t in enumerate(self.ir.inputs))
         )
 
     def _output(self, n: int) -> int | None:
@@ -72,6 +72,8 @@ class _Quick(Writer):
         self.miss_if("Epoch.count != structure.epoch")
         self._guards()
         self._choose()
+        if any(source.kind == "grad" for source in self.r.writes):
+            return None
         self._look()
         self._groups()
         self._call()
@@ -120,7 +122,7 @@ class _Quick(Writer):
         r = self.r
         self.leaf_names = {}
         read = {x for x in r.inputs if isinstance(x, Source)}
-        written = [x for k, x in enumerate(r.inputs) if k in self.owned] + list(r.writes)
+        written = [x for k, x in enumerate(r.inputs) if k in self.owned and x.kind != "grad"] + list(r.writes)
         for source in written:
             self.variables[source] = self.const(source.what, "T")
         for source, info in r.infos.items():
@@ -146,6 +148,8 @@ class _Quick(Writer):
             name = self.leaf_names[id(leaf)] = self.const(leaf, "L")
             if before == "none":
                 self.miss_if(f"{name}.grad is not None")
+            elif before == "tensor" and Source("grad", leaf) not in read:
+                self.miss_if(f"{name}.grad is None")
             if owner not in read:
                 self.miss_if(f"{self.variables[owner]}._leaf is not {name}")
         for tensor in r.no_leaf:
@@ -162,10 +166,14 @@ class _Quick(Writer):
         self.add(*[f"h{i} = hyper[{i}]" for i in used])
         for k, x in enumerate(r.inputs):
             if isinstance(x, Source):
-                kind = OWNED if k in self.owned else ANY if x.kind == "argument" else READ
-                leaf = x.what._leaf if x.kind == "outside" else None
-                slots = (k,) if k not in self.owned else (k, count + self.owned[k])
-                self._give(given, arguments, place, self.variables[x], Argument(kind, slots, r.infos[x], leaf))
+                owned = k in self.owned
+                slots = (k, count + self.owned[k]) if owned else (k,)
+                if x.kind == "grad":
+                    text, kind, leaf = self.const(x.what, "L"), GRADIENT if owned else GRADIENT_READ, None
+                else:
+                    text, kind = self.variables[x], OWNED if owned else ANY if x.kind == "argument" else READ
+                    leaf = x.what._leaf if x.kind == "outside" else None
+                self._give(given, arguments, place, text, Argument(kind, slots, r.infos[x], leaf))
             elif x[0] == "constant":
                 self.const(x[1].buf, "B")
                 self._give(given, arguments, place, self.const(x[1].buf.ptr, "x"), Argument(POINTER, (k,)))

@@ -7,10 +7,11 @@ comes between: a value is whole, the old or the new one, at every moment. Offset
 from __future__ import annotations
 
 # A cell is an object of the frontend that holds a value, which holds a buffer. READ reads the buffer; OWNED overwrites it, if nothing but the
-# cell holds the value and nothing but the value the buffer; GRADIENT is an object that holds such a cell, of class `type`. ANY is READ of a cell
+# cell holds the value and nothing but the value the buffer; GRADIENT is an object that holds such a cell, of class `type`, which nothing
+# else holds; GRADIENT_READ one whose cell is read. ANY is READ of a cell
 # that may have a storage. The call is refused, with nothing changed, where that does not hold. All is looked at, and the program run, in one
 # call that executes no Python code: no interrupt and no other thread comes between.
-READ, OWNED, GRADIENT, ANY = range(10, 14)
+READ, OWNED, GRADIENT, ANY, GRADIENT_READ = range(10, 15)
 CELL_LAYOUT = (
     "none", "type", "cell.value", "cell.storage", "cell.leaf", "value.buf", "value.info", "value.extra", "value.trace", "value.stamp",
     "storage.val", "storage.shared", "buffer.ptr", "buffer.home", "buffer.shared", "leaf.grad",
@@ -50,7 +51,9 @@ define internal ptr @duo.cell(ptr %given, i64 %kind, ptr %spec, ptr %layout, ptr
 entry:
   %saved.buffer = getelementptr ptr, ptr %saved, i64 1
   %none.word = load ptr, ptr %layout
-  %held = icmp eq i64 %kind, GRADIENT
+  %read.grad = icmp eq i64 %kind, GRADIENT_READ
+  %own.grad = icmp eq i64 %kind, GRADIENT
+  %held = or i1 %read.grad, %own.grad
   br i1 %held, label %gradient, label %cell
 gradient:
   %grad = call ptr @duo.slot(ptr %layout, ptr %given, i64 GRAD)
@@ -63,7 +66,8 @@ class:
   %type = load ptr, ptr %type.at
   %right = icmp eq ptr %found.class, %type
   %alone = call i1 @duo.single(ptr %grad)
-  %both = and i1 %right, %alone
+  %may = or i1 %alone, %read.grad
+  %both = and i1 %right, %may
   br i1 %both, label %plain, label %refused
 plain:
   %leaf = call ptr @duo.slot(ptr %layout, ptr %grad, i64 LEAF)
@@ -108,7 +112,8 @@ check:
   br i1 %c, label %own, label %refused
 own:
   %reads = icmp eq i64 %kind, READ
-  %only = or i1 %reads, %any
+  %only.any = or i1 %reads, %any
+  %only = or i1 %only.any, %read.grad
   br i1 %only, label %reading, label %sole
 reading:
   store ptr %buffer, ptr %saved.buffer
@@ -215,7 +220,7 @@ def cells_text() -> str:
         "BUF": "value.buf", "PTR": "buffer.ptr", "HOME": "buffer.home", "GRAD": "leaf.grad",
     }  # fmt: skip
     text = _CELLS
-    for kind, number in (("GRADIENT", GRADIENT), ("READ", READ), ("ANY", ANY)):
+    for kind, number in (("GRADIENT_READ", GRADIENT_READ), ("GRADIENT", GRADIENT), ("READ", READ), ("ANY", ANY)):
         text = text.replace(f", {kind}\n", f", {number}\n")
     for word, name in words.items():
         text = text.replace(f"i64 {word})", f"i64 {CELL_LAYOUT.index(name)})")

@@ -384,3 +384,33 @@ def test_gradients_stay_where_they_are_unless_someone_holds_them():
 def test_layout_is_found_here():
     """Without it compiled steps would overwrite nothing, and say nothing of it."""
     assert cells.layout() is not None
+
+
+def test_gradients_accumulate_and_feed_a_step_where_they_are():
+    """Compiled backward() alone adds to `.grad` in place, and a compiled optimizer.step() reads it there; the bits are eager mode's."""
+    rows = []
+    for wrap in (lambda f: f, duo.compile):
+        job = Training("eager")
+
+        def backward(x, job=job):
+            loss = job.model(x).square().mean()
+            loss.backward()
+            return loss
+
+        accumulate, step = wrap(backward), wrap(job.optimizer.step)
+        for k in range(12):
+            accumulate(job.x)
+            if k == 6:
+                job.weight.grad = None
+            if k % 3 == 2:
+                step()
+            rows.append([*job.values(), job.weight.grad.numpy().copy() if job.weight.grad is not None else None])
+        if wrap is duo.compile:
+            for compiled in (accumulate, step):
+                assert next(reversed(compiled._replays.values())).run.__name__ == "quick"
+            step(), accumulate(job.x)
+            before = [p.grad._val.buf.ptr for p in job.model.parameters()] + pointers(job.state())
+            step(), accumulate(job.x)
+            assert [p.grad._val.buf.ptr for p in job.model.parameters()] + pointers(job.state()) == before
+    for plain, compiled in zip(rows[:12], rows[12:], strict=True):
+        assert all(np.array_equal(a, b) for a, b in zip(plain, compiled, strict=True))

@@ -56,5 +56,9 @@ from duo_ir.types import i64 as int64
 from duo_ir.types import u8 as uint8
 
 __version__ = "0.1.0"
+# PyTorch's memory formats. They name no value: a convolution has its channels last whatever a program says.
+channels_last, channels_last_3d, contiguous_format, preserve_format = (
+    "channels_last", "channels_last_3d", "contiguous_format", "preserve_format"
+)  # fmt: skip
 half, double, long, short = float16, float64, int64, int16
 float, int = float32, int32

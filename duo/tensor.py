@@ -166,16 +166,18 @@ class Tensor:
     def is_floating_point(self) -> builtins.bool:
         return self._type.dtype.is_float
 
-    def is_contiguous(self) -> builtins.bool:
+    def is_contiguous(self, memory_format: Any = None) -> builtins.bool:
         return True
 
-    def contiguous(self) -> Any:
+    def contiguous(self, memory_format: Any = None) -> Any:
         """The tensor itself: layout is not the user's concern."""
         return self
 
     # ---------------------------------------------------------------------------------------------------- conversion
-    def to(self, *args: Any, dtype: Any = None, device: Any = None, copy: builtins.bool = False) -> Any:
-        """to(dtype), to(device), to(device, dtype) or to(other tensor)."""
+    def to(
+        self, *args: Any, dtype: Any = None, device: Any = None, copy: builtins.bool = False, memory_format: Any = None
+    ) -> Any:
+        """to(dtype), to(device), to(device, dtype) or to(other tensor). A memory_format changes nothing: layout is the compiler's matter."""
         for a in args:
             if is_tensor(a):
                 dtype = a.dtype

@@ -195,8 +195,11 @@ def _weighted_logistic_loss(z: Value, x: Value, w: Any) -> Value:
 
 
 def _named_arguments(of: str, sentinel: Any, labels: Any, logits: Any) -> tuple[Any, Any]:
+    """(logits, labels). Two given by position are TensorFlow 2's: labels, logits."""
+    if sentinel is not None and logits is None:
+        sentinel, labels, logits = None, sentinel, labels
     if sentinel is not None or labels is None or logits is None:
-        raise InvalidArgumentError(f"{of} takes its arguments by name: labels=..., logits=...")
+        raise InvalidArgumentError(f"{of} takes labels=... and logits=..., or the two in that order")
     return convert_to_tensor(logits), labels
 
 

@@ -242,7 +242,9 @@ class Module:
                 p.grad.zero_()
 
     def to(self, *args: Any, **kwargs: Any) -> Module:
-        """Casts floating-point parameters and buffers (`to(duo.float64)`) and moves them to a device (`to("cpu")`), in place."""
+        """Casts floating-point parameters and buffers (`to(duo.float64)`) and moves them to a device (`to("cpu")`), in place.
+
+        memory_format is taken and changes nothing: layout is the compiler's matter."""
         target = kwargs.get("dtype")
         for arg in args:
             if isinstance(arg, EagerTensor):

@@ -66,6 +66,13 @@ def test_a_transposed_convolution_takes_the_size_of_its_result():
         ours(duo.tensor(x), (11, 13))
 
 
+def test_memory_formats_are_taken_and_change_nothing():
+    layer, x = nn.Conv2d(3, 4, 3), duo.tensor(rng.standard_normal((1, 3, 5, 5)).astype("f4"))
+    want = layer(x).tolist()
+    x = x.to(memory_format=duo.channels_last).contiguous(memory_format=duo.contiguous_format)
+    assert layer.to(memory_format=duo.channels_last)(x).tolist() == want
+
+
 def test_errors():
     with pytest.raises(ArgumentError, match="Conv2d: 3 and 4 channels do not both make 2 groups"):
         nn.Conv2d(3, 4, 3, groups=2)

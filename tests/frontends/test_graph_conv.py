@@ -205,6 +205,17 @@ def test_batch_normalization_moves_its_statistics_with_its_update_ops():
         np.testing.assert_allclose(tested, (data - before[0]) / np.sqrt(before[1] + 1e-3), rtol=1e-4, atol=1e-5)
 
 
+def test_cross_entropy_by_position_is_labels_then_logits():
+    labels, logits = tf.constant([2, 0]), tf.constant(f(2, 3))
+    by_name = tf.nn.sparse_softmax_cross_entropy_with_logits(labels=labels, logits=logits)
+    by_position = tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)
+    with tf.Session() as session:
+        a, b = session.run([by_name, by_position])
+    assert np.array_equal(a, b)
+    with pytest.raises(InvalidArgumentError, match=r"labels=\.\.\. and logits=\.\.\., or the two in that order"):
+        tf.nn.sparse_softmax_cross_entropy_with_logits(logits)
+
+
 def test_errors():
     x = tf.placeholder(tf.float32, [None, 8, 8, 3])
     w = tf.ones([3, 3, 3, 4])

@@ -31,7 +31,7 @@ def propagate_layout(function: Function) -> Function:
     """`function` with the same signature and the same bits, in which transposes have moved towards the results."""
     if not any(isinstance(op.definition.kind, Convolution) for op in function.walk()):
         return function
-    walk = _Walk()
+    walk = _Walk(_leaving(function))
     with walk.builder:
         for op in function.ops:
             walk.take(op)
@@ -39,8 +39,21 @@ def propagate_layout(function: Function) -> Function:
     return Function(function.params, walk.builder.ops, results, function.name, function.names)
 
 
+def _leaving(function: Function) -> set[Value]:
+    """Values that elementwise ops alone lead to results (updates of weights): these are worked on in the results' order."""
+    staying: set[Value] = set()
+    leaving = set(function.results)
+    for op in reversed(function.ops):
+        if isinstance(op.definition.kind, Elementwise) and op.result in leaving and op.result not in staying:
+            leaving.update(op.operands)
+        else:
+            staying.update(op.operands)
+    return leaving - staying
+
+
 class _Walk:
-    def __init__(self) -> None:
+    def __init__(self, leaving: set[Value]) -> None:
+        self.leaving = leaving
         self.builder = Builder()
         self.known: dict[Value, Placed] = {}
         self.made: dict[Placed, Value] = {}
@@ -87,9 +100,9 @@ class _Walk:
         return Placed(x.value, None if order == tuple(range(len(order))) else order)
 
     def elementwise(self, op: Op, operands: list[Placed]) -> Placed | None:
-        """Works in the order that most operands are in; those that cost nothing in any order have no say."""
+        """Works in the order that most operands are in, but on its way out in the results'; what costs nothing in any order has no say."""
         votes = Counter(p.order for p in operands if p.order is not None or not _is_free(p.value))
-        if not any(order is not None for order in votes):
+        if not any(order is not None for order in votes) or (None in votes and op.result in self.leaving):
             return None
         most = max(votes.values())
         order = next((o for o in votes if o is not None and votes[o] == most), None)

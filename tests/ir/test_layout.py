@@ -104,6 +104,21 @@ def test_only_the_ends_of_a_chain_are_transposed():
     assert after.results[0].op.definition.name == "transpose"
 
 
+def test_an_update_of_weights_is_computed_in_their_order():
+    """The gradient is transposed once; what is added to it is read, and written, as it is."""
+
+    def update(x, w, momentum):
+        y = layer(nd.transpose(x, FIRST), nd.transpose(w, (2, 3, 1, 0)))
+        g = nd.transpose(y, (1, 0, 2, 3))
+        return g, momentum * 0.9 + g
+
+    function = simplify(function_of(update, F(3, 3, 3, 5), F(4, 5, 3, 3), F(4, 3, 3, 3)))
+    out = simplify(propagate_layout(function))
+    g, new = out.results
+    assert new.op.definition.name == "add" and g in new.op.operands
+    assert out.params[2] in new.op.operands[0].op.operands or out.params[2] in new.op.operands[1].op.operands
+
+
 def test_gradients_too():
     check(grad_function(function_of(loss, *TYPES)))
 

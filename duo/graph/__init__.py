@@ -11,6 +11,7 @@ from typing import Any as _Any
 from duo.graph import errors as errors
 from duo.graph import initializers as initializers
 from duo.graph import layers as layers
+from duo.graph import linalg as linalg
 from duo.graph import math as math
 from duo.graph import nn as nn
 from duo.graph import random_ops as random
@@ -38,6 +39,7 @@ from duo.graph.initializers import random_uniform_initializer as random_uniform_
 from duo.graph.initializers import truncated_normal_initializer as truncated_normal_initializer
 from duo.graph.initializers import variance_scaling_initializer as variance_scaling_initializer
 from duo.graph.initializers import zeros_initializer as zeros_initializer
+from duo.graph.linalg import band_part as matrix_band_part
 from duo.graph.lowering import lower as lower
 from duo.graph.math import *  # noqa: F403
 from duo.graph.random_ops import *  # noqa: F403

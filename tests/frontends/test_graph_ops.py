@@ -143,6 +143,18 @@ def test_against_numpy(name):
     np.testing.assert_allclose(got, want, rtol=3e-6, atol=3e-7)
 
 
+@pytest.mark.parametrize("lower, upper", [(-1, 0), (0, -1), (0, 0), (1, 2), (-1, -1), (2, 1)])
+def test_band_part(lower, upper):
+    x = np.arange(1.0, 25.0, dtype="f4").reshape(2, 3, 4)
+    rows, columns = np.arange(3)[:, None], np.arange(4)
+    kept = ((lower < 0) | (rows - columns <= lower)) & ((upper < 0) | (columns - rows <= upper))
+    with tf.Graph().as_default(), tf.Session() as session:
+        for value in (x, x > 5):
+            got = session.run(tf.linalg.band_part(value, lower, upper))
+            assert got.dtype == value.dtype and np.array_equal(got, np.where(kept, value, value.dtype.type(0)))
+        assert np.array_equal(session.run(tf.matrix_band_part(x, lower, upper)), np.where(kept, x, 0))
+
+
 def test_random_ops():
     n = tf.random_normal([2000], 1.0, 0.5, seed=1)
     t = tf.truncated_normal([2000], seed=2)

@@ -110,6 +110,11 @@ def _quotient(over: tuple[DimLike, ...], under: tuple[DimLike, ...]) -> DimLike 
     return exact_div(product(left), product(rest))
 
 
+def frozen(value: Any) -> Any:
+    """A list as a tuple, so that it can be a key; anything else as it is."""
+    return tuple(value) if value.__class__ is list else value
+
+
 def per_axis(name: str, what: str, value: Any, n: int, least: int = 1) -> tuple[int, ...]:
     """`value`, an int or one for each of n spatial dims, as n ints of at least `least`."""
     values = tuple(value) if isinstance(value, (tuple, list)) else (value,) * n

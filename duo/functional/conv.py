@@ -5,10 +5,11 @@ All are the one primitive `conv`, which has its channels last; the transposes ar
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from duo.dispatch import apply
-from duo.functional._args import integer, need_rank, type_of
+from duo.functional._args import frozen, integer, need_rank, type_of
 from duo.functional._ssa import insert_axis
 from duo.functional.linalg import same_dtype
 from duo_ir.core import Value
@@ -16,7 +17,7 @@ from duo_ir.errors import ArgumentError, ShapeError
 from duo_ir.ops import broadcasting as nd
 from duo_ir.ops import shape as sh
 from duo_ir.ops.conv import conv
-from duo_ir.types import DimLike, exact_div
+from duo_ir.types import DimLike, TensorType, exact_div
 
 Ints = tuple[int, ...]
 Padding = tuple[tuple[int, int], ...]
@@ -54,15 +55,14 @@ def _padding(name: str, padding: Any, kernel: tuple[DimLike, ...], stride: Ints,
     return tuple(out)
 
 
-def _check(name: str, spatial: int, input: Any, weight: Any, bias: Any, channels: int) -> None:
+def _check(name: str, spatial: int, x: TensorType, w: TensorType, bias: TensorType | None, channels: int) -> None:
     """`channels`: the axis of the weight that counts the result's channels, of each group where it is 1."""
-    x, w = type_of(input), type_of(weight)
     kernel = ", ".join("dhw"[3 - spatial :])
     need_rank(name, f"input, [n, c, {kernel}] or [c, {kernel}],", x, spatial + 2, spatial + 1)
     layout = f"[o, c/groups, {kernel}]" if channels == 0 else f"[c, o/groups, {kernel}]"
     need_rank(name, f"weight, {layout},", w, spatial + 2)
     if bias is not None:
-        need_rank(name, "bias", type_of(bias), 1)
+        need_rank(name, "bias", bias, 1)
 
 
 def _groups(name: str, groups: Any) -> int:
@@ -122,15 +122,25 @@ def _conv(x: Value, w: Value, *rest: Any) -> Value:
     return _convolve(x, w, bias[0] if bias else None, strides, padding, (1,) * spatial, dilation, groups)
 
 
+@functools.lru_cache(4096, typed=True)
+def _conv_attrs(
+    spatial: int, x: TensorType, w: TensorType, bias: TensorType | None, stride: Any, padding: Any, dilation: Any, groups: Any
+) -> tuple:  # fmt: skip
+    name = f"conv{spatial}d"
+    _check(name, spatial, x, w, bias, 0)
+    stride, dilation = _steps(name, "stride", stride, spatial), _steps(name, "dilation", dilation, spatial)
+    return stride, _padding(name, padding, w.shape[2:], stride, dilation), dilation, _groups(name, groups)
+
+
 def _conv_nd(
     spatial: int, input: Any, weight: Any, bias: Any, stride: Any, padding: Any, dilation: Any, groups: Any
 ) -> Any:
-    name = f"conv{spatial}d"
-    _check(name, spatial, input, weight, bias, 0)
-    stride, dilation = _steps(name, "stride", stride, spatial), _steps(name, "dilation", dilation, spatial)
-    padding = _padding(name, padding, type_of(weight).shape[2:], stride, dilation)
-    tensors = (input, weight) if bias is None else (input, weight, bias)
-    return apply(_conv, tensors, (stride, padding, dilation, _groups(name, groups)))
+    x, w = type_of(input), type_of(weight)
+    if bias is None:
+        attrs = _conv_attrs(spatial, x, w, None, frozen(stride), frozen(padding), frozen(dilation), groups)
+        return apply(_conv, (input, weight), attrs)
+    attrs = _conv_attrs(spatial, x, w, type_of(bias), frozen(stride), frozen(padding), frozen(dilation), groups)
+    return apply(_conv, (input, weight, bias), attrs)
 
 
 def conv1d(
@@ -183,7 +193,7 @@ def _conv_transpose_nd(
     dilation: Any,
 ) -> Any:  # fmt: skip
     name = f"conv_transpose{spatial}d"
-    _check(name, spatial, input, weight, bias, 1)
+    _check(name, spatial, type_of(input), type_of(weight), None if bias is None else type_of(bias), 1)
     stride, dilation = _steps(name, "stride", stride, spatial), _steps(name, "dilation", dilation, spatial)
     padding = _steps(name, "padding", padding, spatial, 0)
     extra = _steps(name, "output_padding", output_padding, spatial, 0)

@@ -5,6 +5,7 @@ The variance is that of the numerics contract: the mean first, then the mean of 
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import ml_dtypes
@@ -17,7 +18,7 @@ from duo_ir.core import Value
 from duo_ir.errors import ArgumentError, ShapeError
 from duo_ir.ops import broadcasting as nd
 from duo_ir.ops import elementwise as ew
-from duo_ir.types import shape_str
+from duo_ir.types import TensorType, shape_str
 
 
 def _normal_over(x: Value, axes: Axes, eps: float) -> Value:
@@ -99,13 +100,18 @@ def _group_norm(x: Value, *arguments: Any) -> Value:
 
 
 def _channels(name: str, input: Any, least: int, *tensors: Any) -> Any:
-    t = type_of(input)
+    """The size of dim 1 of [batch, channels, ...]; `tensors`, where given, have one number for each."""
+    return _checked(name, type_of(input), least, *[None if v is None else type_of(v) for v in tensors])
+
+
+@functools.lru_cache(4096)
+def _checked(name: str, t: TensorType, least: int, *types: TensorType | None) -> Any:
     if t.rank < least:
         raise ShapeError(f"{name}: it takes [batch, channels, ...] of at least {least} dims, got {t}")
     c = t.shape[1]
-    for v in tensors:
-        if v is not None and type_of(v).shape != (c,):
-            raise ShapeError(f"{name}: one number per channel, shape [{c}], is needed, got {type_of(v)} for {t}")
+    for v in types:
+        if v is not None and v.shape != (c,):
+            raise ShapeError(f"{name}: one number per channel, shape [{c}], is needed, got {v} for {t}")
     return c
 
 

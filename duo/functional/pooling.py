@@ -10,13 +10,14 @@ Max takes the first of equal elements in row-major order, and NaN before any num
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from duo.dispatch import apply
-from duo.functional._args import integer, per_axis, type_of
+from duo.functional._args import frozen, integer, per_axis, type_of
 from duo.functional._ssa import elements, float_dtype, insert_axis, kept, sum_, wide
 from duo_ir.core import Value
 from duo_ir.errors import ArgumentError, DTypeError, ShapeError
@@ -354,8 +355,9 @@ def window(
     return Window(extent, size, step, low, gap, count)
 
 
+@functools.lru_cache(4096, typed=True)
 def _windows(
-    name: str, t: TensorType, n: int, kernel_size: Any, stride: Any, padding: Any, dilation: Any, ceil_mode: Any
+    name: str, t: TensorType, n: int, kernel_size: Any, stride: Any, padding: Any, dilation: Any, ceil_mode: bool
 ) -> tuple[Windows, tuple[int, ...]]:
     sizes = per_axis(name, "kernel_size", kernel_size, n)
     empty = stride is None or (isinstance(stride, (tuple, list)) and not stride)
@@ -366,7 +368,7 @@ def _windows(
             raise ArgumentError(f"{name}: padding {p} is more than half of a window over {(k - 1) * g + 1} elements")
     extents = spatial_sizes(name, t, n, True)
     rows = zip(extents, sizes, steps, pads, gaps)
-    return tuple([window(name, d, k, s, p, p, g, bool(ceil_mode)) for d, k, s, p, g in rows]), pads
+    return tuple([window(name, d, k, s, p, p, g, ceil_mode) for d, k, s, p, g in rows]), pads
 
 
 def max_windows(input: Any, windows: Windows, channels_first: bool, indices: bool = False) -> Any:
@@ -386,14 +388,16 @@ def _max_pool_nd(n: int, input: Any, *arguments: Any) -> Any:
     t = type_of(input)
     if t.dtype is bool_:
         raise DTypeError(f"max_pool{n}d: it takes numbers, got {t}")
-    windows, _ = _windows(f"max_pool{n}d", t, n, kernel_size, stride, padding, dilation, ceil_mode)
+    sizes = frozen(kernel_size), frozen(stride), frozen(padding), frozen(dilation)
+    windows, _ = _windows(f"max_pool{n}d", t, n, *sizes, bool(ceil_mode))
     return max_windows(input, windows, True, bool(return_indices))
 
 
 def _avg_pool_nd(n: int, input: Any, *arguments: Any) -> Any:
     kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override = arguments
     name = f"avg_pool{n}d"
-    windows, pads = _windows(name, type_of(input), n, kernel_size, stride, padding, 1, ceil_mode)
+    sizes = frozen(kernel_size), frozen(stride), frozen(padding)
+    windows, pads = _windows(name, type_of(input), n, *sizes, 1, bool(ceil_mode))
     divisor = 0 if divisor_override is None else integer(name, "divisor_override", divisor_override)
     if divisor_override is not None and divisor == 0:
         raise ArgumentError(f"{name}: divisor_override is not 0")

@@ -69,12 +69,11 @@ class _BatchNorm(_PerChannel):
 
     def forward(self, input: Any) -> Any:
         need_rank(type(self).__name__, "the input", type_of(input), *self._ranks)
-        if self.training or self.running_mean is None:
-            return F.batch_norm_tracked(
-                input, self.running_mean, self.running_var, self.num_batches_tracked if self.training else None, self.weight,
-                self.bias, self.momentum, self.eps,
-            )  # fmt: skip
-        return F.batch_norm(input, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+        weight, bias, mean, var = self.weight, self.bias, self.running_mean, self.running_var
+        if self.training or mean is None:
+            count = self.num_batches_tracked if self.training else None
+            return F.batch_norm_tracked(input, mean, var, count, weight, bias, self.momentum, self.eps)
+        return F.batch_norm(input, mean, var, weight, bias, eps=self.eps)
 
     def extra_repr(self) -> str:
         return (

@@ -69,7 +69,12 @@ class _BatchNorm(_PerChannel):
 
     def forward(self, input: Any) -> Any:
         need_rank(type(self).__name__, "the input", type_of(input), *self._ranks)
-        weight, bias, mean, var = self.weight, self.bias, self.running_mean, self.running_var
+        mine, kept = self._parameters, self._buffers  # looking there first is much quicker than attributes
+        own = self.__class__ in _PLAIN and "weight" in mine and "bias" in mine
+        if own and "running_mean" in kept and "running_var" in kept:
+            weight, bias, mean, var = mine["weight"], mine["bias"], kept["running_mean"], kept["running_var"]
+        else:
+            weight, bias, mean, var = self.weight, self.bias, self.running_mean, self.running_var
         if self.training or mean is None:
             count = self.num_batches_tracked if self.training else None
             return F.batch_norm_tracked(input, mean, var, count, weight, bias, self.momentum, self.eps)
@@ -102,6 +107,9 @@ class BatchNorm3d(_BatchNorm):
     """`BatchNorm1d` of [batch, channels, depth, height, width]."""
 
     _ranks = (5,)
+
+
+_PLAIN = (BatchNorm1d, BatchNorm2d, BatchNorm3d)
 
 
 class _InstanceNorm(_PerChannel):

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from duo_ir.core import Function, Op, Value
+from duo_ir.kernels.access import nonnegative
 from duo_ir.kernels.assemble import Built, build
 from duo_ir.kernels.draft import Draft, base
 from duo_ir.kernels.lower import Lowering, NeedMemory
@@ -215,7 +216,12 @@ class _Choice:
                 if r in self.anchors or isinstance(kind, Reshape):
                     continue
                 if total >= MOST or deep + 1 >= DEEPEST or (total > 0 and self._read_in_several_places(r)):
-                    self.need(r)
+                    viewed = op.operands[0] if isinstance(kind, Movement) else r
+                    if viewed is not r and nonnegative(r.type.size - viewed.type.size):
+                        cost[r], depth[r] = 0, 1  # what it views is not larger: the view itself costs nothing
+                        self.need(viewed)
+                    else:
+                        self.need(r)
 
     def _read_in_several_places(self, v: Value) -> bool:
         users = self.users.get(v, ())

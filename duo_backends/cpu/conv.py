@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from duo_backends.cpu.code import KernelCode, Phase, Target, no_scratch
 from duo_backends.cpu.conv_images import emit_images, make_image_plan
 from duo_backends.cpu.conv_pixels import emit_pixels
-from duo_backends.cpu.conv_plain import emit_plain
+from duo_backends.cpu.conv_plain import emit_plain, over_groups
 from duo_backends.cpu.conv_plan import make_plan
 from duo_backends.cpu.gemm_tile import compute_dtype
 from duo_backends.cpu.llvm import Module
@@ -35,8 +35,12 @@ def compile_conv(kernel: ConvKernel, target: Target) -> KernelCode:
         return KernelCode(module.text(), phases, pixels.scratch, cost)
     emit_plain(module, target, kernel, name)
 
+    outer, lanes = kernel.axes[:-1], kernel.n
+    if over_groups(kernel):
+        outer, lanes = (*kernel.axes[:-2], kernel.n), kernel.groups
+
     def units(sizes: Mapping[str, int]) -> int:
-        return 0 if evaluate(kernel.n, sizes) == 0 else evaluate(product(kernel.axes[:-1]), sizes)
+        return 0 if evaluate(lanes, sizes) == 0 else evaluate(product(outer), sizes)
 
     def slow_cost(sizes: Mapping[str, int]) -> float:
         return 20 * cost(sizes)

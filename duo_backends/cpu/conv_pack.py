@@ -65,35 +65,28 @@ class WeightPacker:
             )
 
     def _emit_turn(self, name: str, row: int) -> None:
-        """define void @name(ptr source, i64 valid, ptr to): one vector of columns; those beyond the valid ones repeat the last."""
+        """define void @name(ptr source, i64 valid, ptr to): one vector of columns."""
         plan, item, compute = self.plan, self.dtype.itemsize, self.plan.compute
         f = Function(
             self.module,
             f"define internal void @{name}(ptr noalias readonly %source, i64 %valid, ptr noalias %to) noinline #0",
         )
         apart, lanes, steps = plan.w_steps[2] * item, plan.lanes, 16 // compute.itemsize
-        whole = plan.c // steps * steps
         packed = vector(lanes, register_type(compute))
 
-        def turn(columns: list[str]) -> None:
-            with f.loop("0", str(whole), steps, runs=True) as c:
-                base = f.mul(c.index, str(self.taps * item))
-                at = f.gep("i8", "%to", f.mul(c.index, str(row)))
-                for i in range(self.taps):
-                    offset = f.add(base, str(i * steps * item))
-                    pieces = [f.gep("i8", column, offset) for column in columns]
-                    for j, value in enumerate(load_transposed(f, self.target, pieces, self.dtype, compute)):
-                        channel, tap = divmod(i * steps + j, self.taps)
-                        place = f.gep("i8", at, str((tap * plan.c + channel) * row))
-                        f.emit(f"store {packed} {value}, ptr {place}, align {compute.itemsize}")
-
+        # Where vectors are not full all goes element by element, like the last channels.
         full = f.op(f"icmp eq i64 %valid, {lanes}")
-        with f.when(full):
-            turn([f.gep("i8", "%source", str(lane * apart)) for lane in range(lanes)])
-        with f.when(f.op(f"xor i1 {full}, true")):
-            last = f.op("sub i64 %valid, 1")
-            turn([f.gep("i8", "%source", f.mul(f.min(str(lane), last), str(apart))) for lane in range(lanes)])
-        with f.loop(str(whole), str(plan.c)) as c, f.loop("0", str(self.taps)) as tap, f.loop("0", "%valid") as lane:
+        whole = f.op(f"select i1 {full}, i64 {plan.c // steps * steps}, i64 0")
+        with f.loop("0", whole, steps) as c:
+            source = f.gep("i8", "%source", f.mul(c.index, str(self.taps * item)))
+            at = f.gep("i8", "%to", f.mul(c.index, str(row)))
+            for i in range(self.taps):
+                pieces = [f.gep("i8", source, str(lane * apart + i * steps * item)) for lane in range(lanes)]
+                for j, value in enumerate(load_transposed(f, self.target, pieces, self.dtype, compute)):
+                    of_group, of_tap = divmod(i * steps + j, self.taps)
+                    place = f.gep("i8", at, str((of_tap * plan.c + of_group) * row))
+                    f.emit(f"store {packed} {value}, ptr {place}, align {compute.itemsize}")
+        with f.loop(whole, str(plan.c)) as c, f.loop("0", str(self.taps)) as tap, f.loop("0", "%valid") as lane:
             offset = f.add(
                 f.mul(c.index, str(self.taps * item)), f.add(f.mul(tap.index, str(item)), f.mul(lane.index, str(apart)))
             )

@@ -1,4 +1,5 @@
-"""Convolution for any sizes and strides: each result position in turn, vectors of output channels, taps inside.
+"""Convolution for any sizes and strides: each result position in turn, vectors of output channels (of groups where each has
+one), taps inside.
 
 Symbolic extents, integer dtypes and layouts of every kind go through here. It packs nothing and keeps one vector of sums, so it is slow.
 """
@@ -21,6 +22,11 @@ def emit_plain(module: Module, target: Target, kernel: ConvKernel, name: str) ->
     _Plain(module, target, kernel, name).emit()
 
 
+def over_groups(kernel: ConvKernel) -> bool:
+    """Whether the lanes are groups: each has one output channel."""
+    return kernel.n == 1 and kernel.groups != 1
+
+
 class _Plain:
     def __init__(self, module: Module, target: Target, kernel: ConvKernel, name: str) -> None:
         self.kernel, self.target = kernel, target
@@ -36,7 +42,11 @@ class _Plain:
 
     def emit(self) -> None:
         f, kernel, dim = self.f, self.kernel, self.emitter.dim
-        self.n, self.c = dim(kernel.n), dim(kernel.c)
+        self.c = dim(kernel.c)
+        outer, lanes = kernel.axes[:-1], kernel.n
+        if over_groups(kernel):
+            outer, lanes = (*kernel.axes[:-2], kernel.n), kernel.groups
+        self.n = dim(lanes)
         self.taps = [dim(w.taps) for w in kernel.windows]
         depth = self.c
         for t in self.taps:
@@ -46,7 +56,7 @@ class _Plain:
         self.chunk = f.pure(f"select i1 {long}, i64 {BLOCK * CHUNK_BLOCKS}, i64 {depth}", f.top)
         self.waiting = f.alloca(self.type, _LEVELS)
         with f.loop("%begin", "%end") as unit:
-            indices = self._unravel(unit.index, [dim(d) for d in kernel.axes[:-1]])
+            indices = self._unravel(unit.index, [dim(d) for d in outer])
             # The mask must not be a constant: LLVM makes a store of one narrow lane that was truncated wider than the lane.
             with f.loop("0", self.n, self.lanes) as loop:
                 numbers = ", ".join(f"i64 {lane}" for lane in range(self.lanes))
@@ -62,6 +72,12 @@ class _Plain:
             out.insert(0, f.rem(index, size))
             index = f.div(index, size)
         return [index, *out]
+
+    def _place(self, indices: list[str], lane: str) -> tuple[list[str], int]:
+        """(index along each axis of the result, which of them runs over the lanes)."""
+        if over_groups(self.kernel):
+            return [*indices[:-1], lane, indices[-1]], len(indices) - 1
+        return [*indices, lane], len(indices)
 
     def _vector(self, indices: list[str], column: str, mask: str) -> None:
         """One vector of output channels at one position."""
@@ -82,7 +98,8 @@ class _Plain:
         acc = f.op(f"load {self.type}, ptr {total}, align 64")
         acc = convert(f, self.target, acc, self.compute, kernel.acc, self.lanes, None)
         acc = convert(f, self.target, acc, kernel.acc, kernel.result, self.lanes, None)
-        scope = Scope.flat((*indices, column), len(indices), self.lanes, mask)
+        place, axis = self._place(indices, column)
+        scope = Scope.flat(place, axis, self.lanes, mask)
         values = self.emitter.emit(kernel.body, scope, acc=Value(acc, kernel.result, True, 0))
         for store in kernel.stores:
             self.emitter.store(store, values, scope)
@@ -108,7 +125,8 @@ class _Plain:
     def _block(self, indices: list[str], column: str, mask: str, begin: str, end: str) -> str:
         """The sum over k in [begin, end)."""
         f, kernel, emitter = self.f, self.kernel, self.emitter
-        image, *positions, group = indices
+        (image, *positions, group, n), _ = self._place(indices, column)
+        grouped = over_groups(kernel)
         element = register_type(self.compute)
         first, last = f.op(f"udiv i64 {begin}, {self.c}"), f.op(f"udiv i64 {f.sub(end, '1')}, {self.c}")
         with f.loop(first, f.add(last, "1"), 1, [(self.type, "zeroinitializer")], runs=True) as tap:
@@ -126,11 +144,16 @@ class _Plain:
                 a_type, b_type = kernel.args[kernel.a.buffer].dtype, kernel.args[kernel.b.buffer].dtype
                 guarded = Access(kernel.a.buffer, kernel.a.at, tuple(guards))
                 zero = Value(literal(0, a_type), a_type, False, 0)
-                a = emitter.load(guarded, [zero], a_type, Scope.flat((image, *spatial, group, c.index)))
-                scope = Scope.flat((*taps, group, c.index, column), len(taps) + 2, self.lanes, mask)
+                place = (image, *spatial, group, c.index)
+                scope = Scope.flat(place, len(place) - 2, self.lanes, mask) if grouped else Scope.flat(place)
+                a = emitter.load(guarded, [zero], a_type, scope)
+                if grouped:
+                    left = convert(f, self.target, emitter.splat(scope, a), a_type, self.compute, self.lanes, None)
+                else:
+                    left = convert(f, self.target, a.name, a_type, self.compute, 1, None)
+                    left = emitter.splat_scalar(left, element, self.lanes)
+                scope = Scope.flat((*taps, group, c.index, n), len(taps) + (0 if grouped else 2), self.lanes, mask)
                 b = emitter.load(kernel.b, [], b_type, scope)
-                left = convert(f, self.target, a.name, a_type, self.compute, 1, None)
-                left = emitter.splat_scalar(left, element, self.lanes)
                 right = convert(f, self.target, emitter.splat(scope, b), b_type, self.compute, self.lanes, None)
                 c.next = [multiply_add(f, self.type, left, right, c.values[0], self.compute)]
             tap.next = [c.results[0]]

@@ -323,10 +323,15 @@ def _tile(high: int, wide: int, column_vectors: int, registers: int) -> tuple[in
             th, tw = 1, -(-wide // -(-wide // most))
         else:
             th, tw = min(most // wide, high), wide
-        tiles = -(-high // th) * -(-wide // tw)
-        full, rest = divmod(column_vectors, vectors)
-        cost = tiles * (full * tile_cost(th * tw, vectors) + (tile_cost(th * tw, rest) if rest else 0))
-        cost *= 1 + 0.3 / (th * tw) + 0.1 / vectors
+        across = -(-wide // tw)
+        big = wide - across * (tw - 1)
+        cost = 0.0
+        for rows, downward in ((th, high // th), (high % th, 1)):
+            for length, along in ((tw, big), (tw - 1, across - big)):
+                for width, panels in ((vectors, column_vectors // vectors), (column_vectors % vectors, 1)):
+                    if rows * length * width:
+                        cost += downward * along * panels * tile_cost(rows * length, width)
+        cost *= 1 + 0.6 / (th * tw) + 0.1 / vectors
         if best is None or cost < best[0]:
             best = (cost, vectors, th, tw)
     assert best is not None

@@ -9,6 +9,7 @@ the bits are those of the static kernel.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TypeAlias
@@ -35,6 +36,7 @@ from duo_ir.kernels.program import Cond, Item, Program, Step, While
 from duo_ir.types import Dim, DimLike
 
 Sizes: TypeAlias = tuple[tuple[str, int], ...]
+LARGE_CONVOLUTION = 1 << 24  # multiply-adds
 _LARGEST = 1 << 62  # beyond, a value might not fit the i64 that passes it
 
 
@@ -93,6 +95,8 @@ class _Template:
         elif isinstance(kernel, ContractKernel):
             made = self.contract(kernel)
         elif isinstance(kernel, ConvKernel):
+            if _is_large(kernel):
+                return kernel, ()
             made = self.convolve(kernel)
         elif isinstance(kernel, ScanKernel):
             made = self.scan(kernel)
@@ -277,6 +281,12 @@ class _Template:
         made = Affine(offset, tuple(strides))
         scope.known[affine], scope.covered[affine] = made, (covered, run)
         return made
+
+
+def _is_large(kernel: ConvKernel) -> bool:
+    """Whether a convolution is enough work to be compiled for its own sizes: code for any sizes is many times slower."""
+    sizes = [*kernel.axes, kernel.c, *[w.taps for w in kernel.windows]]
+    return math.prod([_static(d) for d in sizes]) > LARGE_CONVOLUTION
 
 
 class _Scope:

@@ -19,7 +19,19 @@ from duo_ir.interpret import interpret
 from duo_ir.kernels.evaluate import evaluate
 from duo_ir.kernels.fuse import fuse
 from duo_ir.kernels.generic import generalize, generalize_program
-from duo_ir.kernels.kernel import Access, Affine, Arg, ContractKernel, Guard, Instr, Kernel, LoopKernel, Stage, Store
+from duo_ir.kernels.kernel import (
+    Access,
+    Affine,
+    Arg,
+    ContractKernel,
+    ConvKernel,
+    Guard,
+    Instr,
+    Kernel,
+    LoopKernel,
+    Stage,
+    Store,
+)
 from duo_ir.kernels.plan import plan
 from duo_ir.kernels.program import Cond, Program, Step, While
 from duo_ir.kernels.text import print_kernel, print_program
@@ -289,3 +301,15 @@ def test_a_model_of_another_length_has_no_new_kernels() -> None:
     assert kernels(7, 11) == known and kernels(5, 3) == known
     # sizes of which one divides or equals another may leave other reshapes and contiguous runs
     assert len(kernels(4, 4) - known) <= 3 and len(kernels(2, 8) - known) <= 3
+
+
+def test_large_convolutions_keep_their_sizes() -> None:
+    """Code for any sizes is too slow for them."""
+
+    def conv(x: Value, w: Value) -> Value:
+        return ops.conv(x, w, strides=(1, 1), padding=((1, 1), (1, 1)), x_dilation=(1, 1), w_dilation=(1, 1), groups=1)
+
+    (small,) = templates(conv, (2, 8, 8, 4), (3, 3, 4, 8))
+    assert isinstance(small, ConvKernel) and small.dims and isinstance(small.images, Dim)
+    (large,) = templates(conv, (2, 56, 56, 64), (3, 3, 64, 64))
+    assert isinstance(large, ConvKernel) and not large.dims and large.images == 2

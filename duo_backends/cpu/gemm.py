@@ -16,7 +16,7 @@ from typing import NamedTuple
 from duo_backends.cpu.body import Emitter, Scope, Value
 from duo_backends.cpu.code import SIGNATURE, KernelCode, Phase, Target
 from duo_backends.cpu.convert import convert
-from duo_backends.cpu.gemm_pack import emit_copy, emit_copy_tiles, emit_gather, emit_transpose
+from duo_backends.cpu.gemm_pack import emit_copy, emit_copy_tiles, emit_gather, emit_transpose, emit_turn
 from duo_backends.cpu.gemm_plan import CHUNK_BLOCKS, SEQUENTIAL_K, Plan, make_plan
 from duo_backends.cpu.gemm_rows import emit_rows_kernel
 from duo_backends.cpu.gemm_tile import BLOCK, Tile, emit_micro_kernel, transposed_lanes
@@ -123,12 +123,23 @@ class _Driver:
             )
         if gather is not None and step != 1:
             return gather, lanes
-        transpose = self._function(
-            ("transpose", dtype, lanes),
-            "transpose",
-            lambda name: emit_transpose(module, target, name, gather, dtype, compute, lanes),
+
+        def transpose() -> str:
+            return self._function(
+                ("transpose", dtype, lanes),
+                "transpose",
+                lambda name: emit_transpose(module, target, name, gather, dtype, compute, lanes),
+            )
+
+        if lanes < self.plan.lanes or not isinstance(lane, int):
+            return transpose(), lanes
+        n = self.kernel.n
+        whole = isinstance(k, int) and not 0 < k % BLOCK < lanes and isinstance(n, int) and n % lanes == 0
+        rest, apart = None if whole else transpose(), lane * dtype.itemsize
+        turn = self._function(
+            ("turn", dtype), "turn", lambda name: emit_turn(module, target, name, rest, dtype, compute, apart)
         )
-        return transpose, lanes
+        return turn, lanes
 
     def tile_copier(self, rows: int) -> str:
         """The function that packs tiles of `rows` rows of A that lie side by side."""
@@ -458,7 +469,7 @@ class _Driver:
         if not (plan.pack_b or plan.pack_tail):
             return
         step, lane = self.kernel.b.at.strides[-2:]
-        lanes = plan.lanes if lane == 1 else transposed_lanes(self.target, plan.compute)
+        lanes = plan.lanes if lane == 1 or isinstance(lane, int) else transposed_lanes(self.target, plan.compute)
         name, at_once = self.packer(self.b_type, lane, step, lanes, plan.vectors, plan.strip_bytes)
         lane_bytes, step_bytes = self._bytes(lane, self.b_type), self._bytes(step, self.b_type)
         size = plan.compute.itemsize

@@ -159,6 +159,37 @@ def emit_transpose(
     f.finish()
 
 
+def emit_turn(
+    module: Module, target: Target, name: str, rest: str | None, dtype: DType, compute: DType, lane: int
+) -> None:
+    """k contiguous, vectors of lanes `lane` bytes apart: squares of as many k steps as a vector has lanes. The last square ends at k. Fewer
+    lanes or a shorter k go to `rest` (None where that does not happen)."""
+    f = _function(module, name)
+    lanes = target.vector_bytes // compute.itemsize
+    packed, size = vector(lanes, register_type(compute)), lanes * dtype.itemsize
+    whole = f.op(f"icmp sge i64 %k, {lanes}")
+    if rest is not None:
+        whole = f.op(f"and i1 {whole}, {f.op(f'icmp sge i64 %valid, {lanes}')}")
+    with f.when(whole):
+        final = f.op(f"sub i64 %k, {lanes}")
+        with f.loop("0", "%k", lanes, runs=True) as loop:
+            k = f.min(loop.index, final)
+            first = f.gep("i8", "%source", f.mul(k, str(dtype.itemsize)))
+            starts = [f.gep("i8", first, str(lane * i)) for i in range(lanes)]
+            to = f.gep("i8", "%target", f.mul(k, "%row"))
+            values = load_square(f, target, starts, dtype, compute)
+            for start in starts:
+                ahead = [("ptr", f.gep("i8", start, str(2 * size))), ("i32", "0"), ("i32", "3"), ("i32", "1")]
+                f.emit(f.intrinsic("prefetch", "void", ahead, "p0"))
+            for value in values:
+                f.emit(f"store {packed} {value}, ptr {to}, align {compute.itemsize}")
+                to = f.op(f"getelementptr i8, ptr {to}, i64 %row")
+    if rest is not None:
+        with f.when(f.op(f"xor i1 {whole}, true")):
+            f.emit(f"call void @{rest}(ptr %source, i64 %lane, i64 %step, i64 %valid, i64 %k, ptr %target, i64 %row)")
+    f.finish()
+
+
 def _prefetch(f: Function, turn: str, lanes: int, offset: str) -> None:
     """Fetches the next strip into the second-level cache, a quarter of its lanes each turn: a cache line lasts four turns or more,
     and rows are too short and too many for the hardware to foresee."""

@@ -241,6 +241,24 @@ def test_few_rows_and_columns_along_k(width: str, m: int) -> None:
         matmul(where, m, 36, 37, d=dtype(name), b_order="column")
 
 
+@pytest.mark.parametrize("width", WIDTHS)
+def test_packing_turns_whole_squares(width: str) -> None:
+    where = machine_or_skip(width)
+    for n, k in ((64, 528), (64, 40), (64, 9), (40, 16)):
+        matmul(where, 20, n, k, b_order="column", special=True)
+        matmul(where, 40, n, k, a_order="column", b_order="column", d=dtype("bf16"))
+    matmul(where, 20, 48, 72, b_order="column", d=f64)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("symbolic", ("", "m", "k"))
+def test_tiles_of_a_that_lie_side_by_side(width: str, symbolic: str) -> None:
+    """A is packed for all tiles at once, two heights of them, more than fit the cache's share."""
+    where = machine_or_skip(width)
+    matmul(where, 401, 80, 24, a_order="column", symbolic=symbolic, special=True)
+    matmul(where, 101, 70, 530, a_order="column", symbolic=symbolic, d=f16)
+
+
 @pytest.mark.parametrize("k", (16384, 16385, 17000, 20480, 29000))
 def test_long_k(k: int) -> None:
     where = machine_or_skip("native")

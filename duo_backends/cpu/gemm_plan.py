@@ -24,7 +24,7 @@ B_AHEAD = 8
 OFTEN = 512  # rows of A from which on packing B costs next to nothing
 UNIT_SIDE = 512  # largest rows and columns of a unit
 UNITS = 16  # units that large work is cut into at least
-UNIT_WORK = 1 << 21  # multiply-adds of a unit below which it is not cut further
+UNIT_WORK = 1 << 19  # multiply-adds of a unit below which it is not cut further
 STREAMED_ROWS = 48  # with one or two row tiles a unit counts as having these rows: it waits for B's memory
 _ALIGN = 64
 
@@ -223,14 +223,15 @@ def _thrashes(m: int | None, b_step: DimLike, itemsize: int) -> bool:
 def _unit(
     kernel: ContractKernel, rows: int, columns: int, tiles: float, panels: float, pack_a: bool, pack_b: bool
 ) -> tuple[int, int]:
-    """Row tiles and panels of a unit: up to 512 x 512, cut while there are few units with much work; where one operand is packed, which
-    each unit does for itself, rather across the other."""
+    """Row tiles and panels of a unit: up to 512 x 512 (any number of columns where neither they nor their sums are kept), cut while
+    there are few units with much work; where one operand is packed, which each unit does for itself, rather across the other."""
     k = kernel.k if isinstance(kernel.k, int) else 2 * BLOCK
     batch = math.prod(d for d in kernel.batch if isinstance(d, int))
     side = UNIT_SIDE if isinstance(kernel.k, int) else UNIT_SIDE // 2
     all_tiles = min(tiles, -(-side // rows)) if tiles == math.inf else tiles
     all_panels = min(panels, -(-4 * side // columns)) if panels == math.inf else panels
-    unit_tiles, unit_panels = max(1, min(all_tiles, side // rows)), max(1, min(all_panels, max(1, side // columns)))
+    wide = all_panels if isinstance(kernel.k, int) and kernel.k <= BLOCK and not pack_b else side // columns
+    unit_tiles, unit_panels = max(1, min(all_tiles, side // rows)), max(1, min(all_panels, wide))
     least = STREAMED_ROWS if tiles <= 2 else 1
     while True:
         units = batch * -(-all_tiles // unit_tiles) * -(-all_panels // unit_panels)
@@ -247,4 +248,9 @@ def _unit(
             unit_tiles = -(-unit_tiles // 2)
         else:
             break
-    return int(unit_tiles), int(unit_panels)
+    return _even(all_tiles, unit_tiles), _even(all_panels, unit_panels)
+
+
+def _even(total: float, part: float) -> int:
+    """The part, a little smaller where that makes the parts of the total alike."""
+    return int(max(1, -(-total // -(-total // part))) if total else 1)

@@ -469,7 +469,9 @@ class _Driver:
         if not (plan.pack_b or plan.pack_tail):
             return
         step, lane = self.kernel.b.at.strides[-2:]
-        lanes = plan.lanes if lane == 1 or isinstance(lane, int) else transposed_lanes(self.target, plan.compute)
+        lanes = plan.lanes
+        if not isinstance(lane, int) or (lane != 1 and isinstance(self.kernel.n, int) and self.kernel.n < lanes):
+            lanes = transposed_lanes(self.target, plan.compute)
         name, at_once = self.packer(self.b_type, lane, step, lanes, plan.vectors, plan.strip_bytes)
         lane_bytes, step_bytes = self._bytes(lane, self.b_type), self._bytes(step, self.b_type)
         size = plan.compute.itemsize

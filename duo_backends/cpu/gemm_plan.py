@@ -173,6 +173,8 @@ def make_plan(kernel: ContractKernel, target: Target) -> Plan:
         apart = b_column * b_type.itemsize if isinstance(b_column, int) else 0
         vectors = TRANSPOSED_VECTORS if apart % 1024 else TRANSPOSED_VECTORS // 2
         rows, vectors = m, min(column_vectors or vectors, vectors)
+    elif m == 1 and b_column == 1:
+        rows, vectors = 1, _even(column_vectors or registers, registers // 2)  # long runs of each row of B
     segments = _segments(m, rows)
     tail_vectors = vectors
     if column_vectors and column_vectors % vectors:

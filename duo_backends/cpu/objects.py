@@ -12,7 +12,7 @@ import ctypes
 import platform
 import struct
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from duo_backends.cpu.system import system
@@ -96,8 +96,8 @@ class Memory:
     def __init__(self, address: int, nbytes: int) -> None:
         self.address, self.nbytes = address, nbytes
 
-    def __del__(self) -> None:
-        if not sys.is_finalizing():  # a thread that nobody waited for may run in it to the very end
+    def __del__(self, ending: Callable[[], bool] = sys.is_finalizing) -> None:
+        if not ending():  # a thread that nobody waited for may run in it to the very end
             system.unmap_block(self.address, self.nbytes)
 
 

@@ -142,10 +142,7 @@ def runnable(function: Function, fused: bool = True, scalars: Collection[int] = 
         except KeyError:
             pass
         return found
-    if _use_interpreter or _check_nan:
-        made = Interpreted(function, _check_nan)
-    else:
-        made = _compile(function, fused, scalars)
+    made = _make(function, fused, scalars)
     with _lock:
         statistics.compiled += 1
         statistics.fused += fused
@@ -153,6 +150,19 @@ def runnable(function: Function, fused: bool = True, scalars: Collection[int] = 
         while len(_cache) > MAX_EXECUTABLES:
             _cache.popitem(last=False)
     return made
+
+
+def compile_alone(function: Function, scalars: Collection[int] = ()) -> Any:
+    """`runnable` without fusion, for a caller that keeps what it gets."""
+    with _lock:
+        statistics.compiled += 1
+    return _make(function, False, scalars)
+
+
+def _make(function: Function, fused: bool, scalars: Collection[int]) -> Any:
+    if _use_interpreter or _check_nan:
+        return Interpreted(function, _check_nan)
+    return _compile(function, fused, scalars)
 
 
 def _compile(function: Function, fused: bool, scalars: Collection[int]) -> Any:

@@ -168,6 +168,7 @@ class OpDef:
     canonicalize(op) -> replacement Values or None: bit-exact local simplification.
     batch(op, operands, batched, size) -> result Value(s), all with the samples' axis in front: the op on operands of which those marked
       `batched` have that axis, of `size`. None where the kind tells (transforms/batch.py).
+    stops: no derivative passes, whatever the operands: history ends here, and what comes after does not count as depending on it.
     """
 
     name: str
@@ -180,6 +181,7 @@ class OpDef:
     linear: tuple[int, ...] = ()
     canonicalize: Callable[[Op], Sequence[Value] | None] | None = None
     commutative: bool = False
+    stops: bool = False
     doc: str = ""
     batch: Callable[..., Any] | None = field(default=None)
 

@@ -14,9 +14,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from duo.eager.build import Construction, Watch
+from duo.eager.path import Checks, Path
+from duo.eager.steps import Unable
 from duo.eager.trace import NOTHING, Info, Macro, Node, Trace, Val, commit, hooks, open_trace, places, settle, state
 from duo_ir.core import Value
-from duo_ir.errors import GradientError
+from duo_ir.errors import DuoError, GradientError
 from duo_ir.ops import add, stop_gradient
 from duo_ir.ops.broadcasting import ones_like
 
@@ -49,6 +51,15 @@ class Backward(Macro):
     name = "backward"
 
     def infer(self, parent: Node, key: tuple, trace: Trace | None = None) -> tuple[tuple[Info, ...], Any]:
+        _, low, seeds, wanted, _, create = key
+        if not create:
+            try:
+                path = Path.to(parent)
+                walk = path.reverse(low, [n for n, _ in seeds], wanted, Checks(path.freed, path.stale({})))
+                path.ahead = key, walk
+                return tuple([Info(path.type(n)) for n in walk.numbers]) or (NOTHING,), walk.numbers
+            except (Unable, DuoError):
+                pass  # if it is an error, the Construction finds it at the user's line
         construction = Construction(parent, places(trace))
         numbers, gradients = self._run(
             construction, key, Watch(construction.freed, construction.stale(), construction.free(), construction.moved)
@@ -63,6 +74,19 @@ class Backward(Macro):
         if node.key[5]:
             return gradients or (None,)
         return tuple(stop_gradient(g) for g in gradients) or (None,)
+
+    def enter(self, path: Path, node: Node) -> None:
+        _, low, seeds, wanted, retain, create = node.key
+        if create:
+            raise Unable
+        if path.ahead is not None and path.ahead[0] is node.key:
+            walk = path.ahead[1]
+        else:
+            walk = path.reverse(low, [n for n, _ in seeds], wanted)
+        path.walks[node.first] = walk
+        if not retain:
+            for entry, ops in walk.touched.items():
+                path.freed[entry] = path.freed.get(entry, 0) | ops
 
     def _run(self, construction: Construction, key: tuple, watch: Watch) -> tuple[tuple[int, ...], tuple[Value, ...]]:
         _, low, seeds, wanted, _, _ = key

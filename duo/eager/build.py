@@ -142,8 +142,8 @@ class Construction:
     def free(self) -> set[Value]:
         """The inner values of entries that were computed from Python numbers and constants alone: cheap to compute again, so nothing to
         save. What a tensor held is not among them, since where a flush came must make no difference to what is saved."""
-        out = {p for p, (_, k) in zip(self.builder.params, self.inputs) if k is not None}
         held = set(self.values)
+        out = {p for p, (_, k) in zip(self.builder.params, self.inputs) if k is not None} - held
         for op in self.builder.ops:
             if out.issuperset(op.operands) and held.isdisjoint(op.results):
                 out.update(op.results)
@@ -208,9 +208,10 @@ class Watch:
         self.readers.update((v, op) for v in reads)
 
 
-def freed_error(op: Op) -> GradientError:
+def freed_error(op: Op, loc: Loc | None = None) -> GradientError:
+    """`loc`: where the op is, if it does not say."""
     error = GradientError(
-        f"backward goes a second time through {op.definition.name}{_at(op)}, whose saved values were freed by the "
+        f"backward goes a second time through {op.definition.name}{_at(loc or op.loc)}, whose saved values were freed by the "
         "first; call the first backward with retain_graph=True"
     )
     error.op = op  # type: ignore[attr-defined]
@@ -219,10 +220,10 @@ def freed_error(op: Op) -> GradientError:
 
 def overwritten_error(op: Op) -> GradientError:
     return GradientError(
-        f"the gradient of {op.definition.name}{_at(op)} needs a value that an in-place op has overwritten since; "
+        f"the gradient of {op.definition.name}{_at(op.loc)} needs a value that an in-place op has overwritten since; "
         "write into a clone, or use the op that returns a new tensor"
     )
 
 
-def _at(op: Op) -> str:
-    return f" ({op.loc.full()})" if op.loc is not None else ""
+def _at(loc: Loc | None) -> str:
+    return f" ({loc.full()})" if loc is not None else ""

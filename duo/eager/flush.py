@@ -1,8 +1,8 @@
 """Flushing: a closed trace is compiled (or found), run, and its live values get their buffers.
 
-What is live is read off reference counts: an entry that only its trace holds is dead. The first time a path is seen its ops run
-one by one through kernels shared by all programs; from the second time on it runs as one fused program. Equal bits make
-the difference invisible, and traces that never repeat never compile more than their kinds of op.
+What is live is read off reference counts: an entry that only its trace holds is dead. The first time a path is seen it runs entry by
+entry (stepwise.py) through programs that all paths share; from the second time on it runs as one fused program. Equal bits make
+the difference invisible, and traces that never repeat cost no more than their ops.
 
 `DUO_SYNC=1` flushes after every op and raises errors at once; `DUO_FLUSH=random:SEED` flushes at random points.
 """
@@ -18,11 +18,12 @@ from duo import runtime
 from duo.eager.autograd import Inner
 from duo.eager.build import Construction, Watch, freed_error
 from duo.eager.locate import relocated
-from duo.eager.segments import Origin, Position, Pullback, Segment, unmarked
-from duo.eager.trace import END, NOTHING, Info, Macro, Node, Stamp, Trace, Val, forget, hooks, places, settle, state
+from duo.eager.segments import Origin, Pullback, Segment, unmarked, version_of
+from duo.eager.steps import Position
+from duo.eager.stepwise import may_live, run
+from duo.eager.trace import END, NOTHING, Info, Macro, Node, Trace, Val, forget, hooks, places, settle, state
 from duo_ir.core import Value
 from duo_ir.errors import GradientError, TraceError
-from duo_ir.types import DType
 
 _getrefcount = sys.getrefcount
 
@@ -132,22 +133,28 @@ def _freed_outputs(construction: Construction, outs: list[int]) -> dict[int, Exc
 
 
 class FlushPlan:
-    """What every flush at one node needs (`Node.memo`)."""
+    """What every flush at one node needs (`Node.memo`); small, as most paths may be seen once.
+
+    inputs, scalar_dtypes: of the path's Construction, which is made when they are asked for. saving: the ops whose rules read what segments keep."""
+
+    __slots__ = ("inputs", "node", "programs", "pullbacks", "saving", "scalar_dtypes", "visits")
 
     def __init__(self, node: Node) -> None:
         self.node = node
         self.visits = 0
         self.programs: dict[tuple[int, ...], Program] = {}
         self.pullbacks: dict[tuple, Pullback] = {}
-        self.saving: set[int] = set()
-        construction = Construction(node)
-        self.inputs = construction.inputs
+        self.saving: frozenset[int] = frozenset()
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in ("inputs", "scalar_dtypes"):
+            raise AttributeError(name)
+        construction = Construction(self.node)
         dtypes = iter(construction.scalar_dtypes)
-        self.scalar_dtypes: dict[int, DType] = {
-            i: next(dtypes) for i, (_, k) in enumerate(self.inputs) if k is not None
-        }
-        leaves = {e for e, k in self.inputs if k is None}
-        self.candidates = [n for n, v in enumerate(construction.values) if v is not None and n not in leaves]
+        # parameter number -> dtype of a Python number
+        self.scalar_dtypes = {i: next(dtypes) for i, (_, k) in enumerate(construction.inputs) if k is not None}
+        self.inputs = construction.inputs
+        return getattr(self, name)
 
     def program(self, live: tuple[int, ...]) -> Program:
         self.visits += 1
@@ -199,17 +206,29 @@ def _run(trace: Trace) -> None:
     if plan is None:
         plan = node.memo = FlushPlan(node)
     counts = list(map(_getrefcount, entries))
-    live = tuple([n for n in plan.candidates if counts[n] > _ALONE])
+    held = [n for n, count in enumerate(counts) if count > _ALONE]
+    live = tuple([n for n in held if 0 < n < len(entries) - 1 and may_live(entries[n].node)])  # type: ignore[arg-type]
     if trace.hooked:  # a hook must be called even if its tensor has gone
         live = tuple(sorted({*live, *trace.hooked}))
     if not live:
         _finish(trace)
         return
     try:
-        _execute(trace, plan, live, plan.program(live))
+        if plan.visits or FUSE_AT_ONCE or not _run_stepwise(trace, plan, live):
+            _execute(trace, plan, live, plan.program(live))
     except Exception as error:
         _salvage(trace, plan, live, error)
     _finish(trace)
+
+
+def _run_stepwise(trace: Trace, plan: FlushPlan, live: tuple[int, ...]) -> bool:
+    """Runs a path that is new entry by entry. False if that cannot be or something fails, and nothing has happened."""
+    try:
+        run(trace, plan.node, live)
+    except Exception:
+        return False
+    plan.visits = 1
+    return True
 
 
 def _salvage(trace: Trace, plan: FlushPlan, live: tuple[int, ...], error: Exception) -> None:
@@ -287,7 +306,7 @@ def _segment(trace: Trace, plan: FlushPlan, program: Program, buffers: list[Any]
             continue
         val = Val(None, -1, None, Info(_type_at(program, position)))
         val.buf = buffer
-        val.stamp = _stamp([outside.get(n, entries[n]) for n in program.holders[position]])
+        val.stamp = version_of([outside.get(n, entries[n]) for n in program.holders[position]])
         segment.residuals[position] = val
     for n in program.outs:
         error = program.errors.get(n)
@@ -307,15 +326,6 @@ def _freed(trace: Trace, plan: FlushPlan, error: Exception) -> Exception:
 def _saved(val: Val) -> Val:
     """`val`, whose mark from now on tells of in-place ops after this flush; the path knows of those before."""
     return unmarked(val) if val.overwritten else val
-
-
-def _stamp(vals: list[Val]) -> Stamp | None:
-    """The version that a saved value is of: the one that all who hold that value are of. In-place ops before this flush are known to the path."""
-    if len(vals) == 1 and vals[0].stamp is None:
-        vals[0].stamp = Stamp()
-    stamps = {val.stamp for val in vals}
-    stamp = stamps.pop() if len(stamps) == 1 else None
-    return stamp if stamp is not None and not stamp.overwritten else None
 
 
 def _type_at(program: Program, position: Position) -> Any:

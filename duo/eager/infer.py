@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 from duo_ir.core import Builder, Loc, Op, Value
 from duo_ir.errors import DuoError
 from duo_ir.opdef import Gather, Scatter
-from duo_ir.ops import stop_gradient
 from duo_ir.types import DType, TensorType, bool_, f64, i64, promote_scalar
 
 
@@ -57,31 +56,16 @@ class Inferred(NamedTuple):
     checked: bool
 
 
-_memo: dict[tuple, Inferred] = {}
-
-
 def infer(body: Callable[..., Any], operands: tuple, attrs: tuple) -> Inferred:
     """What `body` gives for operands of these TensorTypes and number classes."""
-    memo_key = (body, operands, attrs)
-    found = _memo.get(memo_key)
-    if found is None:
-        builder = Builder()
-        scalars = iter(scalar_types(operands))
-        values = [
-            builder.parameter(o if o.__class__ is TensorType else TensorType(next(scalars), ())) for o in operands
-        ]
-        with builder:
-            out = body(*values, *attrs)
-        results = out if isinstance(out, (tuple, list)) else (out,)
-        found = Inferred(
-            tuple([r.type for r in results]),
-            _reached(values, builder.ops, results),
-            any(map(_checked, builder.ops)),
-        )
-        if len(_memo) > 50_000:
-            _memo.clear()
-        _memo[memo_key] = found
-    return found
+    builder = Builder()
+    scalars = iter(scalar_types(operands))
+    values = [builder.parameter(o if o.__class__ is TensorType else TensorType(next(scalars), ())) for o in operands]
+    with builder:
+        out = body(*values, *attrs)
+    results = out if isinstance(out, (tuple, list)) else (out,)
+    types = tuple([r.type for r in results])
+    return Inferred(types, _reached(values, builder.ops, results), any(map(_checked, builder.ops)))
 
 
 def _checked(op: Op) -> bool:
@@ -89,11 +73,11 @@ def _checked(op: Op) -> bool:
 
 
 def _reached(operands: list[Value], ops: list[Op], results: Any) -> tuple[frozenset[int], ...]:
-    """For each result the numbers of the operands that it depends on through float values, not looking behind stop_gradient."""
+    """For each result the numbers of the operands that it depends on through float values, not looking behind ops that stop it."""
     none: frozenset[int] = frozenset()
     sources = {v: frozenset((k,)) for k, v in enumerate(operands) if v.type.dtype.is_float}
     for op in ops:
-        if op.definition is stop_gradient:
+        if op.definition.stops:
             continue
         behind = none.union(*[sources.get(v, none) for v in op.operands])
         sources.update((r, behind) for r in op.results if behind and r.type.dtype.is_float)
@@ -126,4 +110,14 @@ def user_location() -> Loc | None:
     if frame is None:
         return None
     code: CodeType = frame.f_code
-    return Loc(code, frame.f_lasti)
+    place = (code, frame.f_lasti)
+    found = _locs.get(place)
+    if found is None:
+        if len(_locs) > MAX_LOCS:
+            _locs.clear()
+        found = _locs[place] = Loc(code, frame.f_lasti)
+    return found
+
+
+MAX_LOCS = 8192  # places in the user's source that are remembered
+_locs: dict[tuple[CodeType, int], Loc] = {}

@@ -8,33 +8,40 @@ residuals and cotangents, made when a backward pass asks for it and kept with th
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any
 
 import numpy as np
 
 from duo.eager.autograd import Cotangents, Engine, Inner, number_in, walk_back
 from duo.eager.build import Construction, Watch, freed_error, overwritten_error
-from duo.eager.trace import NOTHING, Info, Macro, Node, Trace, Val, commit, open_trace
-from duo.runtime import from_numpy
-from duo_ir.core import Builder, Function, Loc, Op, Value
+from duo.eager.steps import Position, Unable, outline
+from duo.eager.trace import NOTHING, Info, Macro, Node, Stamp, Trace, Val, commit, open_trace
+from duo.runtime import from_numpy, runnable
+from duo_ir.core import Loc, Value
 from duo_ir.ops import add
 from duo_ir.types import TensorType
 
-# A forward value by position in the Construction of its path: (-1, parameter number) or (op number, result number).
-Position = tuple[int, int]
 Point = int | Position  # where a cotangent enters a segment
 
 
 class Origin:
     """Where a value came from: value `number` (or the inner value at that Position) of the path that `segment` ran. `error`: its gradient was
-    freed before the flush."""
+    freed before the flush (or what says so when asked)."""
 
-    __slots__ = ("error", "hooks", "number", "segment")
+    __slots__ = ("_error", "hooks", "number", "segment")
 
-    def __init__(self, segment: Segment | None, number: Point, error: Exception | None) -> None:
-        self.segment, self.number, self.error = segment, number, error
+    def __init__(
+        self, segment: Segment | None, number: Point, error: Exception | Callable[[], Exception] | None
+    ) -> None:
+        self.segment, self.number, self._error = segment, number, error
         self.hooks: list[Callable] = []
+
+    @property
+    def error(self) -> Exception | None:
+        if callable(self._error):
+            self._error = self._error()
+        return self._error
 
 
 class Pullback:
@@ -70,40 +77,18 @@ class Pullback:
         self.touched = frozenset(number_of[op] for op in watch.touched)
         again = [op for op in forward if free.issuperset(op.results)]
         new_ops = [*again, *builder.ops[len(forward) :]]
-        position, self.residuals, self.function = _outline(
-            construction, forward, new_ops, list(seeds.values()), gradients
+        position, self.residuals, self.function = outline(
+            construction.builder.params, forward, new_ops, list(seeds.values()), gradients
         )
+        self._alone: Any = None
         self.readers = {position[v]: number_of[op] for v, op in watch.readers.items()}
         self.types = tuple(g.type for g in gradients)
 
-
-def _outline(
-    construction: Construction, forward: list[Op], ops: list[Op], seeds: list[Value], results: Sequence[Value]
-) -> tuple[dict[Value, Position], tuple[Position, ...], Function]:
-    """The part of `ops` that `results` need, as a Function of the forward values it reads and the seeds. Gives (position of each forward value,
-    positions of those read, the Function)."""
-    position: dict[Value, Position] = {}
-    for i, param in enumerate(construction.builder.params):
-        position[param] = (-1, i)
-    for i, op in enumerate(forward):
-        for r in op.results:
-            position[r] = (i, r.index)
-    needed = set(results)
-    kept: list[Op] = []
-    for op in reversed(ops):
-        if not needed.isdisjoint(op.results):
-            kept.append(op)
-            needed.update(op.operands)
-    made = {r for op in kept for r in op.results}
-    made.update(seeds)
-    reads = sorted((v for v in needed if v in position and v not in made), key=lambda v: position[v])
-    builder = Builder("backward")
-    env = {v: builder.parameter(v.type) for v in [*reads, *seeds]}
-    with builder:
-        for op in reversed(kept):
-            builder.loc = op.loc
-            env.update(zip(op.results, builder.emit(op.definition, tuple([env[v] for v in op.operands]), op.attrs)))
-    return position, tuple(position[v] for v in reads), builder.build([env[r] for r in results])
+    def alone(self) -> Any:
+        """The program of the Function, one kernel per op."""
+        if self._alone is None:
+            self._alone = runnable(self.function, False).run
+        return self._alone
 
 
 class SegmentBackward(Macro):
@@ -117,6 +102,13 @@ class SegmentBackward(Macro):
     def build(self, construction: Construction, node: Node) -> tuple[Any, ...]:
         _, pullback, refs, _ = node.key
         return construction.builder.inline(pullback.function, [construction.value(n) for n in refs]) or (None,)
+
+    def enter(self, path: Any, node: Node) -> None:
+        if node.key[3]:
+            raise Unable
+
+    def alone(self, node: Node, type_of: Callable[[int], TensorType]) -> tuple[Sequence[int], Callable[..., Any]]:
+        return node.key[2], node.key[1].alone()
 
 
 SEGMENT_BACKWARD = SegmentBackward()
@@ -151,10 +143,10 @@ class Segment:
         self.origins: dict[int, Origin] = {}
         self.freed: set[int] = set()
 
-    def source(self, number: int) -> Val:
+    def source(self, number: int) -> Val | None:
         """Parameter `number` of the path as a value outside."""
         source = self.sources[number]
-        if isinstance(source, Val):
+        if source is None or isinstance(source, Val):
             return source
         dtype = self.node.memo.scalar_dtypes[number]
         val = Val(None, -1, None, Info(TensorType(dtype, ())))
@@ -189,26 +181,13 @@ class Segment:
                 seeds[n] = gradient
         wanted = {v: v.extra.number for v in engine.wanted if isinstance(v.extra, Origin) and v.extra.segment is self}
         hooked = [n for n, o in self.origins.items() if o.hooks]
-        touched: set[int] = set()
+        touched: set[Any] = set()
 
         def extra_of(n: int) -> Any:
             return self.origins[n] if n in hooked else self.extras.get(n)
 
         def stage(low: int, given: Cotangents, wanted: Sequence[int]) -> Cotangents:
-            pullback = self.pullback(low, list(given), wanted)
-            touched.update(pullback.touched)
-            if again := self.freed & pullback.touched:
-                raise freed_error(Construction(self.node, self.places).builder.ops[min(again)])
-            operands = [self._residual(p, pullback, engine.create) for p in pullback.residuals]
-            holders: list[Any] = [None] * len(operands) + list(given.values())
-            operands += [t._value() for t in given.values()]
-            while True:
-                trace = open_trace()
-                refs = [number_in(trace, v, t) for v, t in zip(operands, holders)]
-                key = (SEGMENT_BACKWARD, pullback, tuple(refs), engine.create)
-                vals = commit(trace, key) if -1 not in refs else None
-                if vals is not None:
-                    return {n: engine.wrap(v) for n, v in zip(pullback.numbers, vals)}
+            return self.stage(engine, low, given, wanted, touched)
 
         leaves, found = walk_back(
             seeds, hooked, [n for n in wanted.values() if isinstance(n, int)], extra_of, stage, self.links, self._time
@@ -216,9 +195,36 @@ class Segment:
         engine.found.update((v, found[n]) for v, n in wanted.items() if n in found)
         engine.cotangents.update((self.extras[n], g) for n, g in leaves.items() if n in self.extras)
         if not engine.retain:
-            self.freed |= touched
-            if self.freed >= self.node.memo.saving:
-                self.residuals.clear()
+            self.free(touched)
+
+    def stage(
+        self, engine: Engine, low: int, given: Cotangents, wanted: Sequence[int], touched: set[Any]
+    ) -> Cotangents:
+        """Records the reverse pass over the entries after `low`; adds what must not be freed yet, or not twice, to `touched`."""
+        pullback = self.pullback(low, list(given), wanted)
+        touched.update(pullback.touched)
+        if again := self.freed & pullback.touched:
+            raise freed_error(Construction(self.node, self.places).builder.ops[max(again)])
+        operands = [self._residual(p, pullback, engine.create) for p in pullback.residuals]
+        holders: list[Any] = [None] * len(operands) + list(given.values())
+        operands += [t._value() for t in given.values()]
+        while True:
+            trace = open_trace()
+            refs = [number_in(trace, v, t) for v, t in zip(operands, holders)]
+            key = (SEGMENT_BACKWARD, pullback, tuple(refs), engine.create)
+            vals = commit(trace, key) if -1 not in refs else None
+            if vals is not None:
+                return {n: engine.wrap(v) for n, v in zip(pullback.numbers, vals)}
+
+    def free(self, touched: set[Any]) -> None:
+        """Frees what the rules of the ops `touched` read."""
+        self.freed |= touched
+        if self.freed >= self.saving():
+            self.residuals.clear()
+
+    def saving(self) -> Set[int]:
+        """Numbers of the ops whose rules read what is kept."""
+        return self.node.memo.saving  # type: ignore[no-any-return]
 
     def _residual(self, position: Position, pullback: Pullback, tracked: bool) -> Val:
         val = self.source(position[1]) if position[0] < 0 else self.residuals.get(position)
@@ -245,3 +251,12 @@ def unmarked(val: Val, requires_grad: bool | None = None) -> Val:
     out = Val(None, -1, None, val.info if requires_grad is None else Info(val.info.type, requires_grad))
     out.buf, out.extra = val.buf, val.extra
     return out
+
+
+def version_of(vals: list[Val]) -> Stamp | None:
+    """The version that a saved value is of: the one that all who hold that value are of. In-place ops before this flush are known to the path."""
+    if len(vals) == 1 and vals[0].stamp is None:
+        vals[0].stamp = Stamp()
+    stamps = {val.stamp for val in vals}
+    stamp = stamps.pop() if len(stamps) == 1 else None
+    return stamp if stamp is not None and not stamp.overwritten else None

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from duo.eager.infer import explained, infer, user_frame_from, user_location
@@ -23,22 +23,26 @@ from duo_ir.types import TensorType, bool_, evaluate
 
 MAX_ENTRIES = 4096
 MAX_BYTES = 256 << 20
-MAX_NODES = 200_000
+MAX_NODES = 100_000  # of half a kilobyte
+MAX_APPLIED = 8192  # bodies with kinds of operands that are remembered
+_RUN = 64  # values between two steps that `Node.far` names
 
 
 class Info:
     """What is known of a value without running anything. Interned."""
 
-    __slots__ = ("requires_grad", "type")
+    __slots__ = ("nbytes", "requires_grad", "type")
     _all: dict[tuple[TensorType, bool], Info] = {}
     type: TensorType
     requires_grad: bool
+    nbytes: int
 
     def __new__(cls, type: TensorType, requires_grad: bool = False) -> Info:
         found = cls._all.get((type, requires_grad))
         if found is None:
             found = object.__new__(cls)
             found.type, found.requires_grad = type, requires_grad
+            found.nbytes = evaluate(type.nbytes, {})
             cls._all[type, requires_grad] = found
         return found
 
@@ -63,7 +67,7 @@ class Node:
     or that can fail at run time, whose errors name the line. `hot` is the step that came next the last time, which is likely to come again."""
 
     __slots__ = (
-        "__weakref__", "attrs", "code", "depth", "extra", "first", "grad", "hot", "info", "infos", "key", "lasti", "left", "loc", "memo", "next",
+        "__weakref__", "attrs", "code", "depth", "extra", "far", "first", "grad", "hot", "info", "infos", "key", "lasti", "left", "loc", "memo", "next",
         "op", "parent", "placed", "right", "size", "special", "stop", "tracked",
     )  # fmt: skip
 
@@ -74,10 +78,18 @@ class Node:
         self.info = infos[0]
         self.next: dict[tuple, Node] = {}
         self.memo: Any = None  # what a flush here needs to know (flush.py)
-        self.extra: Any = None
-        self.first: int = parent.first + len(parent.infos) if parent is not None else 0  # number of its first value
-        held: int = parent.size if parent is not None else 0
-        self.size: int = held + sum(evaluate(i.type.nbytes, {}) for i in infos)
+        self.extra: Any = None  # of a body's step its Applied, of a macro's what `infer` gave
+        self.first: int = 0  # number of its first value
+        self.size: int = 0  # bytes of the values up to here
+        self.tracked = False  # whether any value up to here requires grad
+        self.far: Node | None = None  # a step far back, the same for a run of steps; see `info_of`
+        if parent is not None:
+            self.first = parent.first + len(parent.infos)
+            self.size, self.tracked = parent.size, parent.tracked
+            self.far = parent if self.first // _RUN != parent.first // _RUN else parent.far
+        for info in infos:
+            self.size += info.nbytes
+            self.tracked = self.tracked or info.requires_grad
         self.stop = self.size > MAX_BYTES or self.first > MAX_ENTRIES
         self.placed = self.info.requires_grad
         self.special = self.stop or self.placed  # whether recording it takes more than appending
@@ -86,7 +98,6 @@ class Node:
         self.hot: Any = COLD
         pair = len(key) == 3 and not attrs
         self.op, self.left, self.right = key if pair else (None, None, None)  # the key of an op with two operands
-        self.tracked: bool = any(i.requires_grad for i in infos) or (parent is not None and parent.tracked)
 
     @property
     def refs(self) -> tuple:
@@ -97,7 +108,8 @@ class Node:
         """What is known of value `number` on this path."""
         node: Node | None = self
         while node is not None and node.first > number:
-            node = node.parent
+            far = node.far  # run by run, then step by step
+            node = far if far is not None and far.first > number else node.parent
         assert node is not None
         return node.infos[number - node.first]
 
@@ -110,6 +122,19 @@ class Node:
             node = node.parent
         out.reverse()
         return out
+
+
+class Applied:
+    """A body applied to operands of these Infos and number classes, in one grad mode: what it gives. `step` is how steps.py runs it alone."""
+
+    __slots__ = ("attrs", "body", "checked", "grad", "infos", "operands", "step")
+
+    def __init__(self, body: Any, operands: tuple, attrs: tuple, grad: bool) -> None:
+        self.body, self.operands, self.attrs, self.grad = body, operands, attrs, grad
+        types, reached, self.checked = infer(body, tuple([i if i.__class__ is type else i.type for i in operands]), attrs)
+        tracked = {k for k, i in enumerate(operands) if grad and i.__class__ is Info and i.requires_grad}
+        self.infos = tuple([Info(t, not tracked.isdisjoint(r)) for t, r in zip(types, reached)])
+        self.step: Any = None
 
 
 class Val:
@@ -194,6 +219,13 @@ class Macro:
         """Number of a value that it makes -> of the one that it is the new state of."""
         return {}
 
+    def enter(self, path: Any, node: Node) -> None:
+        """Tells a Path (path.py) what the entry means for gradients."""
+
+    def alone(self, node: Node, type_of: Callable[[int], TensorType]) -> tuple[Sequence[int], Callable[..., Any]]:
+        """How to run the entry alone: the numbers of the values it takes (its Python numbers follow), and a program."""
+        raise NotImplementedError
+
 
 class Leaf(Macro):
     """A value from outside enters the trace: key (LEAF, its Info, number of an earlier entry of the same leaf or -1)."""
@@ -211,6 +243,9 @@ class Mark(Macro):
     """A pending value becomes a leaf of its own: key (MARK, number)."""
 
     name = "mark"
+
+    def alone(self, node: Node, type_of: Callable[[int], TensorType]) -> tuple[Sequence[int], Callable[..., Any]]:
+        return (node.key[1],), list
 
     def infer(self, parent: Node, key: tuple, trace: Trace | None = None) -> tuple[tuple[Info, ...], Any]:
         return (Info(parent.info_of(key[1]).type, True),), None
@@ -232,9 +267,12 @@ class Note(Macro):
         return (NOTHING,), None
 
     def build(self, construction: Any, node: Node) -> tuple[Any, ...]:
-        if self is OVERWRITE:
-            construction.overwritten.setdefault(node.key[1], node.key[2])
+        self.enter(construction, node)
         return (None,)
+
+    def enter(self, path: Any, node: Node) -> None:
+        if self is OVERWRITE:
+            path.overwritten.setdefault(node.key[1], node.key[2])
 
 
 NOTHING = Info(TensorType(bool_, (0,)))
@@ -331,6 +369,7 @@ class _State(threading.local):
 
 
 state = _State()
+_applied: dict[tuple, Applied] = {}
 _node_count = [0]
 
 
@@ -381,8 +420,15 @@ def open_trace() -> Trace:
 def forget() -> None:
     """Drops the trie (executables stay in their own cache)."""
     _node_count[0] = 0
+    _applied.clear()
     for root in _ROOTS.values():
-        root.next, root.hot = {}, COLD
+        nodes, root.next, root.hot = [root.next], {}, COLD
+        while (
+            nodes
+        ):  # a node and its parent refer to each other: without this only the garbage collector would free them
+            for node in list(nodes.pop().values()):
+                nodes.append(node.next)
+                node.next, node.hot = {}, COLD
 
 
 def settle(val: Val) -> Buffer:
@@ -575,16 +621,26 @@ def _miss(last: Val, key: tuple, attrs: tuple) -> Node:
         grad = key[1] if body is GRAD_MODE else parent.grad
     else:
         refs = key[1:-2] if attrs else key[1:]
-        operand_infos = [parent.info_of(r) if r.__class__ is int else r for r in refs]
-        operands = tuple([i if i.__class__ is type else i.type for i in operand_infos])
-        try:
-            found = infer(body, operands, attrs)
-        except DuoError as error:
-            raise explained(error, body, operands) from None
+        trace = last.trace
+        entries = trace.entries if trace is not None else ()
+        count = len(entries)  # short when another thread has just run the trace
+        operands = tuple([
+            r if r.__class__ is not int else entries[r].info if r < count else parent.info_of(r) for r in refs
+        ])  # fmt: skip
         grad = parent.grad
-        tracked = {k for k, i in enumerate(operand_infos) if grad and i.__class__ is Info and i.requires_grad}
-        infos = tuple(Info(t, not tracked.isdisjoint(r)) for t, r in zip(found.types, found.reached))
-        checked = found.checked
+        memo_key = (body, operands, attrs, key[-1] if attrs else None, grad)
+        extra = _applied.get(memo_key)
+        if extra is None:
+            try:
+                extra = Applied(body, operands, attrs, grad)
+            except DuoError as error:
+                types = tuple([i if i.__class__ is type else i.type for i in operands])
+                raise explained(error, body, types) from None
+            if len(_applied) > MAX_APPLIED:
+                _applied.clear()
+            _applied[memo_key] = extra
+        infos = extra.infos
+        checked = extra.checked
     node = Node(parent, key, infos, grad, user_location(), attrs)
     node.extra = extra
     if checked:

@@ -7,12 +7,13 @@ at the call, then flushes. The same rule makes the update ops of graph mode (`mi
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from duo.eager.autograd import number_in
 from duo.eager.flush import flush
 from duo.eager.mode import enable_grad
+from duo.eager.steps import macro_run
 from duo.eager.tensor import EagerTensor, full_value
 from duo.eager.trace import Info, Macro, Node, Trace, commit, note_overwritten, open_trace, state
 from duo.eager.watch import Group, Slots, WatchedList, changed
@@ -53,7 +54,7 @@ class Optimize(Macro):
         hyper = [construction.scalar(k, f64) for k in range(len(self.rule.hyper))]
         count = _next(construction.value(step)) if step is not None else None
         values = [[construction.value(n) for n in row] for row in rows]
-        construction.overwritten.update((n, -1) for p, _, *slots in rows for n in (p, *slots))
+        self.enter(construction, node)
         out = apply_rule(self.rule, self.options, count, hyper, values)
         made = [construction.stop(v) for row in out for v in row]
         return tuple(made if count is None else [count, *made])
@@ -62,6 +63,16 @@ class Optimize(Macro):
         _, step, numbers = node.key
         old = [n for p, _, *slots in self.rows(numbers) for n in (p, *slots)]
         return dict(enumerate(old if step is None else [step, *old], node.first))
+
+    def enter(self, path: Any, node: Node) -> None:
+        path.overwritten.update((n, -1) for p, _, *slots in self.rows(node.key[2]) for n in (p, *slots))
+
+    def alone(self, node: Node, type_of: Callable[[int], TensorType]) -> tuple[Sequence[int], Callable[..., Any]]:
+        _, step, rows = node.key
+        numbers = list(dict.fromkeys(rows if step is None else (step, *rows)))
+        place = {n: k for k, n in enumerate(numbers)}
+        key = (self, None if step is None else place[step], tuple([place[n] for n in rows]))
+        return numbers, macro_run(self, key, tuple([type_of(n) for n in numbers]))
 
 
 def _next(step: Value) -> Value:

@@ -11,12 +11,12 @@ from __future__ import annotations
 import ctypes
 import math
 import os
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from types import CodeType
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
@@ -31,6 +31,8 @@ from duo_ir.errors import ArgumentError, DeviceError, IndexOutOfRange
 from duo_ir.types import DType, TensorType, evaluate
 
 KEPT_FRAME = 1 << 20  # bytes up to which a bound program keeps its frames
+SMALL_FRAME = 1 << 14  # programs of templates are many: a larger frame is kept by the last LARGE_FRAMES of them only
+LARGE_FRAMES = 16
 RELEASE_NANOSECONDS = 30_000  # estimated work from which on other Python threads may run meanwhile
 DONATION_LIMIT = 64  # choices of inputs given away that a bound program remembers
 _LINE = 64
@@ -185,10 +187,10 @@ class CpuBound:
         """Code that makes `o{k}`, a buffer for output k."""
         nbytes = self._out_bytes[k]
         home = allocator.class_of(nbytes)
-        names.update({f"home{k}": home, f"pop{k}": home.pop, "Buffer": Buffer, "allocate": allocate})
+        names.update({f"home{k}": home, f"pop{k}": home.pop, f"n{k}": nbytes, "Buffer": Buffer, "allocate": allocate})
         return [
-            f"try: o{k} = Buffer(pop{k}(), {nbytes}, home{k})",
-            f"except IndexError: o{k} = allocate({nbytes})",
+            f"try: o{k} = Buffer(pop{k}(), n{k}, home{k})",
+            f"except IndexError: o{k} = allocate(n{k})",
         ]
 
     def call_lines(
@@ -404,14 +406,26 @@ class CpuBound:
 
 
 class _FromSecondCall(list[Buffer]):
-    """The frames of a program of templates, most of which run once: what the first call leaves is not kept."""
+    """The frames of a program of templates, most of which run once: what the first call leaves is not kept, large ones are not kept for long."""
 
     called = False
+    large = False  # whether it may keep a large one
+    _keepers: ClassVar[deque[_FromSecondCall]] = deque()
 
     def append(self, frame: Buffer) -> None:
-        if self.called:
+        if self.called and (frame.nbytes <= SMALL_FRAME or self._may_keep()):
             super().append(frame)
         self.called = True
+
+    def _may_keep(self) -> bool:
+        if not self.large:
+            self.large = True
+            self._keepers.append(self)
+            if len(self._keepers) > LARGE_FRAMES:
+                oldest = self._keepers.popleft()
+                oldest.large = False
+                oldest.clear()
+        return not self
 
 
 def _rounded(value: object, dtype: DType) -> np.ndarray:

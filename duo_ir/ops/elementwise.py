@@ -376,7 +376,7 @@ bitcast = OpDef(
 )  # fmt: skip
 stop_gradient = OpDef(
     "stop_gradient", lambda x: x, Elementwise(lambda s, x: x, widen=False), derivative=_flat,
-    canonicalize=lambda op: op.operands,
+    canonicalize=lambda op: op.operands, stops=True,
     doc="x, through which no derivative passes.",
 )  # fmt: skip
 straight_through = OpDef(

@@ -36,10 +36,10 @@ def where_from(op: Op) -> str:
 
 
 def _active(ops: Iterable[Op], sources: Iterable[Value]) -> set[Value]:
-    """The float values among `ops` that depend on `sources` through float values, `sources` included."""
+    """The float values among `ops` that depend on `sources` through float values and ops that let derivatives pass, `sources` included."""
     active = set(sources)
     for op in ops:
-        if not active.isdisjoint(op.operands):
+        if not op.definition.stops and not active.isdisjoint(op.operands):
             active.update(r for r in op.results if r.type.dtype.is_float)
     return active
 

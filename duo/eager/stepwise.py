@@ -25,8 +25,11 @@ from duo_ir.errors import DuoError
 def run(trace: Trace, node: Node, live: Sequence[int]) -> None:
     """Runs what the values `live` of a closed trace need, and publishes them. Raises Unable, or the error of an entry, before anything is published."""
     try:
-        path = Path.to(node)
-        _Run(trace, path, live).go()
+        this = _Run(trace, Path.to(node), live)
+        try:
+            this.go()
+        finally:
+            this.plan.clear()  # it refers to the run, and would keep every buffer until the garbage collector came
     finally:
         forget_path()
 

@@ -25,6 +25,7 @@ from duo_ir.errors import ArgumentError, DeviceError
 from duo_ir.types import TensorType
 
 MAX_EXECUTABLES = 2048
+MAX_SAVED_ALONE = 256
 
 
 @dataclass
@@ -82,6 +83,7 @@ class Interpreted:
 
 _cache: OrderedDict[tuple[str, bool, tuple[int, ...]], Any] = OrderedDict()
 _lock = threading.Lock()
+_saved_alone = 0
 _use_interpreter = os.environ.get("DUO_BACKEND", "cpu") == "interpret"
 _check_nan = False
 _fusion = os.environ.get("DUO_FUSION", "1") != "0"
@@ -153,26 +155,30 @@ def runnable(function: Function, fused: bool = True, scalars: Collection[int] = 
 
 
 def compile_alone(function: Function, scalars: Collection[int] = ()) -> Any:
-    """`runnable` without fusion, for a caller that keeps what it gets."""
+    """`runnable` without fusion, for a caller that keeps what it gets. There may be one for every shape that a program meets, so only
+    the first MAX_SAVED_ALONE of a process are kept on disk."""
+    global _saved_alone
     with _lock:
         statistics.compiled += 1
-    return _make(function, False, scalars)
+        _saved_alone += 1
+    return _make(function, False, scalars, _saved_alone <= MAX_SAVED_ALONE)
 
 
-def _make(function: Function, fused: bool, scalars: Collection[int]) -> Any:
+def _make(function: Function, fused: bool, scalars: Collection[int], save: bool = True) -> Any:
     if _use_interpreter or _check_nan:
         return Interpreted(function, _check_nan)
-    return _compile(function, fused, scalars)
+    return _compile(function, fused, scalars, save)
 
 
-def _compile(function: Function, fused: bool, scalars: Collection[int]) -> Any:
+def _compile(function: Function, fused: bool, scalars: Collection[int], save: bool) -> Any:
     saved = _saved()
     found = saved.load(function, fused, scalars)
     if found is not None:
         statistics.from_disk += 1
         return found
     made = _pipeline().compile(function, backend(), fusion=fused, scalars=scalars).bind({})
-    saved.store(function, fused, scalars, made)
+    if save:
+        saved.store(function, fused, scalars, made)
     return made
 
 

@@ -26,7 +26,7 @@ from duo_ir.types import DType, TensorType
 # A forward value by position: (-1, parameter number) or (op number, result number).
 Position = tuple[int, int]
 Run = Callable[[Sequence[Any]], list[Any]]
-MAX_STEPS = 2048  # entries whose programs are kept
+MAX_STEPS = 1024  # entries whose programs are kept
 
 
 class Unable(Exception):

@@ -9,19 +9,24 @@ from duo_backends.cpu.code import KernelCode, Phase, Target, no_scratch
 from duo_backends.cpu.conv_images import emit_images, make_image_plan
 from duo_backends.cpu.conv_pixels import emit_pixels
 from duo_backends.cpu.conv_plain import emit_plain, over_groups
-from duo_backends.cpu.conv_plan import make_plan
+from duo_backends.cpu.conv_plan import SLAB_BYTES, make_plan
 from duo_backends.cpu.gemm_tile import compute_dtype
 from duo_backends.cpu.llvm import Module
 from duo_ir.kernels.kernel import ConvKernel
 from duo_ir.types import evaluate, product
+
+FEW_IMAGES = 4
 
 
 def compile_conv(kernel: ConvKernel, target: Target) -> KernelCode:
     """Tiles of result positions where all but the batch is known, else one vector of sums at a time."""
     name = "conv_" + hashlib.sha256(repr((kernel, target)).encode()).hexdigest()[:16]
     module = Module()
-    images = make_image_plan(kernel, target)
-    pixels = make_plan(kernel, target) if images is None else None
+    images, pixels = make_image_plan(kernel, target), make_plan(kernel, target)
+    # Few images make low tiles: tiles of positions do better, while what they read of x fits the cache.
+    few = images is not None and images.images < FEW_IMAGES
+    if few and pixels is not None and pixels.slab_bytes <= SLAB_BYTES:
+        images = None
     work = product(kernel.axes) * product([kernel.c, *[w.taps for w in kernel.windows]])
 
     def cost(sizes: Mapping[str, int]) -> float:

@@ -1,6 +1,6 @@
 """Convolution from tiles of images: what the weight gradient is, whose images (input channels) lie side by side and whose K (positions, batch) is long.
 
-A unit is all result positions of some images and some column panels. Block by block of K it packs w for its columns and lists, for each
+A unit is some result positions, as a rule all, of some images and some column panels. Block by block of K it packs w for its columns and lists, for each
 result position, the runs that the block is made of, one for each tap: where x lies, or zeros where a tap falls outside it. Micro-kernels
 read x in place. The sums of a unit stay in the cache until the last block; beyond 16384 k they are kept for each chunk that waits for its
 neighbour (numerics contract, rule 2).
@@ -23,7 +23,6 @@ from duo_backends.cpu.llvm import Function, Module, memory_type, register_type, 
 from duo_ir.kernels.kernel import ConvKernel
 from duo_ir.types import DimLike, DType, evaluate, product
 
-LEAST_IMAGES = 4  # fewer make no tile
 SUMS_BYTES = 3 << 16  # of a unit, so that it stays in the second-level cache beside w and x
 PACKED_BYTES = 1 << 17  # of w for one block
 UNITS = 8
@@ -38,6 +37,7 @@ class ImagePlan:
     lanes: int
     vectors: int
     rows: int  # images of a tile; tiles differ by one at most
+    unit_positions: int
     unit_images: int
     unit_panels: int
 
@@ -81,6 +81,10 @@ class ImagePlan:
         return -(-self.panels // self.unit_panels)
 
     @property
+    def position_units(self) -> int:
+        return -(-self.positions // self.unit_positions)
+
+    @property
     def image_units(self) -> int:
         return -(-self.images // self.unit_images)
 
@@ -103,7 +107,7 @@ class ImagePlan:
 
     @property
     def sums_bytes(self) -> int:
-        return _round(self.positions * self.tiles * self.unit_panels * self.tile_bytes)
+        return _round(self.unit_positions * self.tiles * self.unit_panels * self.tile_bytes)
 
     @property
     def packed_bytes(self) -> int:
@@ -126,7 +130,7 @@ class ImagePlan:
         return threads * (self.zero_bytes + self.table_bytes + self.packed_bytes + levels * self.sums_bytes)
 
     def units(self, sizes: Mapping[str, int]) -> int:
-        return self.groups * self.image_units * self.column_units
+        return self.groups * self.position_units * self.image_units * self.column_units
 
 
 def _round(size: int) -> int:
@@ -146,7 +150,7 @@ def make_image_plan(kernel: ConvKernel, target: Target) -> ImagePlan | None:
     if not (known and side_by_side and same) or empty:
         return None
     assert isinstance(images, int) and isinstance(n, int) and isinstance(kernel.groups, int)
-    if images < LEAST_IMAGES or (n == 1 and kernel.groups > 1):
+    if n == 1 and kernel.groups > 1:
         return None
     column_vectors = -(-n // lanes)
     best: tuple[float, int, int] | None = None
@@ -164,16 +168,24 @@ def make_image_plan(kernel: ConvKernel, target: Target) -> ImagePlan | None:
     positions = math.prod([c for c in counts if isinstance(c, int)])
     unit_panels = max(1, min(panels, PACKED_BYTES // (BLOCK * row_bytes)))
     unit_tiles = max(1, min(-(-images // rows), SUMS_BYTES // (positions * unit_panels * rows * row_bytes)))
-    while kernel.groups * -(-images // (unit_tiles * rows)) * -(-panels // unit_panels) < UNITS:
+    unit_positions, groups = positions, kernel.groups
+
+    def units() -> int:
+        others = -(-panels // unit_panels) * -(-positions // unit_positions)
+        return groups * -(-images // (unit_tiles * rows)) * others
+
+    while units() < UNITS:
         if unit_tiles > 1 and unit_tiles * rows * positions >= 2 * unit_panels * vectors * lanes:
             unit_tiles = -(-unit_tiles // 2)
         elif unit_panels > 1:
             unit_panels = -(-unit_panels // 2)
         elif unit_tiles > 1:
             unit_tiles = -(-unit_tiles // 2)
+        elif unit_positions > 1 and units() < UNITS // 2:  # each of them packs the same part of w
+            unit_positions = -(-unit_positions // 2)
         else:
             break
-    return ImagePlan(kernel, compute, lanes, vectors, rows, min(images, unit_tiles * rows), unit_panels)
+    return ImagePlan(kernel, compute, lanes, vectors, rows, unit_positions, min(images, unit_tiles * rows), unit_panels)
 
 
 def emit_images(module: Module, target: Target, plan: ImagePlan, name: str) -> tuple[Phase, ...]:
@@ -235,7 +247,10 @@ class _Images:
         columns, rest = f.rem(unit, str(plan.column_units)), f.div(unit, str(plan.column_units))
         self.image0 = f.mul(f.rem(rest, str(plan.image_units)), str(plan.unit_images))
         self.images = f.min(f.sub(str(plan.images), self.image0), str(plan.unit_images))
-        self.group = f.div(rest, str(plan.image_units))
+        rest = f.div(rest, str(plan.image_units))
+        self.q0 = f.mul(f.rem(rest, str(plan.position_units)), str(plan.unit_positions))
+        self.q1 = f.min(f.add(self.q0, str(plan.unit_positions)), str(plan.positions))
+        self.group = f.div(rest, str(plan.position_units))
         self.p0 = f.mul(columns, str(plan.unit_panels))
         self.p1 = f.min(f.add(self.p0, str(plan.unit_panels)), str(plan.panels))
         at = f.add(self.image0, f.mul(self.group, self.dim(self.kernel.a.at.strides[-2])))
@@ -278,15 +293,15 @@ class _Images:
 
     # ----------------------------------------------------------------------------------------------- what is looped over
     def _positions(self) -> Iterator[tuple[str, list[str]]]:
-        """Emits a loop over the result's positions: (number, index along each spatial axis)."""
+        """Emits a loop over the unit's positions: (number in it, index along each spatial axis)."""
         f = self.f
-        with f.loop("0", str(self.plan.positions)) as loop:
+        with f.loop(self.q0, self.q1) as loop:
             rest = loop.index
             q: list[str] = []
             for count in reversed(self.plan.counts):
                 q.insert(0, f.rem(rest, str(count)))
                 rest = f.div(rest, str(count))
-            yield loop.index, q
+            yield f.sub(loop.index, self.q0), q
 
     def _tiles(self) -> Iterator[tuple[str, str, int]]:
         """Emits loops over the unit's tiles: (number, first image from the unit's, images), once for each height."""

@@ -20,6 +20,7 @@ from duo_ir.types import DType
 
 OnDemand = Callable[[object, str, Callable[[str], None]], str]
 MOST_TURNED = 64  # taps that the code of turning writes out
+AHEAD = 256  # bytes that each column is fetched ahead: more streams than the hardware follows
 
 
 class WeightPacker:
@@ -80,6 +81,14 @@ class WeightPacker:
         with f.loop("0", whole, steps) as c:
             source = f.gep("i8", "%source", f.mul(c.index, str(self.taps * item)))
             at = f.gep("i8", "%to", f.mul(c.index, str(row)))
+            for ahead in range(AHEAD, AHEAD + self.taps * steps * item, 64):
+                for number in range(lanes):
+                    place = f.gep("i8", source, str(number * apart + ahead))
+                    f.emit(
+                        f.intrinsic(
+                            "prefetch", "void", [("ptr", place), ("i32", "0"), ("i32", "3"), ("i32", "1")], "p0"
+                        )
+                    )
             for i in range(self.taps):
                 pieces = [f.gep("i8", source, str(lane * apart + i * steps * item)) for lane in range(lanes)]
                 for j, value in enumerate(load_transposed(f, self.target, pieces, self.dtype, compute)):

@@ -11,6 +11,7 @@ Both gradients are convolutions: the one for x with strides and x_dilation excha
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from math import gcd
 from typing import Any, TypeAlias
@@ -259,7 +260,23 @@ def _conv_jvp(op: Op, tangents: Sequence[Value | None]) -> Value:
     return parts[0] if len(parts) == 1 else parts[0] + parts[1]
 
 
-conv = OpDef(
-    "conv", _conv_type, Convolution(_phases), reference=_reference, vjp=_conv_vjp, jvp=_conv_jvp,
+def _conv_canonical(op: Op) -> Sequence[Value] | None:
+    """Padding of x with +0.0 is padding of the convolution: such taps take part as +0.0."""
+    x, w = op.operands
+    if x.op is None or x.op.definition is not sh.pad or any(d != 1 for d in op.attrs["x_dilation"]):
+        return None
+    inner, fill = x.op.operands
+    low, high, interior = (x.op.attrs[name] for name in ("low", "high", "interior"))
+    zero = nd.literal(fill)
+    if zero is None or zero != 0 or math.copysign(1.0, zero) < 0 or any(interior):
+        return None
+    if low[0] != 0 or high[0] != 0 or low[-1] != 0 or high[-1] != 0:
+        return None
+    padding = tuple([(lo + a, hi + b) for (lo, hi), a, b in zip(op.attrs["padding"], low[1:-1], high[1:-1])])
+    return (conv(inner, w, **{**op.attrs, "padding": padding}),)
+
+
+conv: OpDef = OpDef(
+    "conv", _conv_type, Convolution(_phases), reference=_reference, vjp=_conv_vjp, jvp=_conv_jvp, canonicalize=_conv_canonical,
     doc="[n, spatial..., c] with [kernel..., c/groups, o] to [n, out..., o], by fma over (kernel position, channel).",
 )  # fmt: skip

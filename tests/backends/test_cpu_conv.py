@@ -16,6 +16,7 @@ from duo_ir.kernels.fuse import fuse
 from duo_ir.kernels.kernel import ConvKernel
 from duo_ir.ops import broadcasting as nd
 from duo_ir.transforms.autodiff import reverse
+from duo_ir.transforms.simplify import simplify
 from duo_ir.types import Dim, TensorType, bf16, f16, f32, f64, i8, i32, i64, u8
 
 Shape = tuple[int, ...]
@@ -121,6 +122,50 @@ def test_long_weight_gradients() -> None:
             return found
 
         c.check(gradient, operands(x, (*x[:3], w[3])))
+
+
+@pytest.mark.parametrize(
+    ("fill", "low", "high", "gap", "folds"),
+    [
+        (0.0, (0, 2, 1, 0), (0, 0, 3, 0), 0, True),
+        (-0.0, (0, 2, 1, 0), (0, 0, 3, 0), 0, False),
+        (1.0, (0, 2, 1, 0), (0, 0, 3, 0), 0, False),
+        (0.0, (0, 1, 0, 0), (0, 0, 0, 0), 1, False),
+        (0.0, (1, 0, 0, 0), (0, 0, 0, 0), 0, False),
+        (0.0, (0, 0, 0, 0), (0, 0, 0, 2), 0, False),
+    ],
+)
+def test_padding_before_is_padding_of(fill: float, low: Shape, high: Shape, gap: int, folds: bool) -> None:
+    attrs = attributes(2, padding=((-1, 1), (1, -2)))
+
+    def padded(x: Value, w: Value) -> Value:
+        x = ops.pad(x, nd.constant_of(fill, f32), low=low, high=high, interior=(0, gap, 0, 0))
+        return ops.conv(x, w, **attrs)
+
+    arrays = operands((2, 5, 6, 4), (3, 3, 4 + high[3], 18))
+    function = function_of(padded, *c.types_of(arrays))
+    left = [op.definition for op in simplify(function).ops]
+    assert (ops.pad not in left) is folds
+    c.check(function, arrays)
+
+
+def test_first_layers() -> None:
+    """Weight gradients with few input channels, in either kind of tile, also where the batch is a run-time size."""
+    b = Dim.symbol("b")
+    for channels, size in ((1, 30), (2, 60), (3, 20)):
+        attrs = attributes(2, padding=_PAD, strides=(2, 2))
+        kernel, half = (3, 3, channels, 20), (size + 1) // 2
+
+        def gradient(x: Value, g: Value, kernel: Shape = kernel, attrs: dict[str, Any] = attrs) -> Value:
+            out = ops.conv(x, nd.full(kernel, 0.0, f32), **attrs)
+            (found,) = reverse([out.op], {out: g}, [out.op.operands[1]])
+            assert found is not None
+            return found
+
+        arrays = [operands((5, size, size, channels), (1,))[0], operands((5, half, half, 20), (1,))[0]]
+        c.check(gradient, arrays)
+        types = (TensorType(f32, (b, size, size, channels)), TensorType(f32, (b, half, half, 20)))
+        c.check(function_of(gradient, *types), arrays, [a[:3] for a in arrays])
 
 
 def test_special_values() -> None:

@@ -63,6 +63,7 @@ from duo_ir.opdef import (
 )  # fmt: skip
 from duo_ir.types import DimLike, DType, bool_, i64
 
+LONG_PART = 32  # elements from which a part of a concatenation has a loop of its own
 ARG_REDUCTIONS = ("argmax", "argmin")
 
 
@@ -507,7 +508,7 @@ class Emitter:
     def _movement(self, op: Op, index: Index, guards: tuple[Bounds, ...]) -> int:
         x = op.operands[0]
         inner, bounds = through(self.lowering.view(op), index, self.n)
-        bounds = tuple([bound for bound in bounds if not self._always(bound)])
+        bounds = tuple([self._by_parts(bound) for bound in bounds if not self._always(bound)])
         if not bounds:
             return self.value(x, self.intern(inner), guards)
         fill = self.value(op.operands[1], (), guards)
@@ -522,6 +523,21 @@ class Emitter:
             at = self.position(p)
             inside = b.and_(inside, b.and_(b.ge(at, b.const(0, i64)), b.lt(at, b.dim(bound))))
         return b.select(inside, handle, fill)
+
+    def _by_parts(self, bounds: Bounds) -> Bounds:
+        """Bounds that whole stretches of the innermost steps are inside of or outside (parts of a concatenation), as bounds on the loops around
+        them, so that no element asks by itself."""
+        (offset, strides), bound, step = bounds
+        unit = [k for k, s in enumerate(strides) if s == 1]
+        if step != 1 or len(unit) != 1 or not isinstance(bound, int) or bound < LONG_PART:
+            return bounds
+        size, rest = self.axes[unit[0]], [s for s in strides if s != 1]
+        if not isinstance(size, int) or any(not isinstance(d, int) or d % bound for d in (size, offset, *rest)):
+            return bounds
+        if size > bound:
+            raise NeedSplit(unit[0], bound)
+        outer = tuple([0 if k == unit[0] else divide(s, bound) or 0 for k, s in enumerate(strides)])
+        return (divide(offset, bound) or 0, outer), 1, 1
 
     def _always(self, bounds: Bounds) -> bool:
         """Whether the bounds hold for every turn of the loops."""

@@ -498,3 +498,49 @@ def test_a_sliced_gather_checks_what_is_sliced_away() -> None:
     for fusion in (True, False):
         with pytest.raises(IndexOutOfRange):
             evaluate(lower(function, fusion), np.ones(4, np.float32), np.array([0, 9]))
+
+
+def test_parts_put_together_have_loops_of_their_own() -> None:
+    """The gradient of a projection that is cut into equal parts: no element asks which part it is in."""
+
+    def parts(x: Value) -> Value:
+        a, b, c = (nd.slice_axis(x, 1, 64 * n, 64 * (n + 1)) for n in range(3))
+        return nd.sum(a * b + ops.tanh(c))
+
+    function = grad_function(function_of(parts, F(5, 192)))
+    check(function, *arrays_for((F(5, 192),)))
+    guards = [
+        (kernel.axes, g)
+        for kernel in kernels(function)
+        for stage in kernel.stages
+        for i in stage.body
+        if i.op == "load"
+        for g in i.attr.guards
+    ]
+    assert guards and all(axes[-1] == 64 and g.position.strides[-1] == 0 and g.bound == 1 for axes, g in guards)
+
+
+def test_a_slope_is_stored_where_its_value_is_computed() -> None:
+    """An activation between two products: the forward kernel leaves value and slope, the backward one multiplies by the slope."""
+
+    def network(x: Value, w: Value, v: Value) -> Value:
+        return nd.sum(ops.matmul(ops.gelu_tanh(ops.matmul(x, w))[0], v))
+
+    types = (F(6, 5), F(5, 7), F(7, 4))
+    function = grad_function(function_of(network, *types), (0, 1, 2))
+    check(function, *arrays_for(types))
+    products = [k for k in kernels(function) if isinstance(k, ContractKernel)]
+    forward = [k for k in products if any(i.op == "div" for i in k.body)]
+    assert len(forward) == 1 and len(forward[0].stores) == 2
+
+
+def test_what_is_cheap_to_make_of_stored_values_is_not_stored() -> None:
+    """t and t + 1 are read by two kernels; t alone is stored."""
+
+    def fn(x: Value) -> tuple[Value, Value]:
+        t = ops.tanh(x)
+        return nd.sum((t + 1.0) * x, 0), nd.sum((t + 1.0) * t, 1)
+
+    made = kernels(fn, F(40, 50))
+    written = [a for k in made for a in k.args if a.output and a.size == 2000]
+    assert len(written) <= 1

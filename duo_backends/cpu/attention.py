@@ -19,23 +19,26 @@ from duo_backends.cpu.nest import ceil_div, points, symbol
 from duo_ir.kernels.kernel import AttentionKernel, Store
 from duo_ir.ops.attention import BLOCK, HALF
 from duo_ir.scalar import explog
-from duo_ir.types import evaluate
+from duo_ir.types import DimLike, evaluate
 
 _INF = float("inf")
 
 
 def compile_attention(kernel: AttentionKernel, target: Target) -> KernelCode:
-    """One phase. Units: blocks of queries of each head, or, for the gradient, heads."""
+    """Units: blocks of queries of each head; for the gradient heads, or where they are few their blocks in two phases."""
     module, name = Module(), symbol(kernel, target)
-    parts = Parts(module, kernel, target, name)
     if kernel.backward:
-        emit_gradient(parts)
+        emitted = emit_gradient(module, kernel, target, name)
     else:
+        parts = Parts(module, kernel, target, name)
         _Forward(parts).emit()
+        emitted = [(parts, kernel.queries)]
 
-    def units(sizes: Mapping[str, int]) -> int:
-        blocks = 1 if kernel.backward else ceil_div(evaluate(kernel.queries, sizes), BLOCK)
-        return points(kernel.batch, sizes) * blocks
+    def phase(parts: Parts, cut: DimLike | None) -> PhaseCode:
+        def units(sizes: Mapping[str, int]) -> int:
+            return points(kernel.batch, sizes) * (1 if cut is None else ceil_div(evaluate(cut, sizes), BLOCK))
+
+        return PhaseCode(parts.phase.name, units)
 
     def cost(sizes: Mapping[str, int]) -> float:
         pairs = points((*kernel.batch, kernel.queries, kernel.keys), sizes) * (0.6 if kernel.causal else 1.0)
@@ -44,9 +47,9 @@ def compile_attention(kernel: AttentionKernel, target: Target) -> KernelCode:
         return 200.0 + work * 2 / speed + pairs * 0.3
 
     def scratch(sizes: Mapping[str, int], threads: int) -> int:
-        return threads * (parts.share + evaluate(parts.whole_rows, sizes))
+        return threads * max(parts.share + evaluate(parts.whole_rows, sizes) for parts, _ in emitted)
 
-    return KernelCode(module.text(), (PhaseCode(name, units),), scratch, cost)
+    return KernelCode(module.text(), tuple([phase(*e) for e in emitted]), scratch, cost)
 
 
 class _Forward:

@@ -2,25 +2,50 @@
 
 A work unit is one head. Keys and values are transposed once a block; the scores of a pair of blocks have lanes over keys, become
 exponentials and slopes in place, and multiply into the block's dk and dv and into dq, whose rows stay in scratch memory
-until all keys have been seen. The order is that of `duo_ir/ops/attention.py`.
+until all keys have been seen. Few heads are shared out by blocks, in two phases: dk and dv for each block of keys, then dq for each
+block of queries, from scores computed again. The order is that of `duo_ir/ops/attention.py` either way.
 """
 
 from __future__ import annotations
 
 from duo_backends.cpu.attention_parts import ADD, SET, Parts
 from duo_backends.cpu.body import Scope
-from duo_ir.kernels.kernel import Access
+from duo_backends.cpu.code import Target
+from duo_backends.cpu.llvm import Module
+from duo_ir.kernels.kernel import Access, AttentionKernel
 from duo_ir.ops.attention import BLOCK, HALF
 from duo_ir.scalar import explog
+from duo_ir.types import DimLike, product
+
+FEW_HEADS = 8  # below, heads alone do not keep threads busy
+ALL, KEYS, QUERIES = "all", "keys", "queries"  # what a phase makes: all three gradients, dk and dv, dq
 
 
-def emit_gradient(parts: Parts) -> None:
-    """The phase function; sets `parts.whole_rows`, the bytes of scratch that depend on the number of queries."""
-    _Gradient(parts).emit()
+def emit_gradient(
+    module: Module, kernel: AttentionKernel, target: Target, name: str
+) -> list[tuple[Parts, DimLike | None]]:
+    """The phases as (what was emitted, the size that units cut into blocks; None: units are heads)."""
+    heads = product(kernel.batch)
+    one_block = (
+        isinstance(kernel.keys, int) and isinstance(kernel.queries, int) and max(kernel.keys, kernel.queries) <= BLOCK
+    )
+    if not isinstance(heads, int) or heads >= FEW_HEADS or one_block:
+        phases: list[tuple[str, DimLike | None]] = [(ALL, None)]
+    else:
+        phases = [(KEYS, kernel.keys), (QUERIES, kernel.queries)]
+    out = []
+    for makes, cut in phases:
+        parts = Parts(module, kernel, target, f"{name}_{makes}")
+        _Gradient(parts, makes).emit()
+        out.append((parts, cut))
+    return out
 
 
 class _Gradient:
-    def __init__(self, parts: Parts) -> None:
+    """One phase. `parts.whole_rows` becomes the bytes of scratch that depend on the number of queries."""
+
+    def __init__(self, parts: Parts, makes: str) -> None:
+        self.makes = makes
         self.p, self.f, self.e, self.kernel = parts, parts.f, parts.e, parts.kernel
         kernel = self.kernel
         self.q, self.k, self.v, self.g = kernel.reads
@@ -42,8 +67,8 @@ class _Gradient:
         ]
         f = self.f
         self.t, self.s = self.e.dim(kernel.queries), self.e.dim(kernel.keys)
-        parts.whole_rows = kernel.queries * self.row
-        rows = f.mul(self.t, str(self.row), f.top)
+        parts.whole_rows = (BLOCK if makes == QUERIES else 0 if makes == KEYS else kernel.queries) * self.row
+        rows = self.e.dim(parts.whole_rows)
         share = f.add(rows, str(parts.share), f.top)
         base = f.gep("i8", "%scratch", f.mul("%tid", share, f.top), f.top)
         places = [f.gep("i8", base, str(at), f.top) for at in (*offsets, parts.share)]
@@ -63,29 +88,52 @@ class _Gradient:
     def emit(self) -> None:
         f, p, kernel = self.f, self.p, self.kernel
         with f.loop("%begin", "%end") as units:
-            batch = p.phase.unravel(units.index, kernel.batch)
-            with f.loop("0", self.t) as loop:
-                p.fill(p.at(self.dq, (loop.index, self.row)), p.padded(self.width), 0.0)
-            blocks = f.div(f.add(self.s, str(BLOCK - 1), f.top), str(BLOCK), f.top)
-            with f.loop("0", blocks) as loop:
-                self._keys(batch, loop.index)
-            with f.when(f.op(f"icmp sgt i64 {self.t}, 0")):
-                p.copy_out(kernel.writes[0], batch, "0", self.t, self.width, self.dq, kernel.scale)
+            key_blocks, query_blocks = (
+                f.div(f.add(n, str(BLOCK - 1), f.top), str(BLOCK), f.top) for n in (self.s, self.t)
+            )
+            if self.makes == ALL:
+                batch = p.phase.unravel(units.index, kernel.batch)
+                self._clear_dq(self.t)
+                with f.loop("0", key_blocks) as loop:
+                    self._keys(batch, loop.index, loop.index if kernel.causal else "0", query_blocks)
+                with f.when(f.op(f"icmp sgt i64 {self.t}, 0")):
+                    p.copy_out(kernel.writes[0], batch, "0", self.t, self.width, self.dq, kernel.scale)
+            elif self.makes == KEYS:
+                block = f.rem(units.index, key_blocks)
+                batch = p.phase.unravel(f.div(units.index, key_blocks), kernel.batch)
+                self._keys(batch, block, block if kernel.causal else "0", query_blocks)
+            else:
+                block = f.rem(units.index, query_blocks)
+                batch = p.phase.unravel(f.div(units.index, query_blocks), kernel.batch)
+                i0, following = f.mul(block, str(BLOCK)), f.add(block, "1")
+                rows = f.min(f.sub(self.t, i0), str(BLOCK))
+                self._clear_dq(rows)
+                with f.loop("0", f.min(key_blocks, following) if kernel.causal else key_blocks) as loop:
+                    self._keys(batch, loop.index, block, following)
+                p.copy_out(kernel.writes[0], batch, i0, rows, self.width, self.dq, kernel.scale)
         f.finish()
 
-    def _keys(self, batch: list[str], number: str) -> None:
-        """One block of keys."""
+    def _clear_dq(self, rows: str) -> None:
+        with self.f.loop("0", rows) as loop:
+            self.p.fill(self.p.at(self.dq, (loop.index, self.row)), self.p.padded(self.width), 0.0)
+
+    def _keys(self, batch: list[str], number: str, begin: str, end: str) -> None:
+        """One block of keys with the blocks of queries [begin, end)."""
         f, p, kernel = self.f, self.p, self.kernel
         j0 = f.mul(number, str(BLOCK))
         rows = f.min(f.sub(self.s, j0), str(BLOCK))
         p.transposed(self.k, batch, j0, rows, self.width, self.keys)
         p.transposed(self.v, batch, j0, rows, self.value_width, self.values)
-        key_rows, key_step = self._rows(self.copy_k, self.k, batch, j0, rows, self.width, self.key_rows)
-        p.fill(self.dk, BLOCK * p.padded(self.width), 0.0)
-        p.fill(self.dv, BLOCK * p.padded(self.value_width), 0.0)
-        blocks = f.div(f.add(self.t, str(BLOCK - 1), f.top), str(BLOCK), f.top)
-        with f.loop(number if kernel.causal else "0", blocks) as loop:
+        key_rows, key_step = "", 0
+        if self.makes != KEYS:
+            key_rows, key_step = self._rows(self.copy_k, self.k, batch, j0, rows, self.width, self.key_rows)
+        if self.makes != QUERIES:
+            p.fill(self.dk, BLOCK * p.padded(self.width), 0.0)
+            p.fill(self.dv, BLOCK * p.padded(self.value_width), 0.0)
+        with f.loop(begin, end) as loop:
             self._pair(batch, number, loop.index, j0, rows, key_rows, key_step)
+        if self.makes == QUERIES:
+            return
         p.copy_out(kernel.writes[1], batch, j0, rows, self.width, self.dk)
         p.copy_out(kernel.writes[2], batch, j0, rows, self.value_width, self.dv)
 
@@ -126,6 +174,8 @@ class _Gradient:
                 key_rows,
                 key_step,
             )
+        if self.makes == QUERIES:
+            return
         grid = str(p.grid_row)
         with f.loop("0", f.div(f.add(keys, str(HALF - 1)), str(HALF)), runs=True) as half:
             first = f.mul(half.index, str(HALF))
@@ -160,8 +210,10 @@ class _Gradient:
             with f.when(diagonal):
                 p.cut_triangle(scores, rows, f.sub("0", first), BLOCK, query_lanes=False)
         self._slopes(batch, f.add(i0, first), rows, scores, slopes, near)
+        if self.makes == KEYS:
+            return
         some = f.min(keys, f.div(near, str(p.size)))
-        dq = p.at(self.dq, (f.add(i0, first), self.row))
+        dq = p.at(self.dq, (f.add(i0, first) if self.makes == ALL else first, self.row))
         p.multiply(
             rows, some, slopes, p.grid_row, one, key_rows, str(key_step), p.padded(self.width), dq, self.row, ADD
         )

@@ -195,6 +195,50 @@ def test_nothing_to_see():
         assert weights is None or not weights[:, 2].detach().numpy().any()
 
 
+def test_function_of_one_projection():
+    """As GPT writes it: q, k and v are parts of one array, the heads come back together; long enough for several blocks of keys."""
+
+    def program(T):
+        x = T.tensor(numbers(2, 130, 24, seed=1), requires_grad=True)
+        q, k, v = (t.reshape(2, 130, 2, 4).transpose(1, 2) for t in x.split(8, 2))
+        y = T.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        y = y.transpose(1, 2).reshape(2, 130, 8)
+        (y * T.tensor(numbers(2, 130, 8, seed=2))).sum().backward()
+        return y, x.grad
+
+    agree(program, torch, 1e-4, 1e-5)
+
+
+def test_a_mask_that_learns():
+    """A float mask gets its gradient, summed over what it was broadcast to."""
+
+    def program(T):
+        q, k, v, m = (
+            T.tensor(numbers(*s, seed=n), requires_grad=True)
+            for n, s in enumerate(((2, 3, 5, 4), (2, 3, 7, 4), (2, 3, 7, 6), (5, 7)))
+        )
+        y = T.nn.functional.scaled_dot_product_attention(q, k, v, m)
+        (y * T.tensor(numbers(2, 3, 5, 6, seed=9))).sum().backward()
+        return y, [t.grad for t in (q, k, v, m)]
+
+    agree(program, torch, 1e-4, 1e-5)
+
+
+def test_second_derivatives():
+    def program(T):
+        x = T.tensor(numbers(1, 2, 5, 4), requires_grad=True)
+        if T is torch:  # PyTorch's fused kernels have no second derivative
+            with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+                y = T.nn.functional.scaled_dot_product_attention(x, x, x, is_causal=True)
+        else:
+            y = T.nn.functional.scaled_dot_product_attention(x, x, x, is_causal=True)
+        (first,) = T.autograd.grad((y * y).sum(), x, create_graph=True)
+        (second,) = T.autograd.grad((first * first).sum(), x)
+        return y, first, second
+
+    agree(program, torch, 1e-3, 1e-3)
+
+
 def test_mistakes():
     with pytest.raises(ArgumentError, match="does not split into 3 heads"):
         nn.MultiheadAttention(8, 3)

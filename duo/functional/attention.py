@@ -9,13 +9,13 @@ from duo.dispatch import apply
 from duo.functional._args import type_of
 from duo.functional._ssa import float_dtype, max_kept, sum_kept, typed, wide
 from duo.functional.movement import lower_triangle
-from duo.functional.shape import _repeat_interleave
+from duo.functional.shape import _repeat_interleave, flatten, reshape, unsqueeze
 from duo_ir.core import Value
 from duo_ir.errors import ArgumentError, DTypeError, ShapeError
 from duo_ir.ops import broadcasting as nd
 from duo_ir.ops import elementwise as ew
 from duo_ir.ops.attention import attention
-from duo_ir.types import bool_, broadcast_shapes
+from duo_ir.types import DimLike, TensorType, bool_, broadcast_shapes
 
 
 def _masked_softmax(x: Value) -> Value:
@@ -96,13 +96,31 @@ def attention_arguments(
         raise ArgumentError("attention: give attn_mask or is_causal, not both")
     if scale is None and not isinstance(q.shape[-1], int):
         raise ArgumentError(f"attention: give scale; the width {q.shape[-1]} is not known")
-    if enable_gqa and q.shape[-3] != k.shape[-3]:
-        heads, shared = q.shape[-3], k.shape[-3]
-        if not isinstance(heads, int) or not isinstance(shared, int) or heads % shared:
-            raise ShapeError(f"attention: {heads} query heads do not share {shared} key heads evenly")
-        key, value = apply(_grouped, (key,), (heads // shared,)), apply(_grouped, (value,), (heads // shared,))
+    groups = _groups(q, k, enable_gqa)
+    if groups > 1:
+        key, value = apply(_grouped, (key,), (groups,)), apply(_grouped, (value,), (groups,))
     more = ((attn_mask,) if attn_mask is not None else ()) + ((scale,) if scale is not None else ())
     return query, key, value, more, (attn_mask is not None, bool(is_causal), scale is not None)
+
+
+def _groups(q: TensorType, k: TensorType, enable_gqa: bool) -> int:
+    """How many heads of the query share one of key and value."""
+    if not enable_gqa or min(q.rank, k.rank) < 3 or q.shape[-3] == k.shape[-3]:
+        return 1
+    heads, shared = q.shape[-3], k.shape[-3]
+    if not isinstance(heads, int) or not isinstance(shared, int) or not shared or heads % shared:
+        raise ShapeError(f"attention: {heads} query heads do not share {shared} key heads evenly")
+    return heads // shared
+
+
+def _by_group(x: Any, heads: DimLike, groups: int) -> Any:
+    """[..., heads, T, S] with the heads as [heads / groups, groups], or one axis of size 1 more where there is one head or none."""
+    shape = () if x is None else type_of(x).shape
+    if len(shape) < 3:
+        return x
+    if shape[-3] != heads:
+        return unsqueeze(x, -3)
+    return reshape(x, (*shape[:-3], -1, groups, *shape[-2:]))
 
 
 def attention_weights(query: Any, key: Any, attn_mask: Any = None, is_causal: bool = False, scale: Any = None) -> Any:
@@ -124,5 +142,10 @@ def scaled_dot_product_attention(
 
     attn_mask: bool (True takes part) or a float to add, broadcast to [..., L, S]; is_causal lets position i see keys 0..i;
     scale is 1/sqrt(E) unless given; enable_gqa repeats key and value heads to those of the query. A query that may see no key gives 0."""
-    query, key, value, more, attrs = attention_arguments(query, key, value, attn_mask, is_causal, scale, enable_gqa)
-    return apply(_attention, (query, key, value, *more), attrs)
+    heads, groups = type_of(query).shape[:-2], _groups(type_of(query), type_of(key), enable_gqa)
+    if groups > 1:  # heads that share are one more axis, along which key and value repeat: nothing is copied
+        query, attn_mask = _by_group(query, heads[-1], groups), _by_group(attn_mask, heads[-1], groups)
+        key, value = unsqueeze(key, -3), unsqueeze(value, -3)
+    query, key, value, more, attrs = attention_arguments(query, key, value, attn_mask, is_causal, scale, False)
+    out = apply(_attention, (query, key, value, *more), attrs)
+    return out if groups == 1 else flatten(out, -4, -3)

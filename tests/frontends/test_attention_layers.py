@@ -224,6 +224,21 @@ def test_a_mask_that_learns():
     agree(program, torch, 1e-4, 1e-5)
 
 
+@pytest.mark.parametrize("mask", [None, (5, 7), (1, 5, 7), (6, 5, 7), (2, 1, 5, 7), (2, 6, 5, 7)], ids=str)
+def test_heads_that_share_keys(mask):
+    def program(T):
+        q, k, v = (
+            T.tensor(numbers(*s, seed=n), requires_grad=True)
+            for n, s in enumerate(((2, 6, 5, 4), (2, 2, 7, 4), (2, 2, 7, 3)))
+        )
+        m = None if mask is None else T.tensor(numbers(*mask, seed=5))
+        y = T.nn.functional.scaled_dot_product_attention(q, k, v, m, is_causal=m is None, enable_gqa=True)
+        (y * T.tensor(numbers(2, 6, 5, 3, seed=9))).sum().backward()
+        return y, [t.grad for t in (q, k, v)]
+
+    agree(program, torch, 1e-4, 1e-5)
+
+
 def test_second_derivatives():
     def program(T):
         x = T.tensor(numbers(1, 2, 5, 4), requires_grad=True)

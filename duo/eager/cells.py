@@ -23,7 +23,7 @@ from duo.eager.sharing import Storage
 from duo.eager.tensor import EagerTensor
 from duo.eager.trace import NOTHING, Val
 from duo.runtime import Buffer
-from duo_backends.cpu.cells_text import CELL_LAYOUT
+from duo_backends.cells import CELL_LAYOUT
 
 
 class Flight:

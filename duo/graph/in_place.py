@@ -13,9 +13,7 @@ from typing import Any
 from duo.eager import cells
 from duo.eager.values import material
 from duo.graph.states import SharedState
-from duo_backends.cpu.bound import NUMBER, Argument
-from duo_backends.cpu.cells_text import OWNED, READ
-from duo_backends.cpu.runner_text import POINTER
+from duo_backends.cells import NUMBER, OWNED, POINTER, READ, Argument
 
 
 def quicken(session: Any, program: Any) -> Callable[[list[Any]], list[Any] | None] | None:

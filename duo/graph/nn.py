@@ -132,14 +132,13 @@ def _soft_loss(labels: Value, logits: Value, axis: int, stop: bool) -> Value:
     return nd.cast_to(ew.neg(nd.sum(terms, at)), float_dtype(logits))
 
 
-def sparse_softmax_cross_entropy_with_logits(
-    _sentinel: Any = None, labels: Any = None, logits: Any = None, name: Name = None
-) -> Any:
-    """-log_softmax(logits)[label]: labels [...] of integers, logits [..., classes]. A label out of range raises when it runs."""
-    x, t = _named_arguments("sparse_softmax_cross_entropy_with_logits", _sentinel, labels, logits)
+def sparse_softmax_cross_entropy_with_logits(labels: Any = None, logits: Any = None, name: Name = None) -> Any:
+    """-log_softmax(logits)[label]: labels [...] of integers, logits [..., classes]. A label out of range raises when it runs. By name, or in
+    this order: their dtypes tell them apart."""
+    x, t = _named_arguments("sparse_softmax_cross_entropy_with_logits", None, labels, logits)
     t = convert_to_tensor(t)
     if not t.dtype.is_integer:
-        raise DTypeError(f"sparse_softmax_cross_entropy_with_logits: labels are integers, not {t.dtype.name}")
+        raise DTypeError(f"sparse_softmax_cross_entropy_with_logits: labels are integers, not {t.dtype.name}; the order is (labels, logits)")
     inputs = (t, x)
     return named(
         x.graph, "sparse_softmax_cross_entropy_with_logits", name, lambda: x.graph.apply(_sparse_loss, inputs), inputs

@@ -17,9 +17,7 @@ from duo.eager import cells
 from duo.eager.tensor import EagerTensor
 from duo.jit.recording import Source
 from duo.jit.replay import Replay, Writer
-from duo_backends.cpu.bound import NUMBER, Argument
-from duo_backends.cpu.cells_text import ANY, GRADIENT, GRADIENT_READ, OWNED, READ
-from duo_backends.cpu.runner_text import POINTER
+from duo_backends.cells import ANY, GRADIENT, GRADIENT_READ, NUMBER, OWNED, POINTER, READ, Argument
 
 
 def quicken(replay: Replay, name: str, args: tuple, kwargs: dict, tensors: list[EagerTensor]) -> None:
@@ -205,7 +203,7 @@ class _Quick(Writer):
         """Adds an argument; a tensor that is read in two places is given once."""
         if argument.kind in (READ, ANY) and text in place:
             at = place[text]
-            arguments[at] = replace(arguments[at], slots=(*arguments[at].slots, *argument.slots))
+            arguments[at] = arguments[at]._replace(slots=(*arguments[at].slots, *argument.slots))
             return
         place[text] = len(given)
         given.append(text)

@@ -21,6 +21,7 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 
 from duo_backends.base import Scalar
+from duo_backends.cells import NUMBER, POINTER, Argument
 from duo_backends.cpu import profile
 from duo_backends.cpu import runner_text as layout
 from duo_backends.cpu.memory import Buffer, allocate, allocator
@@ -40,20 +41,6 @@ _KINDS = {
     "f64": layout.F64, "f32": layout.F32, "i64": layout.I64, "i32": layout.I32, "i16": layout.I16, "i8": layout.I8,
     "u8": layout.U8, "bool": layout.BOOL, "f16": layout.BITS16, "bf16": layout.BITS16,
 }  # fmt: skip
-
-
-NUMBER = -1
-
-
-@dataclass(frozen=True)
-class Argument:
-    """How an argument of a cell entry is given: `kind` is NUMBER, POINTER (an address) or a kind of cell (`cells_text.py`), with the info and
-    extra that its value must have. slots: the program's inputs and outputs that it is."""
-
-    kind: int
-    slots: tuple[int, ...]
-    info: object = None
-    extra: object = None
 
 
 class Note(Protocol):
@@ -316,7 +303,7 @@ class CpuBound:
         self._specs = np.zeros((count + 1, layout.SPEC_WORDS), np.int64)
         position = 0
         for k, user in enumerate(users):
-            kind = _KINDS[program.inputs[k].dtype.name] if k in self._scalars else layout.POINTER
+            kind = _KINDS[program.inputs[k].dtype.name] if k in self._scalars else POINTER
             self._specs[k, :4] = (kind, layout.FRAME_HEADER + 8 * k, position, position + len(user))
             position += len(user)
         flags = layout.HAS_PARALLEL if self.table.parallel else 0

@@ -6,17 +6,10 @@ comes between: a value is whole, the old or the new one, at every moment. Offset
 
 from __future__ import annotations
 
-# A cell is an object of the frontend that holds a value, which holds a buffer. READ reads the buffer; OWNED overwrites it, if nothing but the
-# cell holds the value and nothing but the value the buffer; GRADIENT is an object that holds such a cell, of class `type`, which nothing
-# else holds; GRADIENT_READ one whose cell is read. ANY is READ of a cell
-# that may have a storage. The call is refused, with nothing changed, where that does not hold. All is looked at, and the program run, in one
-# call that executes no Python code: no interrupt and no other thread comes between.
-READ, OWNED, GRADIENT, ANY, GRADIENT_READ = range(10, 15)
-CELL_LAYOUT = (
-    "none", "type", "cell.value", "cell.storage", "cell.leaf", "value.buf", "value.info", "value.extra", "value.trace", "value.stamp",
-    "storage.val", "storage.shared", "buffer.ptr", "buffer.home", "buffer.shared", "leaf.grad",
-)  # fmt: skip
+from duo_backends.cells import ANY, CELL_LAYOUT, GRADIENT, GRADIENT_READ, READ
 
+# Kinds of cells are those of `duo_backends/cells.py`. All of a call's are looked at, and the program run, without executing Python
+# code: no interrupt and no other thread comes between.
 _CELLS = """
 declare void @Py_IncRef(ptr)
 declare void @Py_DecRef(ptr)

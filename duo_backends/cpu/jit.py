@@ -213,7 +213,8 @@ def object_codes(texts: Sequence[str], m: Machine) -> list[bytes]:
 
 
 def _in_threads(work: Callable[[int], bytes], items: Sequence[int]) -> list[bytes]:
-    """work(item) of every item, in order, on several threads; raises the first error. (`concurrent.futures` takes milliseconds to load.)"""
+    """work(item) of every item, in order, on several threads; raises the first error. An interrupt waits until all have ended, and finds no
+    thread of its own inside LLVM: the main thread only waits. (`concurrent.futures` takes milliseconds to load.)"""
     out: list[Any] = [None] * len(items)
     left = iter(enumerate(items))
 
@@ -224,12 +225,21 @@ def _in_threads(work: Callable[[int], bytes], items: Sequence[int]) -> list[byte
             except BaseException as error:
                 out[k] = error
 
-    threads = [threading.Thread(target=run) for _ in range(min(len(items), os.cpu_count() or 1, 8) - 1)]
-    for thread in threads:
-        thread.start()
-    run()
-    for thread in threads:
-        thread.join()
+    threads = [threading.Thread(target=run) for _ in range(min(len(items), os.cpu_count() or 1, 8))]
+    interrupt: BaseException | None = None
+    try:
+        for thread in threads:
+            thread.start()
+    except BaseException as error:
+        interrupt = error
+    while any(thread.is_alive() for thread in threads):
+        try:
+            for thread in threads:
+                thread.join()
+        except BaseException as error:
+            interrupt = error
+    if interrupt is not None:
+        raise interrupt
     for result in out:
         if isinstance(result, BaseException):
             raise result

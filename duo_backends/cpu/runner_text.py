@@ -27,7 +27,7 @@ FRAME_HEADER = 64
 DONE_AT = 24  # bytes
 NULL_ARGUMENT, OUT_OF_RANGE, WRONG_COUNT, REFUSED = 0, 1 << 32, 1 << 48, 1 << 49
 # Argument kinds. BITS16 is an f16 or bf16 given as the int of its bits.
-POINTER, F64, F32, I64, I32, I16, I8, U8, BOOL, BITS16 = range(10)
+F64, F32, I64, I32, I16, I8, U8, BOOL, BITS16 = range(1, 10)  # after POINTER
 
 SYMBOLS = ("duo_entry", "duo_copy", "duo_set_profile")
 PROFILE_HEADER, EVENT_WORDS = 64, 4

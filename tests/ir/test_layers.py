@@ -34,7 +34,7 @@ FLOORS: dict[str, list[list[str]]] = {
         ["duo_ir.pipeline"],
     ],
     "duo_backends": [
-        ["duo_backends.base"],
+        ["duo_backends.base", "duo_backends.cells"],
         ["duo_backends.cpu", "duo_backends.cuda"],
         ["duo_backends.aot"],
     ],

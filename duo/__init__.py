@@ -4,6 +4,9 @@
 IR, which one compiler runs: the same program gives the same bits in either mode.
 """
 
+import importlib as _importlib
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+
 import numpy as _numpy  # from here and not from deep within: with few frames below, CPython 3.11 loads it 15 ms sooner
 
 from duo import autograd, debug, functional, nn, optim
@@ -38,7 +41,6 @@ from duo.functional import *  # noqa: F403
 from duo.io.checkpoint import load, save
 from duo.jit.compile import compile
 from duo.jit.lowering import lower
-from duo.profiling import profile
 from duo.random import Generator, default_generator, get_rng_state, initial_seed, manual_seed, seed, set_rng_state
 from duo.tensor import Tensor
 from duo_backends.cpu.threads import get_num_threads, set_num_threads
@@ -62,3 +64,24 @@ channels_last, channels_last_3d, contiguous_format, preserve_format = (
 )  # fmt: skip
 half, double, long, short = float16, float64, int64, int16
 float, int = float32, int32
+
+if _TYPE_CHECKING:
+    from duo import func
+    from duo.func import vmap
+    from duo.profiling import profile
+
+# What a script without it need not load: name -> its module, and what it is there ("": the module itself).
+_LATER = {"func": ("duo.func", ""), "vmap": ("duo.func", "vmap"), "profile": ("duo.profiling", "profile")}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _LATER:
+        raise AttributeError(f"module 'duo' has no attribute {name!r}")
+    module, attribute = _LATER[name]
+    found = _importlib.import_module(module)
+    globals()[name] = out = getattr(found, attribute) if attribute else found
+    return out
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LATER})

@@ -7,92 +7,22 @@ outside become operands. Gradients flow through `cond`; through `while_loop` onl
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
-import numpy as np
-
-from duo.dispatch import View, apply
-from duo.eager.infer import user_location
+from duo.dispatch import apply
 from duo.tensor import Tensor
+from duo.tracing import Tracing, closed, outside_of, trace
 from duo_ir import ops
-from duo_ir.core import Builder, Function, Value
-from duo_ir.errors import ArgumentError, DTypeError, ShapeError, TraceError
+from duo_ir.core import Value
+from duo_ir.errors import ArgumentError, DTypeError, ShapeError
 from duo_ir.types import TensorType, bool_
 
-
-class _Tracing:
-    """One function being traced: its Builder, and the tensors from outside with the parameters that stand for them."""
-
-    def __init__(self, types: Sequence[TensorType], name: str) -> None:
-        self.builder = Builder(name)
-        self.given = [Traced(self, self.builder.parameter(t)) for t in types]
-        self.captured: dict[int, tuple[Any, Value]] = {}
-
-    def value_of(self, x: Any) -> Any:
-        if isinstance(x, (float, int, bool)):
-            return x
-        if isinstance(x, Traced) and x.tracing is self:
-            return x.value
-        found = self.captured.get(id(x))
-        if found is None:
-            found = self.captured[id(x)] = (x, self.builder.parameter(x._type))
-        return found[1]
+_WHERE = "cond or while_loop"
+_NO_RANDOM = "random ops and other writes to shared state cannot be inside cond or while_loop; draw before and pass the result in"
 
 
-class Traced(Tensor):
-    """A tensor inside a branch or a loop body."""
-
-    __slots__ = ("tracing", "value")
-    _priority = 20
-    _mutable = False
-
-    def __init__(self, tracing: _Tracing, value: Value) -> None:
-        self.tracing, self.value = tracing, value
-
-    @property
-    def _type(self) -> TensorType:  # type: ignore[override]
-        return self.value.type
-
-    @staticmethod
-    def _apply(body: Callable, tensors: tuple, attrs: tuple) -> Any:
-        tracing = next(t.tracing for t in reversed(tensors) if isinstance(t, Traced))
-        tracing.builder.loc = user_location()
-        values = [tracing.value_of(t) for t in tensors]
-        with tracing.builder:
-            out = body(*values, *attrs)
-        made = [Traced(tracing, v) for v in (out if isinstance(out, (tuple, list)) else (out,))]
-        return tuple(made) if isinstance(out, (tuple, list)) else made[0]
-
-    @staticmethod
-    def _view(view: View, tensor: Any, attrs: tuple) -> Any:
-        return Traced._apply(view.read, (tensor,), attrs)
-
-    @staticmethod
-    def _update(state: Any, new: Any) -> NoReturn:
-        raise TraceError(
-            "random ops and other writes to shared state cannot be inside cond or while_loop; draw before and pass the result in"
-        )
-
-    def _assign(self, new: Any) -> NoReturn:  # type: ignore[override]
-        raise TraceError(
-            f"a tensor {self._type} inside cond or while_loop is not written in place; use the op that returns a new tensor"
-        )
-
-    def _lift(self, array: Any) -> NoReturn:  # type: ignore[override]
-        raise TraceError("make tensors of NumPy arrays outside cond and while_loop and pass them in")
-
-    def item(self) -> NoReturn:  # type: ignore[override]
-        raise TraceError(
-            f"the value of a tensor {self._type} is not known inside cond or while_loop, where only types are"
-        )
-
-    def numpy(self) -> np.ndarray:  # type: ignore[override]
-        return self.item()
-
-
-def _trace(function: Callable, types: Sequence[TensorType], name: str) -> tuple[_Tracing, list[Value], Any]:
-    tracing = _Tracing(types, name)
-    structure = function(*tracing.given)
+def _trace(function: Callable, types: Sequence[TensorType], name: str) -> tuple[Tracing, list[Value], Any]:
+    tracing, structure = trace(function, types, name, _WHERE, _NO_RANDOM)
     flat = list(structure) if isinstance(structure, (tuple, list)) else [structure]
     values = []
     for x in flat:
@@ -100,30 +30,6 @@ def _trace(function: Callable, types: Sequence[TensorType], name: str) -> tuple[
             raise ArgumentError(f"the function of {name} returns tensors, not {type(x).__name__}")
         values.append(tracing.value_of(x))
     return tracing, values, structure
-
-
-def _closed(tracing: _Tracing, results: Sequence[Value], lead: int, outside: Sequence[Any]) -> Function:
-    """The traced Function with `lead` parameters of its own and then one for each tensor of `outside`."""
-    builder = Builder(tracing.builder.name)
-    params = tracing.builder.params
-    with builder:
-        env = {p: builder.parameter(p.type) for p in params[:lead]}
-        for x in outside:
-            stand_in = builder.parameter(x._type)
-            if id(x) in tracing.captured:
-                env[tracing.captured[id(x)][1]] = stand_in
-        traced = Function(params, tracing.builder.ops, results)
-        return _interned(builder.build(builder.inline(traced, [env[p] for p in params])))
-
-
-_functions: dict[str, Function] = {}
-
-
-def _interned(function: Function) -> Function:
-    """Equal Functions as one object, so that a program seen before is found again."""
-    if len(_functions) > 4096:
-        _functions.clear()
-    return _functions.setdefault(function.hash, function)
 
 
 def _cond(predicate: Value, *rest: Any) -> Any:
@@ -149,12 +55,8 @@ def cond(pred: Any, true_fn: Callable, false_fn: Callable, operands: Sequence[An
         raise ShapeError(
             f"cond: true_fn returns {mine}, false_fn returns {theirs}; they must agree (cast or broadcast)"
         )
-    outside = list(
-        {**{k: x for k, (x, _) in then.captured.items()}, **{k: x for k, (x, _) in orelse.captured.items()}}.values()
-    )
-    branches = tuple(
-        _closed(t, values, len(types), outside) for t, values in ((then, then_values), (orelse, orelse_values))
-    )
+    outside = outside_of(then, orelse)
+    branches = tuple(closed(t, values, outside) for t, values in ((then, then_values), (orelse, orelse_values)))
     out = apply(_cond, (pred, *operands, *outside), branches)
     return (
         out
@@ -182,9 +84,7 @@ def while_loop(cond_fn: Callable, body_fn: Callable, carried: Sequence[Any]) -> 
         raise ShapeError(
             f"while_loop: body_fn returns {[str(v.type) for v in body_values]}, but carries {[str(t) for t in types]}"
         )
-    outside = list(
-        {**{k: x for k, (x, _) in test.captured.items()}, **{k: x for k, (x, _) in body.captured.items()}}.values()
-    )
-    functions = (_closed(test, test_values, len(types), outside), _closed(body, body_values, len(types), outside))
+    outside = outside_of(test, body)
+    functions = (closed(test, test_values, outside), closed(body, body_values, outside))
     out = apply(_while, (*carried, *outside), (*functions, len(types)))
     return out if isinstance(out, tuple) else (out,)

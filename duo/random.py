@@ -15,6 +15,7 @@ import numpy as np
 from duo.dispatch import apply
 from duo.eager.tensor import EagerTensor, tensor_of
 from duo.eager.trace import state as tracing
+from duo.tracing import innermost
 
 
 class Generator:
@@ -24,9 +25,16 @@ class Generator:
         self._state = _state(0, 0)
 
     @property
-    def state(self) -> Any:
-        """i64[2]. What is stored here may come from either mode: a graph's new state is written when the graph runs."""
+    def cell(self) -> EagerTensor:
+        """The tensor that holds the state, whatever is being traced."""
         return self._state
+
+    @property
+    def state(self) -> Any:
+        """i64[2]. What is stored here may come from either mode: a graph's new state is written when the graph runs. Inside a function that is
+        traced (`duo.vmap`), what stands for it there."""
+        around = innermost()
+        return self._state if around is None else around.state(self._state)
 
     @state.setter
     def state(self, new: Any) -> None:

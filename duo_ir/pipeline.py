@@ -1,6 +1,7 @@
 """The way of a program, on one page: Function -> Executable.
 
     differentiate   frontends expand gradients while they build, so a Function arrives with its derivatives in it
+    batch           likewise what `vmap` asks for                                         transforms/batch.py
     simplify        canonical forms, folding, common subexpressions, dead code          transforms/simplify.py
     layout          around convolutions: transposes cancel                              transforms/layout.py
     fuse            values that need memory, their loops, and which loops are one kernel  kernels/fuse.py

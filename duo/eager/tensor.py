@@ -209,6 +209,11 @@ class EagerTensor(Tensor):
         type_ = self._type
         by = None if not isinstance(new, EagerTensor) else new._value()
         if not isinstance(new, EagerTensor):
+            if isinstance(new, Tensor):
+                raise TraceError(
+                    f"a tensor {new._type} that has no value yet (of a function that is traced, or of a graph) is not written into an eager"
+                    f" tensor {type_}; return it and write it after"
+                )
             new = full_value(new, type_)
         elif new._type is not type_:
             if len(new._type.shape) > len(type_.shape):

@@ -323,7 +323,7 @@ class Graph:
 
     def share(self, tensor: EagerTensor) -> State:
         """The state that is this eager tensor."""
-        if tensor is default_generator.state and self.seed is not None:
+        if tensor is default_generator.cell and self.seed is not None:
             return self.seeded(None)
         found = self.shared.get(id(tensor))
         if found is None:
@@ -334,7 +334,7 @@ class Graph:
                 )
             names = {True: "parameter", False: "tensor"}
             name = f"{names[tensor.requires_grad]}_{len(self.shared)}"
-            if tensor is default_generator.state:
+            if tensor is default_generator.cell:
                 name = "generator"
             found = self.shared[id(tensor)] = SharedState(name, tensor, user_location())
         return found

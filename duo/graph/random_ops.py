@@ -11,7 +11,9 @@ from duo.graph.arrays import shape_of
 from duo.graph.graph import Graph, get_default_graph
 from duo.graph.tensor import convert_to_tensor, named
 from duo.random import default_generator
+from duo.tracing import innermost
 from duo_ir.core import Value
+from duo_ir.errors import TraceError
 from duo_ir.ops import broadcasting as nd
 from duo_ir.ops import indexing
 from duo_ir.types import dtype as as_dtype
@@ -26,6 +28,9 @@ def set_random_seed(seed: int) -> None:
 
 def draw(graph: Graph, body: Callable[..., Any], tensors: tuple, attrs: tuple, seed: int | None = None) -> Any:
     """The sample of `body(state, *tensors, *attrs) -> (sample, new state)`; the generator moves on when the graph runs."""
+    around = innermost()
+    if around is not None:
+        raise TraceError(f"a random op of a graph cannot be inside {around.where}; draw before and pass the result in")
     state = graph.share(default_generator.state) if seed is None else graph.seeded(int(seed))
     source = graph.wrap(graph.read(state))
     sample, after = graph.apply(body, (source, *tensors), attrs)

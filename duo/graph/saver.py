@@ -98,7 +98,7 @@ class Saver:
 def _named(var_list: Any) -> dict[str, Any]:
     if var_list is None:
         graph = get_default_graph()
-        shared = [s for s in graph.shared.values() if s.tensor is not default_generator.state]
+        shared = [s for s in graph.shared.values() if s.tensor is not default_generator.cell]
         return {v.op.name: v for v in global_variables()} | {s.name: s.tensor for s in shared if s.tensor.requires_grad}
     if hasattr(var_list, "state_dict"):
         var_list = var_list.state_dict()

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 from duo_ir.core import Builder, Function, Op, Value, current_builder
 from duo_ir.errors import DuoError, ShapeError
 from duo_ir.opdef import (
+    Attention,
     Concat,
     Contraction,
     Control,
@@ -233,9 +234,9 @@ def _listed(out: Any) -> Sequence[Value]:
 
 
 # ------------------------------------------------------------------------------------------------------ rules by kind
-def _elementwise(walk: _Walk, op: Op, operands: list[Lane]) -> Value:
-    out: Value = op.definition(*[walk.full(x) for x in operands], **op.attrs)
-    return out
+def _all_full(walk: _Walk, op: Op, operands: list[Lane]) -> Any:
+    """Ops to which one more axis in front of all operands is nothing new."""
+    return op.definition(*[walk.full(x) for x in operands], **op.attrs)
 
 
 def _reshape(walk: _Walk, op: Op, operands: list[Lane]) -> Value:
@@ -352,7 +353,8 @@ def _scatter(walk: _Walk, op: Op, operands: list[Lane]) -> Value:
 
 
 _RULES: dict[type, Callable[[_Walk, Op, list[Lane]], Any]] = {
-    Elementwise: _elementwise,
+    Elementwise: _all_full,
+    Attention: _all_full,
     Reshape: _reshape,
     Concat: _along_axis,
     Cumulative: _along_axis,

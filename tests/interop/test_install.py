@@ -24,6 +24,8 @@ HEAVY = (
     "duo_backends.cpu.backend",
     "duo_backends.cpu.llvm",
     "duo_ir.kernels",
+    "duo.func",
+    "duo.profiling",
     "duo_ir.pipeline",
 )
 
@@ -45,6 +47,12 @@ def test_import_loads_no_compiler(module: str) -> None:
 def test_ops_are_recorded_without_a_compiler() -> None:
     code = "import sys, duo; x = duo.ones(3) + 1; x.shape; print(*sys.modules)"
     assert "llvmlite" not in python(code).split()
+
+
+def test_what_is_loaded_later_is_there() -> None:
+    code = "import duo; from duo import vmap; print({'func', 'vmap', 'profile'} <= set(dir(duo)), duo.func.vmap is vmap, duo.profile.__name__)"
+    assert python(code).split() == ["True", "True", "profile"]
+    assert "no attribute" in python("import duo\ntry: duo.nothing\nexcept AttributeError as e: print(e)")
 
 
 @pytest.mark.parametrize("module", ["duo", "duo.graph"])

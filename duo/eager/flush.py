@@ -137,12 +137,13 @@ class FlushPlan:
 
     inputs, scalar_dtypes: of the path's Construction, which is made when they are asked for. saving: the ops whose rules read what segments keep."""
 
-    __slots__ = ("inputs", "node", "programs", "pullbacks", "saving", "scalar_dtypes", "visits")
+    __slots__ = ("inputs", "known", "node", "programs", "pullbacks", "saving", "scalar_dtypes", "visits")
 
     def __init__(self, node: Node) -> None:
         self.node = node
         self.visits = 0
         self.programs: dict[tuple[int, ...], Program] = {}
+        self.known: dict[tuple[int, ...], Program] = {}  # what reference counts led to before
         self.pullbacks: dict[tuple, Pullback] = {}
         self.saving: frozenset[int] = frozenset()
 
@@ -205,17 +206,26 @@ def _run(trace: Trace) -> None:
     plan: FlushPlan = node.memo
     if plan is None:
         plan = node.memo = FlushPlan(node)
-    counts = list(map(_getrefcount, entries))
-    held = [n for n, count in enumerate(counts) if count > _ALONE]
-    live = tuple([n for n in held if 0 < n < len(entries) - 1 and may_live(entries[n].node)])  # type: ignore[arg-type]
-    if trace.hooked:  # a hook must be called even if its tensor has gone
-        live = tuple(sorted({*live, *trace.hooked}))
+    counts = tuple(map(_getrefcount, entries))[:-1]
+    program = plan.known.get(counts) if not trace.hooked else None
+    if program is not None:
+        live = program.order
+    else:
+        held = [n for n, count in enumerate(counts) if count > _ALONE]
+        live = tuple([n for n in held if n > 0 and may_live(entries[n].node)])  # type: ignore[arg-type]
+        if trace.hooked:  # a hook must be called even if its tensor has gone
+            live = tuple(sorted({*live, *trace.hooked}))
     if not live:
         _finish(trace)
         return
     try:
-        if plan.visits or FUSE_AT_ONCE or not _run_stepwise(trace, plan, live):
-            _execute(trace, plan, live, plan.program(live))
+        if program is not None:
+            _execute(trace, plan, live, program)
+        elif plan.visits or FUSE_AT_ONCE or not _run_stepwise(trace, plan, live):
+            program = plan.program(live)
+            if program.fused and not trace.hooked and len(plan.known) < 64:
+                plan.known[counts] = program
+            _execute(trace, plan, live, program)
     except Exception as error:
         _salvage(trace, plan, live, error)
     _finish(trace)

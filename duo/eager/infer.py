@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import CodeType
-from typing import Any, NamedTuple
+from typing import Any
 
 from duo_ir.core import Builder, Loc, Op, Value
 from duo_ir.errors import DuoError
@@ -47,7 +48,8 @@ def scalar_types(operands: tuple) -> tuple[DType, ...]:
     return tuple(out)
 
 
-class Inferred(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Inferred:
     """types: of the results. reached: for each result the numbers of the operands that a gradient goes back to. checked: whether
     running it can find an index out of range."""
 

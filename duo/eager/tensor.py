@@ -7,7 +7,6 @@ the new base through the chain's write rules and bumps the version; other views 
 
 from __future__ import annotations
 
-import sys
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,9 +18,10 @@ from duo.dispatch import View
 from duo.eager.autograd import Engine, GradLeaf, Inner, backward_at_once, call_hooks
 from duo.eager.flush import flush
 from duo.eager.hooks import RemovableHook
+from duo.eager.operators import quick_operator
 from duo.eager.printing import format_tensor
 from duo.eager.sharing import Storage, is_shared, share_memory, snapshot, still_shared, write_through
-from duo.eager.trace import Val, alias, hooks, record, record_op, recorded, settle, state
+from duo.eager.trace import Val, alias, record, record_op, settle, state
 from duo.eager.values import as_leaf, material, overwrite
 from duo.functional.indexing import getitem
 from duo.tensor import Tensor
@@ -58,63 +58,6 @@ def _conform(new: Value, dtype: DType, shape: Shape) -> Value:
 
 
 _new: Any = object.__new__
-_getframe = sys._getframe
-
-
-def _binary(name: str) -> Any:
-    """The operator `name` with its common case written out: eager tensor with eager tensor or number, a step that is in the trie already.
-    It is `record` for that case; half of what an op costs would be calls, otherwise."""
-    base = getattr(Tensor, name)
-    body = base.body
-
-    def operator(self: Any, other: Any) -> Any:
-        cls = other.__class__
-        if cls is not EagerTensor and cls is not float and cls is not int and not isinstance(other, EagerTensor):
-            return base(self, other)
-        while True:
-            trace = state.trace
-            val = self._val if self._storage is None else self._current()
-            left: Any = val.index if val.trace is trace else trace.leaves.get(val) or trace.enter(val, self)
-            if cls is float or cls is int:
-                right: Any = cls
-                scalars = (other,)
-            else:
-                val = other._val if other._storage is None else other._current()
-                right = val.index if val.trace is trace else trace.leaves.get(val) or trace.enter(val, other)
-                scalars = None
-            entries = trace.entries
-            last: Any = entries[-1]
-            node = last.node.hot
-            if node.op is not body or node.left != left or node.right != right:
-                node = last.node.next.get((body, left, right))
-                if node is None:
-                    return EagerTensor(record(body, (self, other))[0])
-                last.node.hot = node
-            made = _new(Val)
-            made.trace = trace
-            made.index = last.index + 1
-            made.node = node
-            made.info = node.info
-            made.buf = None
-            made.scalars = scalars
-            made.extra = None
-            made.stamp = None
-            if entries[-1] is last:
-                entries.append(made)
-                if node.special or hooks.busy:
-                    frame = _getframe(1)
-                    if frame.f_lasti != node.lasti or frame.f_code is not node.code or node.stop or hooks.busy:
-                        recorded(trace, node, [made], _getframe())
-                out = _new(EagerTensor)
-                out._val = made
-                out._storage = None
-                out._chain = ()
-                out._seen = 0
-                out._leaf = None
-                return out
-
-    operator.__name__ = operator.__qualname__ = name
-    return operator
 
 
 class EagerTensor(Tensor):
@@ -131,9 +74,6 @@ class EagerTensor(Tensor):
         self._leaf: GradLeaf | None = None
 
     # ------------------------------------------------------------------------------------------- ops and views
-    __add__, __sub__, __mul__, __truediv__ = map(_binary, ("__add__", "__sub__", "__mul__", "__truediv__"))
-    __matmul__ = _binary("__matmul__")
-
     @staticmethod
     def _apply(body: Callable, tensors: tuple, attrs: tuple) -> Any:
         val = record_op(body, tensors, attrs)
@@ -477,6 +417,10 @@ class EagerTensor(Tensor):
     def _retained(self, gradient: Any) -> None:
         kept = getattr(self, "_kept", None)
         self._kept = EagerTensor(gradient._value()) if kept is None else kept + gradient
+
+
+for _name in ("__add__", "__sub__", "__mul__", "__truediv__", "__matmul__"):
+    setattr(EagerTensor, _name, quick_operator(EagerTensor, _name))
 
 
 def _places(index: Any) -> Any:

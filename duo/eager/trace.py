@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from duo.eager.infer import explained, infer, user_frame_from, user_location
+from duo.eager.policy import Hooks
 from duo.runtime import Buffer
 from duo_ir.core import Loc
 from duo_ir.errors import DuoError
@@ -131,9 +132,10 @@ class Applied:
 
     def __init__(self, body: Any, operands: tuple, attrs: tuple, grad: bool) -> None:
         self.body, self.operands, self.attrs, self.grad = body, operands, attrs, grad
-        types, reached, self.checked = infer(body, tuple([i if i.__class__ is type else i.type for i in operands]), attrs)
+        found = infer(body, tuple([i if i.__class__ is type else i.type for i in operands]), attrs)
         tracked = {k for k, i in enumerate(operands) if grad and i.__class__ is Info and i.requires_grad}
-        self.infos = tuple([Info(t, not tracked.isdisjoint(r)) for t, r in zip(types, reached)])
+        self.infos = tuple([Info(t, not tracked.isdisjoint(r)) for t, r in zip(found.types, found.reached)])
+        self.checked = found.checked
         self.step: Any = None
 
 
@@ -326,12 +328,15 @@ class Trace:
         key = (LEAF, info, -1 if leaf is None else self.leaf_numbers.get(leaf, -1))
         entries = self.entries
         while True:
-            last = entries[-1]
-            node = last.node.next.get(key)  # type: ignore[union-attr]
-            if node is None:
-                if last is END:
-                    return -1
-                node = _miss(last, key, ())
+            last: Any = entries[-1]
+            node = last.node.hot
+            if node.key != key:
+                node = last.node.next.get(key)
+                if node is None:
+                    if last is END:
+                        return -1
+                    node = _miss(last, key, ())
+                last.node.hot = node
             made = _new(Val)
             made.trace = self
             made.index = number = last.index + 1
@@ -348,7 +353,9 @@ class Trace:
         if val.stamp is not None and not val.stamp.overwritten:
             val.stamp.add(self, number)
         if leaf is not None:
-            self.link(leaf, number)
+            if key[2] >= 0:
+                self.links[number] = key[2]
+            self.leaf_numbers[leaf] = number
         return number
 
     def link(self, leaf: Any, number: int) -> None:
@@ -371,37 +378,6 @@ class _State(threading.local):
 state = _State()
 _applied: dict[tuple, Applied] = {}
 _node_count = [0]
-
-
-class Hooks:
-    """What flush.py, a room above this one, plugs in: `flush` closes and runs a trace; `policy`, when set, is asked after every op whether to
-    flush now and whether to raise errors here (DUO_SYNC, DUO_FLUSH)."""
-
-    flush: Callable[[Trace], None]
-
-    def __init__(self) -> None:
-        self._policy: Callable[[], tuple[bool, bool]] | None = None
-        self._placing = False
-        self.busy = False  # whether either is set
-
-    @property
-    def policy(self) -> Callable[[], tuple[bool, bool]] | None:
-        return self._policy
-
-    @policy.setter
-    def policy(self, policy: Callable[[], tuple[bool, bool]] | None) -> None:
-        self._policy = policy
-        self.busy = policy is not None or self._placing
-
-    @property
-    def placing(self) -> bool:
-        """Whether every entry keeps its own line (`Node.placed` apart)."""
-        return self._placing
-
-    @placing.setter
-    def placing(self, placing: bool) -> None:
-        self._placing = placing
-        self.busy = placing or self._policy is not None
 
 
 hooks = Hooks()
@@ -457,24 +433,32 @@ def note_overwritten(val: Val) -> None:
 
 def commit(trace: Trace, key: tuple, scalars: tuple | None = None) -> list[Val] | None:
     """Appends a macro's entry, whose key holds whatever came before it; None if the trace is closed."""
+    entries = trace.entries
     while True:
-        last = trace.entries[-1]
-        node = last.node.next.get(key)  # type: ignore[union-attr]
-        if node is None:
-            if last is END:
-                return None
-            node = _miss(last, key, ())
-        if len(node.infos) == 1:
-            val = Val(trace, last.index + 1, node, node.info)
-            val.scalars = scalars
-            if trace.entries[-1] is last:
-                trace.entries.append(val)
-                return [val]
-            continue
-        vals = [Val(trace, last.index + 1 + k, node, info) for k, info in enumerate(node.infos)]
-        vals[0].scalars = scalars
-        if trace.entries[-1] is last:
-            trace.entries.extend(vals)
+        last: Any = entries[-1]
+        node = last.node.hot
+        if node.key != key:
+            node = last.node.next.get(key)
+            if node is None:
+                if last is END:
+                    return None
+                node = _miss(last, key, ())
+            last.node.hot = node
+        vals = []
+        index = last.index
+        for info in node.infos:
+            made = _new(Val)
+            made.trace = trace
+            made.index = index = index + 1
+            made.node = node
+            made.info = info
+            made.buf = None
+            made.scalars = scalars
+            made.extra = None
+            made.stamp = None
+            vals.append(made)
+        if entries[-1] is last:
+            entries.extend(vals)
             return vals
 
 

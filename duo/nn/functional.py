@@ -78,7 +78,7 @@ def _done(input: Any, output: Any, inplace: bool) -> Any:
 # ------------------------------------------------------------------------------------------------------- activations
 def relu(input: Any, inplace: bool = False) -> Any:
     """max(input, 0); gradient 0 at 0."""
-    return _done(input, F.relu(input), inplace)
+    return _done(input, F.relu(input), inplace) if inplace else F.relu(input)
 
 
 def relu6(input: Any, inplace: bool = False) -> Any:

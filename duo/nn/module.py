@@ -55,6 +55,8 @@ class Module:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not self._forward_pre_hooks and not self._forward_hooks:
+            if len(args) == 1 and not kwargs:  # a plain call costs half of one through * and **
+                return self.forward(args[0])
             return self.forward(*args, **kwargs)
         for hook in list(self._forward_pre_hooks):
             changed = hook(self, args)

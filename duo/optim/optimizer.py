@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 from duo.eager.autograd import number_in
 from duo.eager.flush import flush
 from duo.eager.mode import enable_grad
 from duo.eager.steps import macro_run
 from duo.eager.tensor import EagerTensor, full_value
-from duo.eager.trace import Info, Macro, Node, Trace, commit, note_overwritten, open_trace, state
+from duo.eager.trace import OVERWRITTEN, Info, Macro, Node, Trace, commit, note_overwritten, open_trace, state
 from duo.eager.watch import Group, Slots, WatchedList, changed
 from duo.optim.rules import Rule, apply_rule
 from duo_ir.core import Value
@@ -84,7 +85,8 @@ def _optimize(rule: Rule, options: frozenset) -> Optimize:
     return Optimize(rule, options)
 
 
-class _Settings(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class _Settings:
     """What a group's options say, as long as its `version` stays. hyper: None where a value could change unnoticed."""
 
     version: int
@@ -153,7 +155,9 @@ class Optimizer:
             state.capture.touch_optimizer(self)
         for group in self.param_groups:
             for p in group["params"]:
-                if set_to_none:
+                if set_to_none and state.capture is None and p._leaf is not None:
+                    p._leaf.grad = None
+                elif set_to_none:
                     p.grad = None
                 elif p.grad is not None:
                     p.grad.zero_()
@@ -226,13 +230,11 @@ class Optimizer:
                 state.capture.read_grad(p)
         names = macro.slots
         step = self.state[params[0]]["step"] if self.rule.counts else None
-        tensors: list[Any] = []  # a row for each parameter: it, its gradient, its slots
-        for p in params:
-            tensors.append(p)
-            tensors.append(p._leaf.grad)
-            if names:
-                slots = self.state[p]
-                tensors.extend([slots[n] for n in names])
+        # A row for each parameter: it, its gradient, its slots.
+        if names:
+            tensors = [t for p in params for t in (p, p._leaf.grad, *[self.state[p][n] for n in names])]
+        else:
+            tensors = [t for p in params for t in (p, p._leaf.grad)]
         hyper = settings.hyper if settings.hyper is not None else self.hyper(group)
         # Reading a tensor may record and flush: all are read before the first gets its number.
         read = [t._val if t._storage is None else t._current() for t in tensors]
@@ -251,13 +253,14 @@ class Optimizer:
                 break
         if state.capture is not None:
             state.capture.hyper[vals[0].index] = (self, group)
-        made = iter(vals)
+        start = 0
         if step is not None:
-            self._advance(step, params, next(made))
+            self._advance(step, params, vals[0])
+            start = 1
         width = 2 + len(names)
-        for k, tensor in enumerate(tensors):
-            if k % width != 1:
-                take_update(tensor, next(made))
+        updated = params if not names else [t for k, t in enumerate(tensors) if k % width != 1]
+        for tensor, val in zip(updated, vals[start:]):
+            take_update(tensor, val)
 
     def _advance(self, step: Any, params: list[Any], val: Any) -> None:
         _, sharers = self._sharing.get(id(step), (step, 0))
@@ -318,7 +321,11 @@ def take_update(tensor: Any, val: Any) -> None:
     """Makes `val`, which a step computed from the tensor's value, the tensor's value."""
     if state.capture is not None:
         state.capture.write(tensor)
-    note_overwritten(tensor._val)
+    old = tensor._val
+    if old.stamp is None:
+        old.stamp = OVERWRITTEN
+    else:
+        note_overwritten(old)
     if tensor._leaf is not None:
         val.extra = tensor._leaf
     storage = tensor._storage

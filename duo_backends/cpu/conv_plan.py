@@ -18,7 +18,9 @@ from duo_ir.types import DType, evaluate
 
 MOST_ROWS = 14  # of a tile
 SLAB_BYTES = 1 << 18  # the part of x that a unit works on stays in the second-level cache
-RESIDENT_BYTES = 1 << 26  # packed weights up to here are shared by all units
+SHARED_BYTES = 1 << 20  # packed weights up to here are shared by all units, beyond if they are read
+REREAD = 8  # so many times: threads would otherwise fetch from each other's caches what they could pack themselves
+MOST_SHARED = 1 << 26
 UNITS = 8  # that the work is cut into at least, while
 UNIT_WORK = 1 << 18  # multiply-adds of a unit are more than this
 MOST_RUNS = 4096  # in the table of all blocks, which the code writes out
@@ -307,7 +309,8 @@ def make_plan(kernel: ConvKernel, target: Target) -> Plan | None:
     block, panels = _unit(kernel, compute, (d, h, w), high, k, vectors * lanes, pixel)
     units = (kernel.images if isinstance(kernel.images, int) else UNITS) * d.count * -(-h.count // block)
     columns = -(-n // (vectors * lanes)) * vectors * lanes
-    resident = units > 1 and columns * groups * k * compute.itemsize <= RESIDENT_BYTES
+    packed = columns * groups * k * compute.itemsize
+    resident = units > 1 and packed <= (MOST_SHARED if units >= REREAD else SHARED_BYTES)
     plan = Plan(kernel, compute, lanes, (d, h, w), vectors, high, wide, block, panels, in_place, pixel, resident)
     if d.taps * h.taps * w.taps > MOST_RUNS and sum(len(runs) for runs in plan.runs) > MOST_RUNS:
         return None

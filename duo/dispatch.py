@@ -11,13 +11,14 @@ part of the graph) and the static methods `_apply`, `_view` and `_update(state, 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from duo_ir.core import Value
 from duo_ir.errors import DTypeError
+from duo_ir.ops import straight_through
 
 
 class View(NamedTuple):
@@ -41,6 +42,14 @@ def kind_of(tensors: tuple[Any, ...]) -> Any:
         if best is None or priority > best._priority:
             best = cls
     return best
+
+
+def distinct(out: Any, operands: Sequence[Value]) -> Any:
+    """What a body gives, as values of their own. One that gives an operand back (`clone`, a reshape to the same shape) would make two
+    tensors one in the program, and a gradient or a hook of the one would see what is due to the other."""
+    if isinstance(out, (tuple, list)):
+        return tuple([distinct(v, operands) for v in out])
+    return straight_through(out, out) if out.type.dtype.is_float and any(out is v for v in operands) else out
 
 
 _kinds: dict[Any, Any] = {}  # class of the operand, or classes of several -> the class that decides

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Mapping
 
+from duo.dispatch import distinct
 from duo.eager.infer import scalar_types
 from duo.eager.trace import Info, Macro, Node
 from duo_ir.core import Builder, Function, Loc, Op, Value
@@ -70,7 +71,7 @@ class Construction:
         out = node.key[0](*operands, *node.attrs)
         results = tuple(out) if isinstance(out, (tuple, list)) else (out,)
         if node.grad:
-            return results
+            return distinct(results, operands)
         needs = any(r.__class__ is int and self.infos[r].requires_grad for r in refs)
         return tuple(stop_gradient(v) if needs and v.type.dtype.is_float else v for v in results)
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from duo import runtime
+from duo.dispatch import distinct
 from duo.eager.build import Watch
 from duo.eager.infer import scalar_types
 from duo.eager.trace import Applied, Info, Macro
@@ -49,7 +50,9 @@ class _Emission:
         with self.builder:
             out = applied.body(*self.values, *applied.attrs)
             results = tuple(out) if isinstance(out, (tuple, list)) else (out,)
-            if not applied.grad and any(o.__class__ is Info and o.requires_grad for o in operands):
+            if applied.grad:
+                results = distinct(results, self.values)
+            elif any(o.__class__ is Info and o.requires_grad for o in operands):
                 results = tuple([stop_gradient(v) if v.type.dtype.is_float else v for v in results])
         self.results = results
         self.ops = list(self.builder.ops)

@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from duo.dispatch import distinct
 from duo.eager.infer import explained, scalar_types, user_location
 from duo.eager.tensor import EagerTensor
 from duo.graph.errors import InvalidArgumentError, NotFoundError
@@ -413,7 +414,7 @@ class Graph:
         start, first = len(frame.ops), len(self.items)
         try:
             with frame:
-                out = body(*operands, *attrs)
+                out = distinct(body(*operands, *attrs), operands)
         except ShapeError as error:
             self._undo(frame, start, first)
             sizes = self._fitting_sizes(body, operands, attrs)
@@ -422,7 +423,7 @@ class Graph:
             self.set_sizes(sizes)
             self.fixed_sizes += [(d, loc) for d in sizes.values() if isinstance(d, int)]
             with frame:
-                out = body(*operands, *sized(attrs, sizes))  # type: ignore[misc]
+                out = distinct(body(*operands, *sized(attrs, sizes)), operands)  # type: ignore[misc]
         except DuoError as error:
             self._undo(frame, start, first)
             raise explained(error, body, tuple([v.type for v in operands])) from None

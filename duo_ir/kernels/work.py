@@ -9,7 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from duo_ir.kernels.kernel import Body, ContractKernel, ConvKernel, Kernel, LoopKernel, ScanKernel, ScatterKernel
+from duo_ir.kernels.kernel import (
+    AttentionKernel,
+    Body,
+    ContractKernel,
+    ConvKernel,
+    Kernel,
+    LoopKernel,
+    ScanKernel,
+    ScatterKernel,
+)  # fmt: skip
+from duo_ir.ops.attention import HALF
 from duo_ir.types import evaluate, product
 
 _ARITHMETIC = {"add": 1, "sub": 1, "mul": 1, "div": 1, "fma": 2, "sqrt": 1, "neg": 1}
@@ -28,6 +38,9 @@ def flops(kernel: Kernel, sizes: Mapping[str, int]) -> int:
     if isinstance(kernel, ConvKernel):
         depth = kernel.c * product([w.taps for w in kernel.windows])
         return evaluate(product(kernel.axes), sizes) * (2 * evaluate(depth, sizes) + _body(kernel.body))
+    if isinstance(kernel, AttentionKernel):
+        products = 3 * kernel.width + 2 * kernel.value_width if kernel.backward else kernel.width + kernel.value_width
+        return evaluate(product(kernel.batch), sizes) * _pairs(kernel, sizes) * 2 * products
     if isinstance(kernel, LoopKernel):
         each = 0
         for stage in kernel.stages:
@@ -39,6 +52,15 @@ def flops(kernel: Kernel, sizes: Mapping[str, int]) -> int:
     if isinstance(kernel, ScanKernel):
         return evaluate(product(kernel.axes) * kernel.length, sizes)
     return 0
+
+
+def _pairs(kernel: AttentionKernel, sizes: Mapping[str, int]) -> int:
+    """Pairs of a query and a key that take part, of one head."""
+    queries, keys = evaluate(kernel.queries, sizes), evaluate(kernel.keys, sizes)
+    if not kernel.causal:
+        return queries * keys
+    starts = range(0, queries, HALF)
+    return sum(min(HALF, queries - i) * min(keys, i + HALF) for i in starts)
 
 
 def traffic(kernel: Kernel, sizes: Mapping[str, int]) -> int:
@@ -59,6 +81,10 @@ def describe(kernel: Kernel, sizes: Mapping[str, int]) -> str:
         counts, taps = [w.count for w in kernel.windows], [w.taps for w in kernel.windows]
         groups = f" in {numbers((kernel.groups,))} groups" if kernel.groups != 1 else ""
         return f"conv {numbers((kernel.images, *counts, kernel.n))}{groups} of {numbers((*taps, kernel.c))} {kernel.result.name}"
+    if isinstance(kernel, AttentionKernel):
+        what = f"{'causal ' if kernel.causal else ''}attention{' gradient' if kernel.backward else ''}"
+        widths = numbers(tuple(dict.fromkeys((kernel.width, kernel.value_width))))
+        return f"{what} {numbers(kernel.batch)} of {numbers((kernel.queries, kernel.keys))}, width {widths} {kernel.acc.name}"
     if isinstance(kernel, LoopKernel):
         parts = []
         for stage in kernel.stages:

@@ -12,6 +12,9 @@ from duo_ir import ops
 from duo_ir.core import Builder, Function
 from duo_ir.interpret import interpret
 from duo_ir.kernels.evaluate import evaluate
+from duo_ir.kernels.kernel import AttentionKernel
+from duo_ir.kernels.program import Step
+from duo_ir.kernels.work import describe, flops
 from duo_ir.opdef import compute_dtype
 from duo_ir.ops import broadcasting as nd
 from duo_ir.pipeline import compile as compile_function
@@ -166,6 +169,18 @@ def test_nothing_to_see() -> None:
         and out[2:].any()
         and np.isfinite(dq).all()
     )
+
+
+def test_work_that_profiles_report() -> None:
+    """Products of the pairs that take part: with `causal`, keys by halves of a block."""
+    arrays = make_arrays(f32, (2,), 70, 80, 3, 16, 8, "")
+    for causal, pairs in ((False, 70 * 80), (True, 32 * 32 + 32 * 64 + 6 * 80)):
+        items = lower(program(arrays, causal)).items
+        found = [i.kernel for i in items if isinstance(i, Step) and isinstance(i.kernel, AttentionKernel)]
+        assert [flops(k, {}) for k in found] == [6 * pairs * 2 * 24, 6 * pairs * 2 * 64]
+        assert [describe(k, {}) for k in found] == [
+            f"{'causal ' * causal}attention{what} 2x3 of 70x80, width 16x8 f32" for what in ("", " gradient")
+        ]
 
 
 def test_named_sizes() -> None:

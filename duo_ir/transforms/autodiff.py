@@ -56,7 +56,7 @@ def reverse(
     ops: the forward ops in program order, all in the current Builder (pass `builder.ops` itself: it is copied first). Only ops on a
     path from `wrt` to a seeded value are touched. seeds: value -> cotangent of the same type. A gradient has the type of
     its value; values that are not floats have none. `visit(op, emitted)` is told of each op gone through and of the ops its rule
-    emitted. `wrt` may hold intermediate values; the gradient also flows on through
+    emitted for what is wanted (a rule may emit more). `wrt` may hold intermediate values; the gradient also flows on through
     them. Raises GradientError, naming the user's line, where an op on a path has no rule.
     """
     ops = tuple(ops)
@@ -79,7 +79,7 @@ def reverse(
         before = len(builder.ops)
         contributions = _pull(op, cotangents, active)
         if visit is not None:
-            visit(op, builder.ops[before:])
+            visit(op, _behind(builder.ops[before:], [v for _, v in contributions]))
         for i, contribution in contributions:
             operand = op.operands[i]
             _check_type(contribution, operand, "its gradient rule gives operand " + str(i), op)
@@ -87,6 +87,17 @@ def reverse(
             total[operand] = contribution if so_far is None else add(so_far, contribution)
     builder.loc = loc
     return [total.get(v) for v in wrt]
+
+
+def _behind(ops: Sequence[Op], values: Iterable[Value]) -> list[Op]:
+    """Those of `ops` that `values` are computed by."""
+    wanted = set(values)
+    out = []
+    for op in reversed(ops):
+        if not wanted.isdisjoint(op.results):
+            wanted.update(op.operands)
+            out.append(op)
+    return out[::-1]
 
 
 def _pull(op: Op, cotangents: Sequence[Value | None], active: set[Value]) -> list[tuple[int, Value]]:

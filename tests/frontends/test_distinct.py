@@ -38,3 +38,21 @@ def test_gradients_in_a_graph_stop_at_the_tensor_asked_for():
         loss = tf.reduce_sum(a + b * 3.0 + c * 5.0)
         got = session.run(tf.gradients(loss, [a, b, c]))
         assert [g.tolist() for g in got] == [[9.0, 9.0], [3.0, 3.0], [5.0, 5.0]]
+
+
+@pytest.mark.parametrize("policy", ["lazy", "sync", "random1"])
+def test_a_weight_may_change_before_a_backward_that_does_not_read_it(policy):
+    """The gradient of x @ w by w alone reads x, so w may be written to after the forward pass, as in PyTorch; that of x would read it."""
+    with flush_policy(policy):
+        x, w = duo.full((2, 3), 2.0), duo.ones(3, 4).requires_grad_()
+        y = x @ w
+        with duo.no_grad():
+            w.mul_(0.75)
+        y.sum().backward()
+        assert w.grad.tolist() == [[4.0] * 4] * 3
+        x.requires_grad_()
+        y = x @ w
+        with duo.no_grad():
+            w.mul_(0.75)
+        with pytest.raises(duo.DuoError, match="overwritten"):
+            y.sum().backward()

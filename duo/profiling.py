@@ -64,7 +64,8 @@ class profile:
     table. capacity: kernels that there is room for; more are counted as lost. Afterwards `p.kernels` and `p.lines` are lists of
     `Row`s, longest first, `p.seconds` is the time on the clock, `p.kernel_seconds` that inside kernels, and `p.chrome_trace(path)` writes the trace.
 
-    Programs are cached by what they compute: where two source lines give the same program, the first one's line is shown.
+    Programs are cached by what they compute: where two source lines give the same program, the first one's line is shown, and what eager
+    mode runs for the first time, entry by entry, has none: profile a few steps after the first two.
     Raises ArgumentError when a profile is being made already, and where programs run by the interpreter.
     """
 

@@ -13,9 +13,9 @@ import importlib
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -152,6 +152,24 @@ def runnable(function: Function, fused: bool = True, scalars: Collection[int] = 
         while len(_cache) > MAX_EXECUTABLES:
             _cache.popitem(last=False)
     return made
+
+
+class Hoisted(NamedTuple):
+    """A program in two: `main` takes the inputs of the whole and then the results of `prologue`, which takes those numbered `constants`."""
+
+    prologue: Any
+    main: Any
+    constants: tuple[int, ...]
+
+
+def hoist(function: Function, constants: Iterable[int], scalars: Collection[int] = ()) -> Hoisted | None:
+    """`runnable` of a Function in two; None where little depends on the parameters numbered `constants` alone."""
+    if _use_interpreter or _check_nan:
+        return None
+    split = importlib.import_module("duo_ir.transforms.hoist").hoist(_pipeline().simplify(function), constants)
+    if split is None:
+        return None
+    return Hoisted(runnable(split.prologue), runnable(split.main, scalars=scalars), split.constants)
 
 
 def compile_alone(function: Function, scalars: Collection[int] = ()) -> Any:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 NUMBER, POINTER = -1, 0
-READ, OWNED, GRADIENT, ANY, GRADIENT_READ = range(10, 15)
+READ, OWNED, GRADIENT, ANY, GRADIENT_READ, SAME = range(10, 16)
 CELL_LAYOUT = (
     "none", "type", "cell.value", "cell.storage", "cell.leaf", "value.buf", "value.info", "value.extra", "value.trace", "value.stamp",
     "storage.val", "storage.shared", "buffer.ptr", "buffer.home", "buffer.shared", "leaf.grad",
@@ -20,7 +20,7 @@ CELL_LAYOUT = (
 
 class Argument(NamedTuple):
     """How an argument of a cell entry is given: `kind` is NUMBER, POINTER (an address) or a kind of cell, with the info and extra that its
-    value must have. slots: the program's inputs and outputs that it is."""
+    value must have (SAME: the value itself in place of its info). slots: the program's inputs and outputs that it is."""
 
     kind: int
     slots: tuple[int, ...]

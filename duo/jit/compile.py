@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import os
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
@@ -19,6 +20,7 @@ from duo.eager.trace import END, Trace, state
 from duo.eager.watch import Epoch, changed
 from duo.jit import guards, nests, opcodes  # noqa: F401  (opcodes fills the table that observe.py reads)
 from duo.jit.capture import Capture, tensors_in
+from duo.jit.hoisting import offer
 from duo.jit.in_place import quicken
 from duo.jit.observe import Observer
 from duo.jit.recording import Recording, analyse, run
@@ -91,6 +93,11 @@ class Compiled:
     def _use(self, replay: Replay | None) -> None:
         self._last = replay
         self._fast = _no_replay if replay is None or _VERIFY[0] else replay.run
+
+    def follow(self, replay: Replay) -> None:
+        """The replay runs in another form now."""
+        if self._last is replay:
+            self._use(replay)
 
     def _would_replay(self, replay: Replay, args: tuple, kwargs: dict) -> bool:
         try:
@@ -180,7 +187,9 @@ class Compiled:
         replay = Replay(
             self._name, args, kwargs, capture.tensors, recording, checks, metas, structure, capture.grad_mode
         )
-        quicken(replay, self._name, args, kwargs, capture.tensors)
+        replay.owner = weakref.ref(self)
+        if quicken(replay, self._name, args, kwargs, capture.tensors):
+            offer(replay, self._name)
         self._serial += 1
         self._replays[self._serial] = replay
         while len(self._replays) > MOST_REPLAYS:
@@ -220,6 +229,7 @@ class Compiled:
     def explain(self) -> str:
         """What was recorded and compiled, with the reason for each, and what keeps the function from being replayed."""
         lines = [f"{self._name}: {self.recordings} recordings, {len(self._replays)} replays kept", *self._log]
+        lines += [f"  hoisted: {replay.hoisted}" for replay in list(self._replays.values()) if replay.hoisted]
         if self._culprits:
             lines.append("It is recorded at every call, because of:")
             lines += [f"  {c}" for c in self._culprits]

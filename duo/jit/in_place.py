@@ -15,20 +15,26 @@ from typing import Any
 
 from duo.eager import cells
 from duo.eager.tensor import EagerTensor
+from duo.eager.trace import Val
 from duo.jit.recording import Source
 from duo.jit.replay import Replay, Writer
-from duo_backends.cells import ANY, GRADIENT, GRADIENT_READ, NUMBER, OWNED, POINTER, READ, Argument
+from duo_backends.cells import ANY, GRADIENT, GRADIENT_READ, NUMBER, OWNED, POINTER, READ, SAME, Argument
 
 
-def quicken(replay: Replay, name: str, args: tuple, kwargs: dict, tensors: list[EagerTensor]) -> None:
-    """Gives `replay.run` its quick form, if it can have one."""
-    writer = _Quick(replay, name, args, kwargs, tensors)
-    if writer.possible():
-        replay.run = writer.function() or replay.run
+def quicken(replay: Replay, name: str, args: tuple, kwargs: dict, tensors: list[EagerTensor]) -> bool:
+    """Gives `replay.run` its quick form, if it can have one; tells whether."""
+    writer = Quick(replay, name, args, kwargs, tensors)
+    quick = writer.function() if writer.possible() else None
+    if quick is not None:
+        replay.run = quick
+    return quick is not None
 
 
-class _Quick(Writer):
+class Quick(Writer):
+    """Writes the quick form of a replay."""
+
     miss = "return slow(args, kwargs)"
+    fixed: dict[int, Val] = {}  # number of an input -> the value that it must have
 
     def possible(self) -> bool:
         """Whether everything that the call does has a quick form."""
@@ -63,7 +69,7 @@ class _Quick(Writer):
         return slot if slot >= 0 else None
 
     def function(self) -> Any:
-        self.names["slow"] = self.replay.run
+        self.names["slow"] = self.slow()
         self.add("mine = state.__dict__")
         self.miss_if(f"mine['grad'] is not {self.replay.grad} or mine['capture'] is not None")
         self._arguments()
@@ -82,7 +88,11 @@ class _Quick(Writer):
         text += textwrap.indent("\n".join(self.lines[self.checked :]), " " * 4)
         self.names["LOOKS"] = (LookupError, TypeError, AttributeError, ValueError)
         exec(compile(text, f"<quick replay of {self.title}>", "exec"), self.names)
-        return self.names["quick"]
+        return self.names.pop("quick")  # what it holds goes with it
+
+    def slow(self) -> Any:
+        """What does the calls that the quick form refuses."""
+        return self.replay.run
 
     # ----------------------------------------------------------------------------------------------- what is overwritten
     def _choose(self) -> None:
@@ -171,7 +181,11 @@ class _Quick(Writer):
                 else:
                     text, kind = self.variables[x], OWNED if owned else ANY if x.kind == "argument" else READ
                     leaf = x.what._leaf if x.kind == "outside" else None
-                self._give(given, arguments, place, text, Argument(kind, slots, r.infos[x], leaf))
+                fixed = self.fixed.get(k)
+                if fixed is not None:
+                    self._give(given, arguments, place, text, Argument(SAME, slots, fixed, leaf))
+                else:
+                    self._give(given, arguments, place, text, Argument(kind, slots, r.infos[x], leaf))
             elif x[0] == "constant":
                 self.const(x[1].buf, "B")
                 self._give(given, arguments, place, self.const(x[1].buf.ptr, "x"), Argument(POINTER, (k,)))
@@ -201,7 +215,7 @@ class _Quick(Writer):
         given: list[str], arguments: list[Argument], place: dict[str, int], text: str, argument: Argument
     ) -> None:
         """Adds an argument; a tensor that is read in two places is given once."""
-        if argument.kind in (READ, ANY) and text in place:
+        if argument.kind in (READ, ANY, SAME) and text in place:
             at = place[text]
             arguments[at] = arguments[at]._replace(slots=(*arguments[at].slots, *argument.slots))
             return
@@ -210,4 +224,4 @@ class _Quick(Writer):
         arguments.append(argument)
 
 
-__all__ = ["quicken"]
+__all__ = ["Quick", "quicken"]

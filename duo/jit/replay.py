@@ -106,7 +106,16 @@ class Replay:
         self.source = ""
         self.used = [False]
         self.check: Any = None  # like `run`, without running
+        self.owner: Any = None  # weak reference to whom `run` is copied
+        self.hoisted = ""  # what is kept between calls, in words
         self.run: Any = Writer(self, name, args, kwargs, tensors).function()
+
+    def become(self, run: Any) -> None:
+        """Runs in another form from now on."""
+        self.run = run
+        owner = self.owner() if self.owner is not None else None
+        if owner is not None:
+            owner.follow(self)
 
     # ------------------------------------------------------------------------------------------- rare paths of the code
     def same_structure(self) -> bool:

@@ -6,7 +6,7 @@ comes between: a value is whole, the old or the new one, at every moment. Offset
 
 from __future__ import annotations
 
-from duo_backends.cells import ANY, CELL_LAYOUT, GRADIENT, GRADIENT_READ, READ
+from duo_backends.cells import ANY, CELL_LAYOUT, GRADIENT, GRADIENT_READ, READ, SAME
 
 # Kinds of cells are those of `duo_backends/cells.py`. All of a call's are looked at, and the program run, without executing Python
 # code: no interrupt and no other thread comes between.
@@ -91,7 +91,9 @@ check:
   %info = call ptr @duo.slot(ptr %layout, ptr %value, i64 INFO)
   %info.at = getelementptr ptr, ptr %spec, i64 4
   %wanted.info = load ptr, ptr %info.at
-  %c1 = icmp eq ptr %info, %wanted.info
+  %fixed = icmp eq i64 %kind, SAME
+  %found = select i1 %fixed, ptr %value, ptr %info
+  %c1 = icmp eq ptr %found, %wanted.info
   %extra = call ptr @duo.slot(ptr %layout, ptr %value, i64 EXTRA)
   %extra.at = getelementptr ptr, ptr %spec, i64 5
   %wanted.extra = load ptr, ptr %extra.at
@@ -106,7 +108,8 @@ check:
 own:
   %reads = icmp eq i64 %kind, READ
   %only.any = or i1 %reads, %any
-  %only = or i1 %only.any, %read.grad
+  %only.fixed = or i1 %only.any, %fixed
+  %only = or i1 %only.fixed, %read.grad
   br i1 %only, label %reading, label %sole
 reading:
   store ptr %buffer, ptr %saved.buffer
@@ -213,7 +216,8 @@ def cells_text() -> str:
         "BUF": "value.buf", "PTR": "buffer.ptr", "HOME": "buffer.home", "GRAD": "leaf.grad",
     }  # fmt: skip
     text = _CELLS
-    for kind, number in (("GRADIENT_READ", GRADIENT_READ), ("GRADIENT", GRADIENT), ("READ", READ), ("ANY", ANY)):
+    kinds = (("GRADIENT_READ", GRADIENT_READ), ("GRADIENT", GRADIENT), ("READ", READ), ("ANY", ANY), ("SAME", SAME))
+    for kind, number in kinds:
         text = text.replace(f", {kind}\n", f", {number}\n")
     for word, name in words.items():
         text = text.replace(f"i64 {word})", f"i64 {CELL_LAYOUT.index(name)})")

@@ -294,7 +294,8 @@ one:
                                      i64 11, label %cell.given
                                      i64 12, label %cell.given
                                      i64 13, label %cell.given
-                                     i64 14, label %cell.given ]
+                                     i64 14, label %cell.given
+                                     i64 15, label %cell.given ]
 cell.given:
   %memory = call ptr @duo.cell(ptr %object, i64 %kind, ptr %spec, ptr %layout, ptr %saved.at)
   %refused = icmp eq ptr %memory, null

@@ -1,0 +1,151 @@
+"""Hoisting: two Functions give the bits of one; what is hoisted, and what is not worth it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import duo_ir.ops as ops
+from duo_backends.cpu.backend import CpuBackend
+from duo_ir.core import function_of
+from duo_ir.interpret import interpret
+from duo_ir.opdef import Movement
+from duo_ir.ops import broadcasting as nd
+from duo_ir.ops.conv import conv
+from duo_ir.pipeline import compile
+from duo_ir.transforms.hoist import hoist
+from duo_ir.transforms.simplify import simplify
+from duo_ir.types import Dim, TensorType, f32, i64
+from duo_ir.verify import verify
+
+
+def F(*shape):
+    return TensorType(f32, shape)
+
+
+def linear(x, w, b):
+    """Weights as [out, in]."""
+    y = nd.matmul(x, nd.swap_last(w))
+    return y + nd.broadcast_to(b, y.type.shape)
+
+
+def per_channel(v, like):
+    return nd.broadcast_to(nd.reshape(v, (1, v.type.size, 1, 1)), like.type.shape)
+
+
+def convolved(x, w):
+    """Channels first, weights as [out, in, rows, columns]."""
+    out = conv(
+        nd.transpose(x, (0, 2, 3, 1)), nd.transpose(w, (2, 3, 1, 0)), strides=(1, 1), padding=((1, 1),) * 2,
+        x_dilation=(1, 1), w_dilation=(1, 1), groups=1,
+    )  # fmt: skip
+    return nd.transpose(out, (0, 3, 1, 2))
+
+
+def normed(x, w, mean, var, gamma, beta):
+    """A convolution and a batch norm with given statistics."""
+    y = convolved(x, w)
+    scale = ops.rsqrt(var + nd.constant_like(var, 1e-5)) * gamma
+    return (y - per_channel(mean, y)) * per_channel(scale, y) + per_channel(beta, y)
+
+
+def shared_batch(x, w):
+    """One matrix, read transposed by every sample."""
+    wt = nd.swap_last(w)
+    return ops.matmul(x, nd.broadcast_to(wt, (x.type.shape[0], *wt.type.shape)))
+
+
+def both_ways(x, w):
+    """A transposition that a product reads and that is also added elementwise to the result."""
+    wt = nd.swap_last(w)
+    return ops.matmul(x, wt) + wt
+
+
+def and_itself(x, w):
+    """What is hoisted may be a result too."""
+    wt = nd.swap_last(w)
+    return ops.matmul(x, wt), wt
+
+
+CASES = {
+    "linear": (linear, [F(3, 40), F(17, 40), F(17)], [1, 2], [(40, 17)]),
+    "one row": (linear, [F(1, 40), F(33, 40), F(33)], [1, 2], [(40, 33)]),
+    "long k": (linear, [F(1, 1100), F(5, 1100), F(5)], [1, 2], [(1100, 5)]),
+    "batch norm": (normed, [F(1, 8, 5, 6), F(16, 8, 3, 3), *[F(16)] * 4], [1, 2, 3, 4, 5], [(3, 3, 8, 16), (16,)]),
+    "shared by a batch": (shared_batch, [F(4, 3, 20), F(16, 20)], [1], [(20, 16)]),
+    "read twice": (both_ways, [F(20, 20), F(20, 20)], [1], [(20, 20)]),
+    "a result": (and_itself, [F(3, 20), F(20, 20)], [1], None),
+    "one column": (linear, [F(5, 700), F(1, 700), F(1)], [1, 2], None),
+    "straight": (lambda x, w: ops.matmul(x, w), [F(3, 40), F(40, 17)], [1], None),
+    "small": (linear, [F(3, 6), F(5, 6), F(5)], [1, 2], None),
+    "of the input": (linear, [F(30, 40), F(30, 40), F(30)], [2], None),
+    "elementwise": (lambda x, w: x * ops.exp(nd.swap_last(w)), [F(40, 30), F(30, 40)], [1], None),
+    "flat": (lambda x, w: ops.matmul(x, nd.reshape(w, (40, 30))), [F(3, 40), F(1200)], [1], None),
+}
+
+
+def built(name):
+    fn, types, constants, shapes = CASES[name]
+    return simplify(function_of(fn, *types)), constants, shapes
+
+
+def arguments(function, seed=0):
+    rng = np.random.default_rng(seed)
+    return [np.abs(rng.standard_normal(p.type.shape)).astype("f4") for p in function.params]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_is_hoisted(name):
+    function, constants, shapes = built(name)
+    found = hoist(function, constants)
+    if shapes is None:
+        assert found is None
+        return
+    assert found is not None
+    assert sorted(t.shape for t in found.prologue.result_types) == sorted(shapes)
+    assert set(found.constants) <= set(constants)
+    sources = sum(found.main.params[i].type.nbytes for i in found.constants)
+    assert all(t.nbytes <= sources for t in found.prologue.result_types)
+    for f in found[:2]:
+        verify(f)
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case[3]])
+def test_equal_bits(name):
+    function, constants, _ = built(name)
+    found = hoist(function, constants)
+    given = arguments(function)
+    want = interpret(function, *given)
+    kept = interpret(found.prologue, *[given[i] for i in found.constants])
+    compiled = run(found.main, *given, *run(found.prologue, *[given[i] for i in found.constants]))
+    for got in (interpret(found.main, *given, *kept), compiled, run(function, *given)):
+        assert all(np.array_equal(a.view("i4"), b.view("i4")) for a, b in zip(want, got, strict=True))
+
+
+def run(function, *arrays):
+    backend = CpuBackend()
+    bound = compile(function, backend).bind({})
+    out = bound.run([backend.from_numpy(a) for a in arrays])
+    return [backend.to_numpy(b, t.dtype, t.static_shape({})) for b, t in zip(out, function.result_types)]
+
+
+def test_the_product_itself_stays():
+    function, constants, _ = built("linear")
+    found = hoist(function, constants)
+    moved = [op for op in found.main.ops if isinstance(op.definition.kind, Movement)]
+    assert len(moved) == 1  # the bias, broadcast
+    assert found.main.param_types[: len(function.params)] == function.param_types
+
+
+def test_a_function_of_any_size_is_left_alone():
+    function = simplify(function_of(linear, F(Dim.symbol("b"), 40), F(17, 40), F(17)))
+    assert hoist(function, [1, 2]) is None
+
+
+def test_an_index_that_may_be_wrong_is_looked_at_in_every_call():
+    def f(x, w, i):
+        return ops.matmul(x, ops.gather(nd.swap_last(w), i, axes=(1,)))
+
+    function = simplify(function_of(f, F(3, 30), F(40, 50), TensorType(i64, (30,))))
+    found = hoist(function, [1, 2])
+    assert found is None or any(op.definition is ops.gather for op in found.main.ops)

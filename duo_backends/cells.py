@@ -13,8 +13,9 @@ from typing import NamedTuple
 NUMBER, POINTER = -1, 0
 READ, OWNED, GRADIENT, ANY, GRADIENT_READ, SAME = range(10, 16)
 CELL_LAYOUT = (
-    "none", "type", "cell.value", "cell.storage", "cell.leaf", "value.buf", "value.info", "value.extra", "value.trace", "value.stamp",
-    "storage.val", "storage.shared", "buffer.ptr", "buffer.home", "buffer.shared", "leaf.grad",
+    "none", "type", "empty", "cell.value", "cell.storage", "cell.leaf", "cell.chain", "cell.seen",
+    "value.buf", "value.info", "value.extra", "value.trace", "value.stamp", "storage.val", "storage.shared", "storage.version",
+    "buffer.ptr", "buffer.home", "buffer.shared", "leaf.grad",
 )  # fmt: skip
 
 

@@ -90,7 +90,8 @@ def layout() -> np.ndarray | None:
     tensor, storage, buffer, leaf = EagerTensor(val), Storage(val), Buffer(0, 0, None), GradLeaf(EagerTensor(val))
     owners = {"cell": tensor, "value": val, "storage": storage, "buffer": buffer, "leaf": leaf}
     slots = {
-        "cell.value": "_val", "cell.storage": "_storage", "cell.leaf": "_leaf", "buffer.home": "_home", "buffer.shared": "_shared",
+        "cell.value": "_val", "cell.storage": "_storage", "cell.leaf": "_leaf", "cell.chain": "_chain", "cell.seen": "_seen",
+        "buffer.home": "_home", "buffer.shared": "_shared",
     }  # fmt: skip
     words = []
     try:
@@ -99,6 +100,8 @@ def layout() -> np.ndarray | None:
                 words.append(id(None))
             elif name == "type":
                 words.append(id(EagerTensor))
+            elif name == "empty":
+                words.append(id(()))
             else:
                 owner, slot = name.split(".")
                 words.append(_offset(owners[owner], slots.get(name, slot)))

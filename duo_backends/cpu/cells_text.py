@@ -79,9 +79,26 @@ stored: ; a storage that no other tensor shares any more says nothing: the cell 
   %lone = call i1 @duo.single(ptr %storage)
   %base = call ptr @duo.slot(ptr %layout, ptr %storage, i64 STORAGE_VAL)
   %is.base = icmp eq ptr %base, %value
+  ; or another value of the same memory, up to date and without a view between: what a parameter has whose `data` was set
+  %chain = call ptr @duo.slot(ptr %layout, ptr %cell.object, i64 CHAIN)
+  %empty.at = getelementptr ptr, ptr %layout, i64 2
+  %empty = load ptr, ptr %empty.at
+  %viewless = icmp eq ptr %chain, %empty
+  %version = call ptr @duo.slot(ptr %layout, ptr %storage, i64 STORAGE_VERSION)
+  %seen.version = call ptr @duo.slot(ptr %layout, ptr %cell.object, i64 SEEN)
+  %current = icmp eq ptr %version, %seen.version
+  %base.buffer = call ptr @duo.slot(ptr %layout, ptr %base, i64 BUF)
+  %value.buffer = call ptr @duo.slot(ptr %layout, ptr %value, i64 BUF)
+  %one.memory = icmp eq ptr %base.buffer, %value.buffer
+  %base.extra = call ptr @duo.slot(ptr %layout, ptr %base, i64 EXTRA)
+  %historyless = icmp eq ptr %base.extra, %none.word
+  %e1 = and i1 %viewless, %current
+  %e2 = and i1 %one.memory, %historyless
+  %e = and i1 %e1, %e2
+  %up.to.date = or i1 %is.base, %e
   %shared = call ptr @duo.slot(ptr %layout, ptr %storage, i64 STORAGE_SHARED)
   %unshared = icmp eq ptr %shared, %none.word
-  %l1 = and i1 %lone, %is.base
+  %l1 = and i1 %lone, %up.to.date
   %l2 = and i1 %l1, %unshared
   br i1 %l2, label %drop, label %refused
 drop:
@@ -211,6 +228,7 @@ end:
 def cells_text() -> str:
     """`duo.cell`, `duo.hide` and `duo.show`; belong in one module with the text of `runner_text.py`."""
     words = {
+        "CHAIN": "cell.chain", "SEEN": "cell.seen", "STORAGE_VERSION": "storage.version",
         "STORAGE_VAL": "storage.val", "STORAGE_SHARED": "storage.shared", "BUFFER_SHARED": "buffer.shared", "STORAGE": "cell.storage",
         "VALUE": "cell.value", "LEAF": "cell.leaf", "INFO": "value.info", "EXTRA": "value.extra", "TRACE": "value.trace", "STAMP": "value.stamp",
         "BUF": "value.buf", "PTR": "buffer.ptr", "HOME": "buffer.home", "GRAD": "leaf.grad",

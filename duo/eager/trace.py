@@ -23,7 +23,7 @@ from duo_ir.errors import DuoError
 from duo_ir.types import TensorType, bool_, evaluate
 
 MAX_ENTRIES = 4096
-MAX_BYTES = 256 << 20
+MAX_BYTES = 1 << 30  # of values from outside, which a trace keeps alive
 MAX_NODES = 100_000  # of half a kilobyte
 MAX_APPLIED = 8192  # bodies with kinds of operands that are remembered
 _RUN = 64  # values between two steps that `Node.far` names
@@ -81,15 +81,16 @@ class Node:
         self.memo: Any = None  # what a flush here needs to know (flush.py)
         self.extra: Any = None  # of a body's step its Applied, of a macro's what `infer` gave
         self.first: int = 0  # number of its first value
-        self.size: int = 0  # bytes of the values up to here
+        self.size: int = 0  # bytes of the values from outside up to here
         self.tracked = False  # whether any value up to here requires grad
         self.far: Node | None = None  # a step far back, the same for a run of steps; see `info_of`
         if parent is not None:
             self.first = parent.first + len(parent.infos)
             self.size, self.tracked = parent.size, parent.tracked
             self.far = parent if self.first // _RUN != parent.first // _RUN else parent.far
+        if key[0] is LEAF:
+            self.size += self.info.nbytes
         for info in infos:
-            self.size += info.nbytes
             self.tracked = self.tracked or info.requires_grad
         self.stop = self.size > MAX_BYTES or self.first > MAX_ENTRIES
         self.placed = self.info.requires_grad

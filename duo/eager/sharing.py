@@ -52,7 +52,10 @@ class Sharers:
         self.arrays.append(weakref.ref(array))
 
     def __call__(self) -> bool:
-        return any(r() is not None for r in self.arrays) or (self.first is not None and self.first())
+        for array in self.arrays:
+            if array() is not None:
+                return True
+        return self.first is not None and self.first()
 
 
 def still_shared(storage: Storage) -> bool:
@@ -87,20 +90,24 @@ def write_through(storage: Storage, val: Val) -> Val:
 
 def share_memory(tensor: Any, storage: Storage) -> np.ndarray:
     """The memory of the storage, which `tensor` has, as an array; a write to either is seen by the other."""
-    if storage.shared is None or not storage.shared():
-        storage.shared = None
+    shared = storage.shared
+    if shared is None or not shared():
+        shared = storage.shared = None
         _make_sole_owner(tensor, storage)
-    array = runtime.to_numpy(settle(storage.val), storage.val.info.type)
-    if storage.shared.__class__ is not Sharers:
-        storage.shared = Sharers(storage.shared)
-    storage.shared.add(array)  # type: ignore[union-attr]
+    val = storage.val
+    array = runtime.to_numpy(settle(val), val.info.type)
+    if shared.__class__ is not Sharers:
+        shared = storage.shared = Sharers(shared)
+    shared.add(array)  # type: ignore[union-attr]
     return array
 
 
 def _make_sole_owner(tensor: Any, storage: Storage) -> None:
     """NumPy is about to see the storage's memory: nothing else may read it, so what others hold too is copied."""
-    settle(storage.val)
-    if storage.val in state.trace.leaves:
+    if storage.val.buf is None:
+        settle(storage.val)
+    leaves = state.trace.leaves
+    if leaves and storage.val in leaves:
         flush()
     base = storage.base() if storage.base is not None else None
     if tensor._chain:

@@ -21,7 +21,7 @@ from duo.eager.hooks import RemovableHook
 from duo.eager.operators import quick_operator
 from duo.eager.printing import format_tensor
 from duo.eager.sharing import Storage, is_shared, share_memory, snapshot, still_shared, write_through
-from duo.eager.trace import Val, alias, record, record_op, settle, state
+from duo.eager.trace import Info, Val, alias, record, record_op, settle, state
 from duo.eager.values import as_leaf, material, overwrite
 from duo.functional.indexing import getitem
 from duo.tensor import Tensor
@@ -30,6 +30,8 @@ from duo_ir.errors import ArgumentError, DTypeError, GradientError, ShapeError, 
 from duo_ir.ops import stop_gradient, straight_through
 from duo_ir.ops.broadcasting import broadcast_to, cast_to
 from duo_ir.types import DType, Shape, TensorType, bool_, dtype
+
+_new: Any = object.__new__
 
 
 def _detach_read(x: Value) -> Value:
@@ -47,17 +49,32 @@ def _data_write(x: Value, new: Value) -> Value:
 DETACH = View(_detach_read, _detach_write)
 DATA = View(_detach_read, _data_write)  # a write through `.data` is not seen by the check for overwritten values
 _SAME_MEMORY = (DETACH, DATA)
+_DETACHED = ((DETACH, ()),)
 
 
 def _through_data(chain: tuple) -> bool:
-    return any(view is DATA for view, _ in chain)
+    return chain is not _DETACHED and any(view is DATA for view, _ in chain)
+
+
+def _whole(chain: tuple) -> bool:
+    """Whether a tensor with these views is all of its storage's memory, as it lies there."""
+    return not chain or chain is _DETACHED or all(view in _SAME_MEMORY for view, _ in chain)
+
+
+def _without_history(view: View, val: Val) -> Val:
+    """What DETACH or DATA read of a value that is there: the same buffer, and nothing to compute or record."""
+    if view is DETACH and not val.info.requires_grad and val.extra is None and not val.overwritten:
+        return val
+    out = _new(Val)
+    out.trace = out.node = out.scalars = out.extra = out.stamp = None
+    out.index = -1
+    out.info = Info(val.info.type) if val.info.requires_grad else val.info
+    out.buf = val.buf
+    return out
 
 
 def _conform(new: Value, dtype: DType, shape: Shape) -> Value:
     return broadcast_to(cast_to(new, dtype), shape)
-
-
-_new: Any = object.__new__
 
 
 class EagerTensor(Tensor):
@@ -100,6 +117,30 @@ class EagerTensor(Tensor):
             alias(storage.val, val)
         return out
 
+    def _same_memory(self, view: View) -> EagerTensor:
+        """DETACH or DATA of this tensor. Of a value that is there they take no recording."""
+        storage = self._storage
+        if storage is None:
+            val = self._val
+            if val.buf is None or state.capture is not None:
+                return EagerTensor._view(view, self, ())
+            storage = self._storage = Storage(val, self._leaf, self)
+            self._seen = 0
+        else:
+            val = storage.val if not self._chain else self._val
+            stale = self._chain and (storage.shared is not None or self._seen != storage.version)
+            if stale or val.buf is None or state.capture is not None:
+                return EagerTensor._view(view, self, ())
+        out = _new(EagerTensor)
+        out._val = read = _without_history(view, val)
+        out._storage = storage
+        out._chain = chain = _DETACHED if view is DETACH and not self._chain else (*self._chain, (view, ()))
+        out._seen = storage.version
+        out._leaf = None
+        if read is not storage.val and not _through_data(chain):
+            alias(storage.val, read)
+        return out
+
     @staticmethod
     def _update(state: EagerTensor, new: EagerTensor) -> None:
         state._write(new._value())
@@ -132,7 +173,10 @@ class EagerTensor(Tensor):
         """`base`, the storage's value, seen through the chain of views."""
         val = base
         for view, attrs in self._chain:
-            (val,) = record(view.read, (EagerTensor(val),), attrs)
+            if view in _SAME_MEMORY and val.buf is not None and state.capture is None:
+                val = _without_history(view, val)
+            else:
+                (val,) = record(view.read, (EagerTensor(val),), attrs)
         val = self._as_mine(val)
         if not _through_data(self._chain):
             alias(self._storage.val, val)  # type: ignore[union-attr]
@@ -294,7 +338,7 @@ class EagerTensor(Tensor):
     @property
     def data(self) -> EagerTensor:
         """The same storage without history; a write through it is not seen by backward's check."""
-        return EagerTensor._view(DATA, self, ())
+        return self._same_memory(DATA)
 
     @data.setter
     def data(self, value: Any) -> None:
@@ -314,7 +358,7 @@ class EagerTensor(Tensor):
 
     def detach(self) -> EagerTensor:
         """The same storage without history."""
-        return EagerTensor._view(DETACH, self, ())
+        return self._same_memory(DETACH)
 
     def detach_(self) -> EagerTensor:
         """Forgets the history."""
@@ -342,11 +386,20 @@ class EagerTensor(Tensor):
     # ------------------------------------------------------------------------------------------- looking at values
     def numpy(self) -> np.ndarray:
         """The values as a NumPy array that shares this tensor's memory (a view through indexing or transposition gives a copy)."""
-        if self.requires_grad:
+        if self._leaf is not None or self._has_history():
             raise GradientError(
                 "a tensor that requires grad has no .numpy(), which could not record a gradient; use .detach().numpy()"
             )
         return self._array()
+
+    def _has_history(self) -> bool:
+        """`requires_grad` of a tensor that is no leaf, read again only where that is not known otherwise."""
+        storage = self._storage
+        if storage is None:
+            return self._val.info.requires_grad
+        if self._chain:
+            return not _whole(self._chain) and self.requires_grad
+        return (self._val if self._seen == storage.version else storage.val).info.requires_grad
 
     def _array(self, share: bool = True) -> np.ndarray:
         if state.capture is not None:
@@ -355,7 +408,7 @@ class EagerTensor(Tensor):
         if storage is None and share:
             storage = self._storage = Storage(self._val, self._leaf, self)
             self._seen = 0
-        if share and storage is not None and (not self._chain or all(v in _SAME_MEMORY for v, _ in self._chain)):
+        if share and storage is not None and _whole(self._chain):
             return share_memory(self, storage)
         val = self._value()
         return runtime.to_numpy(settle(val), val.info.type, copy=True)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import math
 import os
 import threading
 from collections.abc import Sequence
@@ -128,29 +127,18 @@ class Buffer:
         return self._view(dtype.numpy, shape).copy()
 
     def _view(self, dtype: np.dtype, shape: Sequence[int]) -> np.ndarray:
-        array = np.asarray(_ArrayInterface(self, dtype, tuple(shape)))
-        return array if array.dtype == dtype else array.view(dtype)
+        memory = _bytes(self.nbytes).from_address(self.ptr)
+        memory.buffer = self  # the array's base keeps it alive
+        try:
+            return np.ndarray(shape, dtype, memory)
+        except TypeError:
+            raise ArgumentError(f"{self.nbytes} bytes do not hold {dtype} of shape {tuple(shape)}") from None
 
 
-class _ArrayInterface:
-    """What NumPy makes an array of; the array's `base`."""
-
-    __slots__ = ("__array_interface__", "buffer")
-
-    def __init__(self, buffer: Buffer, dtype: np.dtype, shape: tuple[int, ...]) -> None:
-        nbytes = dtype.itemsize * math.prod(shape)
-        if nbytes > buffer.nbytes:
-            raise ArgumentError(f"{buffer.nbytes} bytes do not hold {dtype} of shape {shape}")
-        self.buffer = buffer
-        self.__array_interface__ = {
-            "version": 3, "shape": shape, "typestr": _type_string(dtype), "data": (buffer.ptr, False)
-        }  # fmt: skip
-
-
-@functools.cache
-def _type_string(dtype: np.dtype) -> str:
-    """NumPy's code for a dtype; those that are not NumPy's own (bfloat16) travel as unsigned integers of their size."""
-    return dtype.str if dtype.kind in "fiub" else f"<u{dtype.itemsize}"
+@functools.lru_cache(4096)
+def _bytes(count: int) -> Any:
+    """The class of `count` bytes of memory, which NumPy makes arrays of."""
+    return ctypes.c_char * count
 
 
 class Allocator:

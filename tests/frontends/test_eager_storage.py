@@ -366,6 +366,55 @@ def test_arrays_keep_to_their_tensor(policy):
     assert seen[0].tolist() == [1] * 300 and w.grad.tolist() == [5] * 300
 
 
+@pytest.mark.parametrize("read", [lambda t: t.detach(), lambda t: t.data], ids=["detach", "data"])
+def test_detaching_what_is_there_records_nothing(policy, read):
+    w = duo.tensor(numbers(40), requires_grad=True)
+    before = w.tolist()
+    for t in (w, duo.tensor(before), duo.tensor(before)[5:30], read(w)):
+        t.tolist()
+        duo.synchronize()
+        d = read(t)
+        assert d._value().buf is t._value().buf and not d.requires_grad and d.is_leaf
+        assert d.tolist() == t.tolist()
+    d = read(w)
+    e = read(d)
+    a = d.numpy()
+    a[3] = 100
+    assert w[3].item() == d[3].item() == e[3].item() == 100
+    e[4] = -1
+    with duo.no_grad():
+        w[5] = 8
+    assert a[4] == w[4].item() == d[4].item() == -1 and a[5] == d[5].item() == 8
+    y = (w * w).sum()
+    y.item()
+    d.requires_grad_()
+    d.sum().backward()
+    assert d.grad.tolist() == [1] * 40 and w.grad is None
+    y.backward()
+    assert w.grad.tolist() == [2 * v for v in w.tolist()]
+
+
+def test_a_write_to_what_was_detached_is_seen_by_backward(policy):
+    """Where detach() shared the value itself, as where it did not; a write through .data is not seen."""
+    for read, seen in ((lambda t: t.detach(), True), (lambda t: t.data, False)):
+        for x in (duo.tensor([1.0, 2.0]), duo.tensor([1.0, 2.0], requires_grad=True)):
+            w = duo.tensor([3.0, 4.0], requires_grad=True)
+            x.tolist()
+            d = read(x)
+            y = (w * d).sum()
+            z = (w * x).sum()
+            y.item(), z.item()
+            d.mul_(2)
+            assert x.tolist() == [2, 4]
+            if seen:
+                for loss in (y, z):
+                    with pytest.raises(GradientError, match="overwritten"):
+                        loss.backward()
+                continue
+            y.backward()
+            assert w.grad.tolist() == [1, 2]
+
+
 def test_history_survives_sharing(policy):
     w = duo.tensor([1.0, 2.0], requires_grad=True)
     y = w * 3

@@ -3,7 +3,8 @@
 A Function is split in two. The prologue makes, from the constant parameters alone, the values that the rest reads: weights laid out as
 a product reads them, small computations on state (the scale of a batch norm). The main Function takes them as further
 parameters. It is the same ops on the same values, so bits stay. Nothing is hoisted that is larger than what it is made of, as a broadcast is: what
-it views is. Reading through a view costs a kernel nothing, except a product, which reads its operand again and again.
+it views is. Reading through a view costs a kernel nothing, except a product whose rows become long; convolutions pack their weights as fast
+from where they are.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from typing import NamedTuple
 
 from duo_ir.core import Builder, Function, Op, Value
 from duo_ir.opdef import (
-    Attention,
     Concat,
     Contraction,
     Convolution,
@@ -27,7 +27,7 @@ from duo_ir.transforms.rewrite import dce, with_operands
 from duo_ir.types import evaluate
 
 WORTH = 1024  # bytes in front of products from which two programs are better than one
-_PRODUCTS = (Contraction, Convolution, Attention)
+WIDE = 256  # elements of a row from which a product reads a matrix faster by rows than by columns (measured; 128 is slower)
 _HOISTED = (Elementwise, Movement, Reshape, Concat, Reduction, Contraction, Convolution, Generate)  # these cannot fail
 
 
@@ -67,7 +67,7 @@ class _Cut:
         varying = [op for op in function.ops if not self._constant(op)]
         for op in varying:
             for v in op.operands:
-                self.place(v, isinstance(op.definition.kind, _PRODUCTS))
+                self.place(v, isinstance(op.definition.kind, Contraction))
         for v in function.results:
             self.place(v, False)
 
@@ -90,7 +90,8 @@ class _Cut:
         elif v in self.kept or _nbytes(v) > sum(map(_nbytes, self.sources[v])):
             hoisted = False
         elif isinstance(op.definition.kind, (Movement, Reshape)):
-            hoisted = product and self._is_moved(v) and _nbytes(v) <= _nbytes(op.operands[0])
+            wide = product and v.type.rank > 0 and evaluate(v.type.shape[-1], {}) >= WIDE
+            hoisted = wide and self._is_moved(v) and _nbytes(v) <= _nbytes(op.operands[0])
         else:
             hoisted = True
         if not hoisted:

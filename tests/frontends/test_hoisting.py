@@ -19,8 +19,8 @@ class Net(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(3, 16, 3, padding=1)
         self.norm = nn.BatchNorm2d(16)
-        self.fc1 = nn.Linear(16, 40)
-        self.fc2 = nn.Linear(40, 20)
+        self.fc1 = nn.Linear(16, 256)
+        self.fc2 = nn.Linear(256, 20)
 
     def forward(self, x):
         h = self.norm(self.conv(x)).relu().mean((2, 3))
@@ -91,12 +91,12 @@ def data_copied(w):
 
 @change
 def data_assigned(w):
-    w.net.fc1.weight.data = duo.ones(40, 16)
+    w.net.fc1.weight.data = duo.ones(256, 16)
 
 
 @change
 def data_shared(w):
-    w.array = duo.ones(40, 16)
+    w.array = duo.ones(256, 16)
     w.net.fc1.weight.data = w.array
     w.call(6)
     w.array.mul_(3.0)
@@ -105,12 +105,12 @@ def data_shared(w):
 @change
 def data_tied(w):
     """One parameter has the other's memory, until that is written."""
-    w.net.fc1.weight.data = w.net.fc2.weight.data.view(-1)[:640].view(40, 16)
+    w.net.fc1.weight.data = w.net.fc2.weight.data.view(-1)[:4096].view(256, 16)
     w.call(6)
     with duo.no_grad():
         w.net.fc2.weight.mul_(1.5)
     w.call()
-    w.net.fc1.weight.data = duo.ones(40, 16)
+    w.net.fc1.weight.data = duo.ones(256, 16)
 
 
 @change
@@ -121,18 +121,18 @@ def a_state_dict_loaded(w):
 @change
 def in_place(w):
     with duo.no_grad():
-        w.net.conv.weight.mul_(2.0)
+        w.net.fc1.weight.mul_(2.0)
 
 
 @change
 def in_place_on_a_copy_that_shares(w):
-    w.net.conv.weight.detach().add_(1.0)
+    w.net.fc1.weight.detach().add_(1.0)
 
 
 @change
 def a_row_written(w):
     with duo.no_grad():
-        w.net.fc2.weight[3] = 7.0
+        w.net.fc1.weight[3] = 7.0
 
 
 @change
@@ -150,7 +150,7 @@ def a_numpy_view_written_and_dropped(w):
 
 @change
 def an_array_lent(w):
-    w.array = np.ones((40, 16), np.float32)
+    w.array = np.ones((256, 16), np.float32)
     w.net.fc1.weight.data = duo.from_numpy(w.array)
     w.call()
     w.array[3] = 2
@@ -170,7 +170,7 @@ def statistics_in_place(w):
 
 @change
 def a_parameter_replaced(w):
-    w.net.fc1.weight = nn.Parameter(duo.ones(40, 16))
+    w.net.fc1.weight = nn.Parameter(duo.ones(256, 16))
 
 
 @change
@@ -299,7 +299,7 @@ def test_what_was_kept_goes_with_the_values():
     w.call(6)
     made = [weakref.ref(b) for b in kept_values(w)]
     old = weakref.ref(w.net.fc1.weight._val.buf)
-    assert len(made) >= 4
+    assert len(made) >= 2
     assert all(r() is not None for r in made)
     gc.disable()
     try:

@@ -67,20 +67,29 @@ def and_itself(x, w):
     return ops.matmul(x, wt), wt
 
 
+def after_a_norm(x, w, mean, var, gamma, beta, head):
+    """A linear layer after it."""
+    y = nd.mean(normed(x, w, mean, var, gamma, beta), (2, 3))
+    return ops.matmul(y, nd.swap_last(head))
+
+
+NORM = [F(1, 8, 5, 6), F(16, 8, 3, 3), *[F(16)] * 4]
 CASES = {
-    "linear": (linear, [F(3, 40), F(17, 40), F(17)], [1, 2], [(40, 17)]),
-    "one row": (linear, [F(1, 40), F(33, 40), F(33)], [1, 2], [(40, 33)]),
-    "long k": (linear, [F(1, 1100), F(5, 1100), F(5)], [1, 2], [(1100, 5)]),
-    "batch norm": (normed, [F(1, 8, 5, 6), F(16, 8, 3, 3), *[F(16)] * 4], [1, 2, 3, 4, 5], [(3, 3, 8, 16), (16,)]),
-    "shared by a batch": (shared_batch, [F(4, 3, 20), F(16, 20)], [1], [(20, 16)]),
-    "read twice": (both_ways, [F(20, 20), F(20, 20)], [1], [(20, 20)]),
-    "a result": (and_itself, [F(3, 20), F(20, 20)], [1], None),
+    "linear": (linear, [F(3, 40), F(300, 40), F(300)], [1, 2], [(40, 300)]),
+    "one row": (linear, [F(1, 40), F(257, 40), F(257)], [1, 2], [(40, 257)]),
+    "long k": (linear, [F(1, 1100), F(256, 1100), F(256)], [1, 2], [(1100, 256)]),
+    "batch norm": (after_a_norm, [*NORM, F(256, 16)], [1, 2, 3, 4, 5, 6], [(16, 256), (16,)]),
+    "shared by a batch": (shared_batch, [F(4, 3, 20), F(256, 20)], [1], [(20, 256)]),
+    "read twice": (both_ways, [F(256, 256), F(256, 256)], [1], [(256, 256)]),
+    "a result": (and_itself, [F(3, 20), F(256, 20)], [1], None),
     "one column": (linear, [F(5, 700), F(1, 700), F(1)], [1, 2], None),
-    "straight": (lambda x, w: ops.matmul(x, w), [F(3, 40), F(40, 17)], [1], None),
-    "small": (linear, [F(3, 6), F(5, 6), F(5)], [1, 2], None),
-    "of the input": (linear, [F(30, 40), F(30, 40), F(30)], [2], None),
-    "elementwise": (lambda x, w: x * ops.exp(nd.swap_last(w)), [F(40, 30), F(30, 40)], [1], None),
-    "flat": (lambda x, w: ops.matmul(x, nd.reshape(w, (40, 30))), [F(3, 40), F(1200)], [1], None),
+    "narrow": (linear, [F(1, 700), F(128, 700), F(128)], [1, 2], None),
+    "convolution": (normed, NORM, [1, 2, 3, 4, 5], None),
+    "straight": (lambda x, w: ops.matmul(x, w), [F(3, 40), F(40, 300)], [1], None),
+    "of the input": (linear, [F(30, 40), F(300, 40), F(300)], [2], None),
+    "elementwise": (lambda x, w: x * ops.exp(nd.swap_last(w)), [F(40, 300), F(300, 40)], [1], None),
+    "flat": (lambda x, w: ops.matmul(x, nd.reshape(w, (40, 300))), [F(3, 40), F(12000)], [1], None),
+    "small": (linear, [F(3, 0), F(300, 0), F(300)], [1, 2], None),
 }
 
 
@@ -138,7 +147,7 @@ def test_the_product_itself_stays():
 
 
 def test_a_function_of_any_size_is_left_alone():
-    function = simplify(function_of(linear, F(Dim.symbol("b"), 40), F(17, 40), F(17)))
+    function = simplify(function_of(linear, F(Dim.symbol("b"), 40), F(300, 40), F(300)))
     assert hoist(function, [1, 2]) is None
 
 
@@ -146,6 +155,6 @@ def test_an_index_that_may_be_wrong_is_looked_at_in_every_call():
     def f(x, w, i):
         return ops.matmul(x, ops.gather(nd.swap_last(w), i, axes=(1,)))
 
-    function = simplify(function_of(f, F(3, 30), F(40, 50), TensorType(i64, (30,))))
+    function = simplify(function_of(f, F(3, 30), F(300, 50), TensorType(i64, (30,))))
     found = hoist(function, [1, 2])
     assert found is None or any(op.definition is ops.gather for op in found.main.ops)

@@ -217,29 +217,32 @@ def _in_threads(work: Callable[[int], bytes], items: Sequence[int]) -> list[byte
     thread of its own inside LLVM: the main thread only waits. (`concurrent.futures` takes milliseconds to load.)"""
     out: list[Any] = [None] * len(items)
     left = iter(enumerate(items))
+    interrupts: list[BaseException] = []
 
-    def run() -> None:
+    def run() -> None:  # a thread that runs this counts as alive; one whose start was interrupted finds nothing to do
         for k, item in left:
+            if interrupts:
+                return
             try:
                 out[k] = work(item)
             except BaseException as error:
                 out[k] = error
 
     threads = [threading.Thread(target=run) for _ in range(min(len(items), os.cpu_count() or 1, 8))]
-    interrupt: BaseException | None = None
     try:
         for thread in threads:
             thread.start()
     except BaseException as error:
-        interrupt = error
+        interrupts.append(error)
     while any(thread.is_alive() for thread in threads):
         try:
             for thread in threads:
-                thread.join()
+                if thread.is_alive():
+                    thread.join()
         except BaseException as error:
-            interrupt = error
-    if interrupt is not None:
-        raise interrupt
+            interrupts.append(error)
+    if interrupts:
+        raise interrupts[0]
     for result in out:
         if isinstance(result, BaseException):
             raise result

@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import random
 import sys
+import threading
 from typing import Any
 
 from duo import runtime
@@ -21,9 +22,9 @@ from duo.eager.locate import relocated
 from duo.eager.segments import Origin, Pullback, Segment, unmarked, version_of
 from duo.eager.steps import Position
 from duo.eager.stepwise import may_live, run
-from duo.eager.trace import END, NOTHING, Info, Macro, Node, Trace, Val, forget, hooks, places, settle, state
+from duo.eager.trace import END, NOTHING, Info, Macro, Node, Trace, Val, forget, forks, hooks, places, settle, state
 from duo_ir.core import Value
-from duo_ir.errors import GradientError, TraceError
+from duo_ir.errors import DeviceError, GradientError, TraceError
 
 _getrefcount = sys.getrefcount
 
@@ -178,6 +179,8 @@ def flush(trace: Trace | None = None) -> None:
     trace = trace if trace is not None else state.trace
     if state.capture is not None and trace is state.trace:
         raise TraceError(state.capture.refusal())
+    if trace.born != forks[0]:
+        _adopt(trace)
     with trace.lock:
         if trace.done:
             return
@@ -189,6 +192,22 @@ def flush(trace: Trace | None = None) -> None:
         if trace.node is None:
             trace.node = entries[-2].node
         _run(trace)
+
+
+def _adopt(trace: Trace) -> None:
+    """In a forked child: a trace that came from the parent, where another thread may have been running it. It runs anew here, unless that thread
+    was overwriting its inputs."""
+    trace.lock, trace.born = threading.RLock(), forks[0]
+    if trace.call is None or trace.call[2].done:
+        return
+    lost = DeviceError(
+        "this value was being computed by another thread, in the memory of what it is computed from, when the process was forked; "
+        "wait for threads (duo.synchronize) before os.fork, or use multiprocessing's 'spawn'"
+    )
+    for val in trace.entries:
+        if val.trace is trace and val.buf is None:
+            val.extra, val.trace = lost, None
+    _finish(trace)
 
 
 def _run(trace: Trace) -> None:

@@ -10,6 +10,7 @@ advances, so a signal handler, a finaliser or another thread in between cannot c
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 from collections.abc import Callable, Sequence
@@ -286,11 +287,23 @@ _END_NODE = Node(None, ("end",), (NOTHING,), False, None)
 END = Val(None, -1, _END_NODE, NOTHING)
 
 
+forks = [0]  # how often this process was forked from one that had loaded duo
+
+
+def _forked() -> None:
+    forks[0] += 1
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)
+
+
 class Trace:
     """A program under recording. Entry 0 stands for the root."""
 
     __slots__ = (
         "__weakref__",
+        "born",
         "call",
         "done",
         "entries",
@@ -311,6 +324,7 @@ class Trace:
         self.links: dict[int, int] = {}  # an entry of a leaf that was here before -> number of the entry before
         self.hooked: list[int] = []  # values with hooks, other than leaves
         self.lock = threading.RLock()
+        self.born = forks[0]
         self.node: Node | None = None  # set when closed
         self.done = False
         self.placed = False  # whether an entry has a line of its own

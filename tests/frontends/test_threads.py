@@ -450,3 +450,30 @@ def test_interrupted_training_keeps_its_parameters(tmp_path):
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
     assert hits > 0
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+def test_fork_while_another_thread_flushes():
+    """The child computes anew what a thread of the parent was computing: that thread does not exist there, and holds nothing up."""
+    x = duo.full((640, 640), 1 / 640)
+    for _ in range(2):  # as a whole from now on
+        value = x
+        for _ in range(60):
+            value = value @ x
+        running = threading.Event()
+
+        def work(value=value, running=running):
+            running.set()
+            value.tolist()
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        running.wait()
+        child = os.fork()
+        if child == 0:
+            signal.alarm(60)
+            ok = abs(value.sum().item() - 640) < 1
+            os._exit(0 if ok else 1)
+        _, status = os.waitpid(child, 0)
+        thread.join()
+        assert status == 0 and abs(value.sum().item() - 640) < 1

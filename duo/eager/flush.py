@@ -179,7 +179,7 @@ def flush(trace: Trace | None = None) -> None:
     trace = trace if trace is not None else state.trace
     if state.capture is not None and trace is state.trace:
         raise TraceError(state.capture.refusal())
-    if trace.born != forks[0]:
+    if trace.__class__ is Trace and trace.born != forks[0]:  # or a Flight, which fork waits for
         _adopt(trace)
     with trace.lock:
         if trace.done:

@@ -16,7 +16,7 @@ from duo import nn, runtime
 from duo.eager.trace import forget
 from tests.frontends.eager_modes import flush_policy, numbers
 
-TRIALS = int(os.environ.get("DUO_SIGNAL_TRIALS", "300"))
+TRIALS = int(os.environ.get("DUO_SIGNAL_TRIALS", "1000"))
 
 
 def make_model(seed):

@@ -13,6 +13,7 @@ import os
 import random
 import sys
 import threading
+from collections.abc import Callable
 from typing import Any
 
 from duo import runtime
@@ -345,11 +346,12 @@ def _segment(trace: Trace, plan: FlushPlan, program: Program, buffers: list[Any]
     return segment
 
 
-def _freed(trace: Trace, plan: FlushPlan, error: Exception) -> Exception:
-    """The error of a gradient that was freed, with the lines of this very recording."""
+def _freed(trace: Trace, plan: FlushPlan, error: Exception) -> Exception | Callable[[], Exception]:
+    """The error of a gradient that was freed, or what says it with the lines of this very recording when it is asked for."""
     if not trace.placed:
         return error
-    return freed_error(Construction(plan.node, places(trace)).builder.ops[error.op])  # type: ignore[attr-defined]
+    lines = places(trace)
+    return lambda: freed_error(Construction(plan.node, lines).builder.ops[error.op])  # type: ignore[attr-defined]
 
 
 def _saved(val: Val) -> Val:

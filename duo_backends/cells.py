@@ -21,9 +21,11 @@ CELL_LAYOUT = (
 
 class Argument(NamedTuple):
     """How an argument of a cell entry is given: `kind` is NUMBER, POINTER (an address) or a kind of cell, with the info and extra that its
-    value must have (SAME: the value itself in place of its info). slots: the program's inputs and outputs that it is."""
+    value must have (SAME: the value itself in place of its info). slots: the program's inputs and outputs that it is. others: how many
+    references to an OWNED value, and how many to its buffer, the caller has itself."""
 
     kind: int
     slots: tuple[int, ...]
     info: object = None
     extra: object = None
+    others: int = 0

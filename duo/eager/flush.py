@@ -40,8 +40,8 @@ def _baseline() -> int:
     return alone if kept == alone + 1 and keep is held[0] else -1
 
 
-_ALONE = _baseline()
-_OVERWRITE_FROM = 1 << 14  # bytes from which reusing an input's memory is worth the asking
+ALONE = _baseline()
+OVERWRITE_FROM = 1 << 14  # bytes from which reusing an input's memory is worth the asking
 
 
 def _counts(leaves: dict[Val, int], entries: list[int], buffers: list[Any]) -> list[tuple[int, int]]:
@@ -68,7 +68,7 @@ def _owned_once() -> tuple[int, int]:
     first, second = _counts(leaves, [0, 1], [inputs[j] for j in (0, 1)])
     keep = list(leaves)
     held, _ = _counts(leaves, [0, 1], [inputs[j] for j in (0, 1)])
-    return first if first == second and held == (first[0] + 1, first[1]) and keep and _ALONE != -1 else (-1, -1)
+    return first if first == second and held == (first[0] + 1, first[1]) and keep and ALONE != -1 else (-1, -1)
 
 
 _OWNED_ONCE = _owned_once()
@@ -102,7 +102,7 @@ class Program:
         self.function = function
         # What a segment keeps may be read again by a backward pass; otherwise results may overwrite inputs that nobody else can read.
         params = function.params
-        rows = [j for j in sorted(self.runnable.givable) if params[j].type.nbytes >= _OVERWRITE_FROM]
+        rows = [j for j in sorted(self.runnable.givable) if params[j].type.nbytes >= OVERWRITE_FROM]
         self.givable = ([], []) if self.alive else (rows, [plan.inputs[j][0] for j in rows])
         self.updates = _updates(plan, live) if rows else []
 
@@ -199,7 +199,7 @@ def _adopt(trace: Trace) -> None:
     """In a forked child: a trace that came from the parent, where another thread may have been running it. It runs anew here, unless that thread
     was overwriting its inputs."""
     trace.lock, trace.born = threading.RLock(), forks[0]
-    if trace.call is None or trace.call[2].done:
+    if trace.call is None or trace.call.done:
         return
     lost = DeviceError(
         "this value was being computed by another thread, in the memory of what it is computed from, when the process was forked; "
@@ -208,7 +208,7 @@ def _adopt(trace: Trace) -> None:
     for val in trace.entries:
         if val.trace is trace and val.buf is None:
             val.extra, val.trace = lost, None
-    _finish(trace)
+    finish(trace)
 
 
 def _run(trace: Trace) -> None:
@@ -218,11 +218,11 @@ def _run(trace: Trace) -> None:
         trace.done = True
         return
     if trace.call is not None:
-        known, program, call = trace.call
-        if call.done:  # an interrupt came after the program had run
-            _publish(trace, known, program, call.results)
-            _finish(trace)
+        if trace.call.done:  # an interrupt came after the program had run
+            trace.call.land(trace)
+            finish(trace)
             return
+        trace.call.undo()
     plan: FlushPlan = node.memo
     if plan is None:
         plan = node.memo = FlushPlan(node)
@@ -231,12 +231,12 @@ def _run(trace: Trace) -> None:
     if program is not None:
         live = program.order
     else:
-        held = [n for n, count in enumerate(counts) if count > _ALONE]
+        held = [n for n, count in enumerate(counts) if count > ALONE]
         live = tuple([n for n in held if n > 0 and may_live(entries[n].node)])  # type: ignore[arg-type]
         if trace.hooked:  # a hook must be called even if its tensor has gone
             live = tuple(sorted({*live, *trace.hooked}))
     if not live:
-        _finish(trace)
+        finish(trace)
         return
     try:
         if program is not None:
@@ -248,7 +248,7 @@ def _run(trace: Trace) -> None:
             _execute(trace, plan, live, program)
     except Exception as error:
         _salvage(trace, plan, live, error)
-    _finish(trace)
+    finish(trace)
 
 
 def _run_stepwise(trace: Trace, plan: FlushPlan, live: tuple[int, ...]) -> bool:
@@ -287,20 +287,40 @@ def _execute(trace: Trace, plan: FlushPlan, live: tuple[int, ...], program: Prog
         inputs.append(entry.buf if k is None else entry.scalars[k])  # type: ignore[index]
     given = _unreadable(trace, program, inputs) if overwrite and program.givable[0] else None
     if not given:
-        _publish(trace, plan, program, program.run(inputs))
+        publish(trace, plan, program, program.run(inputs))
         return
     # An interrupt may come between the run and the publishing, when old values are gone and new ones not there yet. The trace holds the
     # call, which knows whether it has run: whoever touches a value next publishes, or runs, what is missing (`_run`).
     call = program.runnable.begin(inputs, given, program.updates)
-    trace.call = (plan, program, call)
+    trace.call = _Begun(plan, program, call)
     call.run()
     runtime.statistics.overwritten += sum(b.nbytes for b in set(inputs).intersection(call.results))
-    _publish(trace, plan, program, call.results)
+    publish(trace, plan, program, call.results)
     trace.call = None
     call.close()
 
 
-def _publish(trace: Trace, plan: FlushPlan, program: Program, buffers: list[Any]) -> None:
+class _Begun:
+    """A flush whose program may have overwritten its inputs."""
+
+    __slots__ = ("call", "plan", "program")
+
+    def __init__(self, plan: FlushPlan, program: Program, call: Any) -> None:
+        self.plan, self.program, self.call = plan, program, call
+
+    @property
+    def done(self) -> bool:
+        return self.call.done  # type: ignore[no-any-return]
+
+    def land(self, trace: Trace) -> None:
+        """It has run: its values get their buffers."""
+        publish(trace, self.plan, self.program, self.call.results)
+
+    def undo(self) -> None:
+        """It has not run, and will not."""
+
+
+def publish(trace: Trace, plan: FlushPlan, program: Any, buffers: list[Any]) -> None:
     """Gives the results of a program to the values they are of."""
     entries = trace.entries
     origins: dict[int, Origin] = {}
@@ -363,7 +383,7 @@ def _type_at(program: Program, position: Position) -> Any:
     return program.function.results[len(program.order) + program.residuals.index(position)].type
 
 
-def _finish(trace: Trace) -> None:
+def finish(trace: Trace) -> None:
     trace.done = True
     trace.call = None
     trace.leaves = {}

@@ -21,6 +21,7 @@ from duo.jit import guards, nests
 from duo.jit.guards import Guard, brief
 from duo.jit.recording import Fresh, Recording, Same, Source, is_shared
 from duo.nn.module import Module
+from duo.optim.known import structure_of
 from duo.optim.optimizer import Optimizer
 
 MISS = object()
@@ -32,7 +33,7 @@ class Structure:
     def __init__(self, roots: list[Module], optimizers: list[Optimizer], leaves: list[tuple[GradLeaf, tuple]]) -> None:
         modules = {id(m): m for root in roots for m in root.modules()}
         self.modules = [(m, _module_state(m)) for m in modules.values()]
-        self.optimizers = [(o, _optimizer_state(o)) for o in optimizers]
+        self.optimizers = [(o, structure_of(o)) for o in optimizers]
         self.leaves = leaves
         self.default = get_default_dtype()
         self.epoch = Epoch.count
@@ -44,7 +45,7 @@ class Structure:
             if len(now) != len(before) or not all(map(guards.same, now, before)):
                 return f"a {type(module).__qualname__} changed: {_first_difference(before, now)}"
         for optimizer, before in self.optimizers:
-            now = _optimizer_state(optimizer)
+            now = structure_of(optimizer)
             if len(now) != len(before) or not all(map(guards.same, now, before)):
                 return f"the state or the parameters of the {type(optimizer).__name__} optimizer changed"
         for leaf, hooks in self.leaves:
@@ -72,16 +73,6 @@ def _first_difference(before: list[Any], now: list[Any]) -> str:
             name = before[i - 1] if i and isinstance(before[i - 1], str) else "its attributes"
             return f"{name} {brief(a)} -> {brief(b)}"
     return "its attributes are more or fewer"
-
-
-def _optimizer_state(optimizer: Optimizer) -> list[Any]:
-    out: list[Any] = [optimizer.rule, optimizer.state, optimizer.param_groups, *optimizer.param_groups]
-    for group in optimizer.param_groups:
-        out += [group["params"], *group["params"]]
-    for p, slots in optimizer.state.items():
-        if slots:
-            out += [p, *[x for pair in slots.items() for x in pair]]
-    return out
 
 
 class Replay:

@@ -16,8 +16,9 @@ from duo.eager.flush import flush
 from duo.eager.mode import enable_grad
 from duo.eager.steps import macro_run
 from duo.eager.tensor import EagerTensor, full_value
-from duo.eager.trace import OVERWRITTEN, Info, Macro, Node, Trace, commit, note_overwritten, open_trace, state
+from duo.eager.trace import OVERWRITTEN, Info, Macro, Node, Trace, commit, hooks, note_overwritten, open_trace, state
 from duo.eager.watch import Group, Slots, WatchedList, changed
+from duo.optim.known import KnownStep, Memory, Noted
 from duo.optim.rules import Rule, apply_rule
 from duo_ir.core import Value
 from duo_ir.errors import ArgumentError, ShapeError
@@ -105,6 +106,7 @@ class Optimizer:
         self.state: dict[Any, dict[str, Any]] = Slots()
         self.param_groups: list[dict[str, Any]] = WatchedList()
         self._sharing: dict[int, tuple[Any, int]] = {}  # id of a step counter -> it, and how many parameters share it
+        self._memory = Memory()
         groups = list(params)
         if not groups:
             raise ArgumentError("an optimizer got an empty parameter list")
@@ -170,10 +172,20 @@ class Optimizer:
                 loss = closure()
         if state.capture is not None:
             state.capture.touch_optimizer(self)
+            for group in self.param_groups:
+                self._step_group(group, self._settings(group))
+            return loss
+        trace, memory = open_trace(), self._memory
+        node = trace.entries[-1].node
+        known = memory.steps.get(node)
+        if known.__class__ is KnownStep and known.run(self, trace):
+            return loss
+        watched = memory.watch(node) and not hooks.busy
         for group in self.param_groups:
             self._step_group(group, self._settings(group))
-        if state.capture is None:
-            flush()
+        flush()
+        if watched:
+            memory.learn(self, node, trace)
         return loss
 
     def minimize(self, loss: Any) -> Any:
@@ -210,6 +222,7 @@ class Optimizer:
             if key == "new":
                 self._start(options, params)
                 first = _optimize(self.rule, options | {"first"}) if "momentum" in options else macro
+                self._memory.notes = None
                 self._update(first, group, settings, params)
             else:
                 self._update(macro, group, settings, params)
@@ -253,6 +266,8 @@ class Optimizer:
                 break
         if state.capture is not None:
             state.capture.hyper[vals[0].index] = (self, group)
+        if self._memory.notes is not None:
+            self._memory.notes.append(Noted(trace, group, macro, params, tensors, step, vals[0].node))
         start = 0
         if step is not None:
             self._advance(step, params, vals[0])
@@ -267,6 +282,7 @@ class Optimizer:
         if sharers == len(params):
             take_update(step, val)
             return
+        self._memory.notes = None
         mine = EagerTensor(val)  # some of those that shared the counter had no gradient this time
         self._sharing[id(step)] = (step, sharers - len(params))
         self._sharing[id(mine)] = (mine, len(params))

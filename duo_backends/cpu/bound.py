@@ -102,8 +102,7 @@ class Call:
     ) -> None:
         self._bound, self._inputs, self.results = bound, inputs, results
         frame = self._frame = bound.take_frame()
-        self._mark = ctypes.c_int64.from_address(frame.ptr + layout.DONE_AT)
-        self._mark.value = 0
+        self._mark = bound.mark(frame)
         self._arguments = [*arguments, frame.ptr]
 
     @property
@@ -331,12 +330,13 @@ class CpuBound:
             if argument.kind == NUMBER:
                 (slot,) = argument.slots
                 kind, cell = _KINDS[self.program.inputs[slot].dtype.name], layout.FRAME_HEADER + 8 * slot
-            row[:6] = (
+            row[:7] = (
                 kind,
                 cell,
                 start,
                 len(patches),
                 *[0 if x is None else id(x) for x in (argument.info, argument.extra)],
+                argument.others,
             )
         places = np.array([*patches, 0], np.int64)
         words = [len(arguments) + 1, self.table.code.ctypes.data, specs.ctypes.data, places.ctypes.data, self._flags]
@@ -373,6 +373,13 @@ class CpuBound:
             return self._frames.pop()
         except IndexError:
             return self.new_frame()
+
+    @staticmethod
+    def mark(frame: Buffer) -> ctypes.c_int64:
+        """A number in the frame, 0 now, that a run sets to 1 when it has ended well."""
+        mark = _mark_at(frame.ptr + layout.DONE_AT)
+        mark.value = 0
+        return mark
 
     def keep_frame(self, frame: Buffer) -> None:
         """Keeps a frame for another call if it is small."""
@@ -413,6 +420,9 @@ class _FromSecondCall(list[Buffer]):
                 oldest.large = False
                 oldest.clear()
         return not self
+
+
+_mark_at = ctypes.c_int64.from_address
 
 
 def _rounded(value: object, dtype: DType) -> np.ndarray:

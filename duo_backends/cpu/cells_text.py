@@ -31,6 +31,14 @@ define internal i1 @duo.single(ptr %object) alwaysinline nounwind {
   %one = icmp eq i32 %count, 1
   ret i1 %one
 }
+; Whether one reference to the object exists, and `others`.
+define internal i1 @duo.counted(ptr %object, i64 %others) alwaysinline nounwind {
+  %count = load i32, ptr %object
+  %mine = add i64 %others, 1
+  %narrow = trunc i64 %mine to i32
+  %all = icmp eq i32 %count, %narrow
+  ret i1 %all
+}
 ; Puts `new` in the place of `old`.
 define internal void @duo.put(ptr %place, ptr %new, ptr %old) nounwind {
   call void @Py_IncRef(ptr %new)
@@ -132,8 +140,10 @@ reading:
   store ptr %buffer, ptr %saved.buffer
   br label %address
 sole:
-  %o1 = call i1 @duo.single(ptr %value)
-  %o2 = call i1 @duo.single(ptr %buffer)
+  %others.at = getelementptr i64, ptr %spec, i64 6
+  %others = load i64, ptr %others.at
+  %o1 = call i1 @duo.counted(ptr %value, i64 %others)
+  %o2 = call i1 @duo.counted(ptr %buffer, i64 %others)
   %seen = call ptr @duo.slot(ptr %layout, ptr %buffer, i64 BUFFER_SHARED)
   %o3 = icmp eq ptr %seen, null
   %home = call ptr @duo.slot(ptr %layout, ptr %buffer, i64 HOME)

@@ -7,7 +7,7 @@ output, and last the address of a frame: all memory that one call needs, so that
 Plan, i64 words:   0 arguments  1 code  2 argument specs  3 patches  4 flags (1: release the GIL, 2: has parallel phases)
                    5 layout of cells (`cells_text.py`)  6 the object that a value says it waits for while it is overwritten
 Argument spec:     0 kind  1 scalar cell (frame offset)  2, 3 range in patches: frame offsets that get the address
-                   4, 5 of a cell: the `info` and `extra` that its value must have (0: any)
+                   4, 5 of a cell: the `info` and `extra` that its value must have (0: any)  6 references that others have to what is overwritten
 Frame header:      0 threads it has scratch for  1 scratch  2 status words (64 bytes a chunk)  3 set to 1 when a run has ended well
 Code, 8 words:     PHASE fn, args (frame offset), dims, units, threads, threads while no worker sleeps | BRANCH cell, target if false | JUMP target | END
 Profile:           while one is set, each phase appends an event to it: 64 bytes of header (events so far, room for how many), then

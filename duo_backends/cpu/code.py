@@ -16,12 +16,14 @@ SIGNATURE = "ptr %args, ptr %dims, i64 %begin, i64 %end, i64 %tid, ptr %scratch,
 
 @dataclass(frozen=True)
 class Target:
-    """The machine to emit for. `attributes` is the text between the braces of `attributes #0 = { ... }`."""
+    """The machine to emit for. `attributes` is the text between the braces of `attributes #0 = { ... }`; `cores`: how many work units
+    there should be at least, where small ones cost something."""
 
     vector_bytes: int
     fma: bool = True
     arch: str = "x86_64"
     attributes: str = "nounwind"
+    cores: int = 2
 
     def __post_init__(self) -> None:
         if self.vector_bytes not in (16, 32, 64):

@@ -31,9 +31,16 @@ from duo_backends.cpu.reductions import (
 from duo_ir.kernels.kernel import LoopKernel, Stage
 from duo_ir.types import DimLike, evaluate, product
 
-_WIDE, _NARROW = 512, 128  # columns of a strip: the second where there are few, for the sake of threads
-_FEW_STRIPS = 4  # strips of very few columns, for the same reason
+_STRIP = 512  # columns of a strip where their number is not known, or rows are few
+_WIDEST = 1024  # where it is: strips for all cores, or more of the widest: long pieces of rows are read fastest
+_MOST_STRIPS = 8  # of few columns
+_FEW_ROWS = 512
+_FEW = 4096  # columns below which groups of chunks of a long reduction are work units too
 _GROUP = 8  # chunks whose partial is one work unit of a split reduction
+_ROUNDS = (8, 4, 2)  # rows of a lane taken at once: the most that is allowed as often as it fits, then two, then one
+_LARGEST = 32  # instructions of so many bodies
+_STREAMS = 8  # of memory read at once
+_FREE_ROUNDS = 4  # of reductions in any order: their steps are several instructions that wait for each other
 _AHEAD = 3  # rows whose cache lines are asked for early: pieces of rows are too short for the hardware to foresee
 _FAR = 8 << 20  # bytes of input from which it pays
 _ALIGN = 64
@@ -64,7 +71,7 @@ def _splits(kernel: LoopKernel) -> bool:
     if any(r.kind in ("argmax", "argmin") for r in first.reduces):
         return False
     n, outer = first.axes[0], product(kernel.axes)
-    few = isinstance(last, int) and isinstance(outer, int) and outer < 8 * _WIDE
+    few = isinstance(last, int) and isinstance(outer, int) and outer < _FEW
     return few and (not isinstance(n, int) or n >= 2 * _GROUP * CHUNK)
 
 
@@ -80,10 +87,18 @@ class _Stage:
             self.lanes = max(1, min(LANES, self.count))
         self.each = state_bytes(self.reducers, width)  # one lane of one vector of columns
         self.layer = self.each * self.lanes * (strip // width)
+        self.rounds = _rounds(stage, self.ordered)
         self.chunked = self.ordered and not (isinstance(self.count, int) and self.count <= CHUNK)
 
     def levels(self, sizes: Mapping[str, int]) -> int:
         return tree_levels(ceil_div(evaluate(self.count, sizes), CHUNK)) if self.chunked else 0
+
+
+def _rounds(stage: Stage, ordered: bool) -> list[int]:
+    loads = sum(instr.op == "load" for instr in stage.body)
+    most = min(_LARGEST // max(len(stage.body), 1), _STREAMS // max(loads, 1), _STREAMS if ordered else _FREE_ROUNDS)
+    allowed = [r for r in _ROUNDS if r <= most]
+    return sorted({*allowed[:1], *allowed[-1:]}, reverse=True)
 
 
 class _Columns:
@@ -93,9 +108,10 @@ class _Columns:
         self.phase, self.kernel, self.f, self.e, self.split = phase, kernel, phase.f, phase.e, split
         self.width = lanes_for([s.body for s in kernel.stages], phase.target)
         last = kernel.axes[-1]
-        self.strip = _WIDE
-        if isinstance(last, int) and last < 8 * _WIDE:
-            self.strip = min(_NARROW, ceil_div(max(last, 1), _FEW_STRIPS))
+        self.strip = _STRIP
+        if isinstance(last, int):
+            strips = min(max(phase.target.cores, 2), _MOST_STRIPS)
+            self.strip = min(_STRIP if self._few_rows() else _WIDEST, ceil_div(max(last, 1), strips))
         self.strip = ceil_div(self.strip, self.width) * self.width
         self.stages = [_Stage(s, self.strip, self.width) for s in kernel.stages]
         self.result_at: dict[tuple[int, int], int] = {}
@@ -109,6 +125,11 @@ class _Columns:
         self.outer: list[str] = []
         self.base = self.begin = self.end = ""
         self.row: Region = self.f.top
+
+    def _few_rows(self) -> bool:
+        """Whether the accumulators, once set up, are added to few times: then they should lie in L1."""
+        rows = [product(s.axes) for s in self.kernel.stages if s.reduces]
+        return all(isinstance(n, int) and n < _FEW_ROWS for n in rows)
 
     # ------------------------------------------------------------------------- sizes, known when the kernel runs
     def units(self, sizes: Mapping[str, int]) -> int:
@@ -334,43 +355,89 @@ class _Columns:
         span: tuple[str, str] | None,
     ) -> None:
         """All elements of a stage (or those in `span`) in row-major order; `flat` is the number of the first."""
-        f, sizes = self.f, stage.axes
+        f, sizes, origin = self.f, stage.axes, span[0] if span else "0"
         if len(inner) < len(sizes):
+            begin, end = span or ("0", self.e.dim(sizes[len(inner)]))
+            if len(sizes) == 1:
+                begin = self._walk_rounds(stage, plan, accumulators, stack, begin, end)
+                if begin == end:
+                    return
             rest = self.e.dim(product(sizes[len(inner) + 1 :]))
-            with f.loop(*(span or ("0", self.e.dim(sizes[len(inner)])))) as loop:
+            with f.loop(begin, end) as loop:
                 here = f.add(flat, f.mul(loop.index, rest))
                 nested = [*sections, f.section()]
                 self._walk(stage, plan, [*inner, loop.index], nested, accumulators, here, stack, span)
             return
         if stack is not None:
-            origin = span[0] if span else "0"
-            inside = f.pure(f"and i64 {flat}, {CHUNK - 1}")
-            first = f.pure(f"icmp eq i64 {inside}, 0")
-            later = f.pure(f"icmp ne i64 {flat}, {origin}")
-            with f.when(f.pure(f"and i1 {first}, {later}")):
-                self._push(plan, accumulators, stack, f.sub(f.div(f.sub(flat, origin), str(CHUNK)), "1"))
-                self._clear(plan, accumulators)
+            self._next_chunk(plan, accumulators, stack, flat, origin)
         lane = f.pure(f"and i64 {flat}, {LANES - 1}") if plan.lanes > 1 else "0"
         elements = product((*self.kernel.axes, *sizes))
         far = isinstance(elements, int) and elements * plan.reducers[0].value_dtype.itemsize >= _FAR
 
         def emit(column: str, offset: str, mask: str | None) -> None:
             scope = self._scope(column, inner, sections, mask)
-            values = self._point(stage, scope, offset)
+            slot = self._slot(plan, accumulators, lane, offset)
+            before = load_state(f, plan.reducers, self.width, slot)
+            state = self._step(stage, plan, scope, offset, flat, before)
             if far:
                 self.e.prefetch(stage.body, scope, len(self.outer) + len(sizes), _AHEAD)
-            slot = self._slot(plan, accumulators, lane, offset)
-            position = ""
-            if any(r.is_arg for r in plan.reducers):
-                position = self.e.splat_scalar(flat, "i64", self.width)
-            state: list[str] = []
-            before = load_state(f, plan.reducers, self.width, slot)
-            for r, s in zip(plan.reducers, split_states(plan.reducers, before), strict=True):
-                operands = [self.e.splat(scope, values[k]) for k in r.args]
-                state += r.step(f, self.width, s, operands, position, None)
             store_state(f, plan.reducers, self.width, slot, state)
 
         self._over_strip(emit)
+
+    def _step(
+        self, stage: Stage, plan: _Stage, scope: Scope, offset: str, flat: str, before: Sequence[str]
+    ) -> list[str]:
+        """The states `before` and one more element, of row-major number `flat`, in each column."""
+        values = self._point(stage, scope, offset)
+        position = ""
+        if any(r.is_arg for r in plan.reducers):
+            position = self.e.splat_scalar(flat, "i64", self.width)
+        state: list[str] = []
+        for r, s in zip(plan.reducers, split_states(plan.reducers, before), strict=True):
+            operands = [self.e.splat(scope, values[k]) for k in r.args]
+            state += r.step(self.f, self.width, s, operands, position, None)
+        return state
+
+    def _walk_rounds(
+        self, stage: Stage, plan: _Stage, accumulators: str, stack: str | None, origin: str, end: str
+    ) -> str:
+        """Rows of one axis, those of a lane several at a time: its accumulators pass through registers once for all of them,
+        and that many streams of memory are read at once. The first row that is left."""
+        f, begin = self.f, origin
+        for rounds in plan.rounds:
+            rows = plan.lanes * rounds
+            middle = f.add(begin, f.mul(f.div(f.sub(end, begin), str(rows)), str(rows)))
+            if middle == begin:
+                continue
+            with f.loop(begin, middle, rows) as blocks:
+                if stack is not None:
+                    self._next_chunk(plan, accumulators, stack, blocks.index, origin)
+                with f.loop("0", str(plan.lanes)) as lanes:
+                    first, section = f.add(blocks.index, lanes.index), f.section()
+                    indices = [f.add(first, str(plan.lanes * k), section) for k in range(rounds)]
+
+                    def emit(column: str, offset: str, mask: str | None) -> None:
+                        slot = self._slot(plan, accumulators, lanes.index, offset)
+                        state = load_state(f, plan.reducers, self.width, slot)
+                        for index in indices:  # noqa: B023
+                            scope = self._scope(column, [index], [section], mask)  # noqa: B023
+                            state = self._step(stage, plan, scope, offset, index, state)
+                        store_state(f, plan.reducers, self.width, slot, state)
+
+                    self._over_strip(emit)
+            begin = middle
+        return begin
+
+    def _next_chunk(self, plan: _Stage, accumulators: str, stack: str, flat: str, origin: str) -> None:
+        """Where element `flat` begins a chunk other than the first: puts the last one's accumulators away."""
+        f = self.f
+        inside = f.pure(f"and i64 {flat}, {CHUNK - 1}")
+        first = f.pure(f"icmp eq i64 {inside}, 0")
+        later = f.pure(f"icmp ne i64 {flat}, {origin}")
+        with f.when(f.pure(f"and i1 {first}, {later}")):
+            self._push(plan, accumulators, stack, f.sub(f.div(f.sub(flat, origin), str(CHUNK)), "1"))
+            self._clear(plan, accumulators)
 
     def _push(self, plan: _Stage, accumulators: str, stack: str, finished: str) -> None:
         """The chunk's accumulators, vector by vector, into the counter of number `finished`."""

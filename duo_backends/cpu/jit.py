@@ -113,7 +113,7 @@ def _machine(name: str) -> Machine:
         f'nounwind "no-trapping-math"="true" "prefer-vector-width"="{vector_bytes * 8}" '
         f'"target-cpu"="{cpu}" "target-features"="{features}"'
     )
-    return Machine(name, cpu, features, Target(vector_bytes, fma, arch, attributes))
+    return Machine(name, cpu, features, Target(vector_bytes, fma, arch, attributes, os.cpu_count() or 1))
 
 
 def _has(host: Mapping[str, bool], features: str) -> bool:

@@ -39,6 +39,9 @@ from duo_ir.types import DimLike, evaluate, product
 _GROUP = 16  # chunks whose partial is one work unit of a split reduction
 _SPLIT_FROM = 4 * _GROUP * CHUNK  # elements from which splitting pays for its barrier
 _SMALL_BODY = 8  # instructions up to which loops are unrolled
+_UNROLL = 8  # vectors of a reduction in one go
+_FAR = 1 << 18  # elements from which cache lines are asked for early,
+_AHEAD = 512  # and how many elements early
 _PAD = 64  # elements: rows of saved values end with room for a vector
 _MANY_LEVELS = 54  # enough for 2^63 elements
 
@@ -339,41 +342,42 @@ class _Rows:
         if one or not any(r.ordered for r in reducers):
             return self._run(stage, reducers, start, begin, end, initial)
         stack = f.alloca("i8", levels * state_bytes(reducers, LANES))
+        done = self._full_chunks(stage, reducers, start, begin, end, stack)
         count = f.div(f.add(f.sub(end, begin), str(CHUNK - 1)), str(CHUNK))
-        done = "0"
-        if len(stage.body) <= _SMALL_BODY and (not is_literal(count) or int(count) >= 4):
-            done = self._fours(stage, reducers, start, begin, end, stack)
         chunks = f.call("smax", "i64", [("i64", count), ("i64", "1")]) if not is_literal(count) else count
-        with f.loop(done, chunks) as loop:
+        with f.loop(done, chunks) as loop:  # once or not at all
             first = f.add(begin, f.mul(loop.index, str(CHUNK)))
-            last = f.min(f.add(first, str(CHUNK)), end)
-            push(f, reducers, LANES, stack, self._run(stage, reducers, start, first, last, initial), loop.index)
+            push(f, reducers, LANES, stack, self._run(stage, reducers, start, first, end, initial), loop.index)
         return drain(f, reducers, LANES, stack, chunks)
 
-    def _fours(self, stage: Stage, reducers: Sequence[Reducer], start: Region, begin: str, end: str, stack: str) -> str:
-        """Full chunks four at a time, which hides the latency of additions. Their sum enters the tree at level 2.
-        The number of chunks done."""
+    def _full_chunks(
+        self, stage: Stage, reducers: Sequence[Reducer], start: Region, begin: str, end: str, stack: str
+    ) -> str:
+        """Full chunks one after the other: additions of a chunk wait for each other, but a stream of memory is what the
+        hardware reads fastest. The number of chunks done."""
         f = self.f
-        size = state_bytes(reducers, LANES)
-        groups = f.div(f.sub(end, begin), str(4 * CHUNK))
-        upper = f.gep("i8", stack, str(2 * size))
-        initial = identities(reducers, LANES)
-        with f.loop("0", groups) as loop:
-            first = f.add(begin, f.mul(loop.index, str(4 * CHUNK)))
-            with f.loop("0", str(CHUNK), LANES, typed(reducers, LANES, initial) * 4) as lanes:
-                base = f.add(first, lanes.index)
-                states = []
-                for k in range(4):
-                    index = f.add(base, str(k * CHUNK))
+        chunks = f.div(f.sub(end, begin), str(CHUNK))
+        unroll = _UNROLL if len(stage.body) <= _SMALL_BODY else 1
+        far = self._is_far(stage)
+        with f.loop("0", chunks) as loop:
+            first = f.add(begin, f.mul(loop.index, str(CHUNK)))
+            initial = typed(reducers, LANES, identities(reducers, LANES))
+            with f.loop("0", str(CHUNK), LANES * unroll, initial) as lanes:
+                base, state = f.add(first, lanes.index), lanes.values
+                for k in range(unroll):
+                    index = f.add(base, str(k * LANES))
                     scope = self._scope(start, [index], 0, LANES, None)
-                    values = lanes.values[k * len(initial) : (k + 1) * len(initial)]
-                    states += self._step(stage, reducers, scope, index, values)
-                lanes.next = states
-            four = [lanes.results[k * len(initial) : (k + 1) * len(initial)] for k in range(4)]
-            low = merge_all(f, reducers, LANES, four[0], four[1])
-            high = merge_all(f, reducers, LANES, four[2], four[3])
-            push(f, reducers, LANES, upper, merge_all(f, reducers, LANES, low, high), loop.index)
-        return f.mul(groups, "4")
+                    if far:
+                        self.e.prefetch(stage.body, scope, len(self.outer), _AHEAD)
+                    state = self._step(stage, reducers, scope, index, state)
+                lanes.next = state
+            push(f, reducers, LANES, stack, lanes.results, loop.index)
+        return chunks
+
+    def _is_far(self, stage: Stage) -> bool:
+        """Whether what it reads is likely to come from beyond a core's own caches."""
+        elements = product((*self.kernel.axes, *stage.axes))
+        return not isinstance(elements, int) or elements >= _FAR
 
     def _segments(self, stage: Stage, reducers: Sequence[Reducer], start: Region) -> list[str]:
         """Several axes: each run along the last one is cut at the multiples of 16 of the row-major number, so that a

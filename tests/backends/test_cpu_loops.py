@@ -532,6 +532,12 @@ def test_wide_columns():
     check_reduce((3, 700), (20,), "argmax", f32, (20 * 700, 1, 700), 0.1)
 
 
+@pytest.mark.parametrize("n", [32, 127, 128, 161, 1024 + 171])
+def test_rows_of_columns_taken_together(n):
+    for kind, dtype in (("sum", bf16), ("dot", f32), ("prod", f64), ("argmax", f32), ("max", f32), ("any", bool_)):
+        check_reduce((37,), (n,), kind, dtype, (1, 37), 0.02, machines=MACHINES[:1])
+
+
 @pytest.mark.parametrize("inner", [(3, 7), (5, 16), (4, 49), (40, 33), (7, 3, 50), (2, 1024), (3, 1000), (1, 1)])
 def test_several_reduced_axes(inner):
     """x[N, C, *]: reduces the first and last axes for each channel."""

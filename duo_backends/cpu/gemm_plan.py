@@ -21,6 +21,7 @@ CACHED_ROWS = 168  # rows of A packed at a time: with K blocks of 512 they stay 
 TRANSPOSED_ROWS = 8  # up to here B with contiguous k is transposed on the fly instead of packed
 TRANSPOSED_VECTORS = 4  # vectors of columns of a panel of such a B; half as many where its columns share cache sets
 B_AHEAD = 8
+WAITING_ROWS, BYTES_AHEAD = 4, 4096  # up to so many rows B is asked for so early
 OFTEN = 512  # rows of A from which on packing B costs next to nothing
 UNIT_SIDE = 512  # largest rows and columns of a unit
 UNITS = 16  # units that large work is cut into at least
@@ -81,10 +82,13 @@ class Plan:
 
     @property
     def b_ahead(self) -> int:
-        """How many k steps early rows of B are asked for: where B is read once, by panels that split the pairs of lines that the
-        hardware fetches."""
-        once = len(self.segments) == 1 and self.segments[0].count == 1
-        return B_AHEAD if once and self.vectors == 3 else 0
+        """How many k steps early rows of B are asked for: where B is read once, by few rows, which wait for its memory, or by panels that
+        split the pairs of lines that the hardware fetches."""
+        if len(self.segments) != 1 or self.segments[0].count != 1:
+            return 0
+        if self.segments[0].rows <= WAITING_ROWS:
+            return -(-BYTES_AHEAD // (self.panel * self.compute.itemsize))
+        return B_AHEAD if self.vectors == 3 else 0
 
     @property
     def a_vector(self) -> int:

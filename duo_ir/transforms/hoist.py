@@ -23,6 +23,7 @@ from duo_ir.opdef import (
     Reduction,
     Reshape,
 )
+from duo_ir.transforms.panels import in_panels
 from duo_ir.transforms.rewrite import dce, with_operands
 from duo_ir.types import evaluate
 
@@ -45,7 +46,9 @@ def hoist(function: Function, constants: Iterable[int]) -> Hoisted | None:
     numbers = sorted(set(constants))
     if function.dims:
         return None
-    cut = _Cut(function, [function.params[i] for i in numbers])
+    params = [function.params[i] for i in numbers]
+    function, panels = in_panels(function, _sources(function, params))
+    cut = _Cut(function, _sources(function, params), panels)
     if cut.in_products < WORTH:
         return None
     values = list(cut.values)
@@ -54,30 +57,33 @@ def hoist(function: Function, constants: Iterable[int]) -> Hoisted | None:
     return Hoisted(_prologue(function, used, values), _main(function, values), used)
 
 
+Sources = dict[Value, frozenset[Value]]
+
+
+def _sources(function: Function, constants: list[Value]) -> Sources:
+    """Of what depends on `constants` alone: on which."""
+    sources: Sources = {p: frozenset([p]) for p in constants}
+    for op in function.ops:
+        if isinstance(op.definition.kind, _HOISTED) and all(v in sources for v in op.operands):
+            sources.update(dict.fromkeys(op.results, frozenset([p for v in op.operands for p in sources[v]])))
+    return sources
+
+
 class _Cut:
     """`values`: what is hoisted, in order; `in_products`: how many bytes of it products read."""
 
-    def __init__(self, function: Function, constants: list[Value]) -> None:
-        # Of what depends on constants alone: on which.
-        self.sources: dict[Value, frozenset[Value]] = {p: frozenset([p]) for p in constants}
+    def __init__(self, function: Function, sources: Sources, panels: list[Value]) -> None:
+        self.sources, self.panels = sources, set(panels)
         self.values: dict[Value, None] = {}
         self.in_products = 0
         self.kept = set(function.results)
         self._seen: set[tuple[Value, bool]] = set()
-        varying = [op for op in function.ops if not self._constant(op)]
-        for op in varying:
-            for v in op.operands:
-                self.place(v, isinstance(op.definition.kind, Contraction))
+        for op in function.ops:
+            if not all(r in sources for r in op.results):
+                for v in op.operands:
+                    self.place(v, isinstance(op.definition.kind, Contraction))
         for v in function.results:
             self.place(v, False)
-
-    def _constant(self, op: Op) -> bool:
-        """Notes the results of an op that depends on constants alone."""
-        if not isinstance(op.definition.kind, _HOISTED) or any(v not in self.sources for v in op.operands):
-            return False
-        sources = frozenset([p for v in op.operands for p in self.sources[v]])
-        self.sources.update(dict.fromkeys(op.results, sources))
-        return True
 
     def place(self, v: Value, product: bool) -> None:
         """Hoists `v`, which the rest reads (`product`: as an operand of a product), or what it is made of."""
@@ -91,7 +97,7 @@ class _Cut:
             hoisted = False
         elif isinstance(op.definition.kind, (Movement, Reshape)):
             wide = product and v.type.rank > 0 and evaluate(v.type.shape[-1], {}) >= WIDE
-            hoisted = wide and self._is_moved(v) and _nbytes(v) <= _nbytes(op.operands[0])
+            hoisted = (wide or v in self.panels) and self._is_moved(v) and _nbytes(v) <= _nbytes(op.operands[0])
         else:
             hoisted = True
         if not hoisted:

@@ -15,7 +15,7 @@ from duo_ir.ops.conv import conv
 from duo_ir.pipeline import compile
 from duo_ir.transforms.hoist import hoist
 from duo_ir.transforms.simplify import simplify
-from duo_ir.types import Dim, TensorType, f32, i64
+from duo_ir.types import Dim, TensorType, bf16, f16, f32, f64, i32, i64
 from duo_ir.verify import verify
 
 
@@ -27,6 +27,16 @@ def linear(x, w, b):
     """Weights as [out, in]."""
     y = nd.matmul(x, nd.swap_last(w))
     return y + nd.broadcast_to(b, y.type.shape)
+
+
+def mlp(x, w1, b1, w2, b2):
+    """Two layers: the second reads what the first made of its panels."""
+    return linear(nd.maximum(linear(x, w1, b1), 0.5), w2, b2)
+
+
+def summed(x, v, w):
+    """A matrix that is computed from two."""
+    return ops.matmul(x, nd.swap_last(v + w))
 
 
 def per_channel(v, like):
@@ -77,13 +87,20 @@ NORM = [F(1, 8, 5, 6), F(16, 8, 3, 3), *[F(16)] * 4]
 CASES = {
     "linear": (linear, [F(3, 40), F(300, 40), F(300)], [1, 2], [(40, 300)]),
     "one row": (linear, [F(1, 40), F(257, 40), F(257)], [1, 2], [(40, 257)]),
-    "long k": (linear, [F(1, 1100), F(256, 1100), F(256)], [1, 2], [(1100, 256)]),
-    "batch norm": (after_a_norm, [*NORM, F(256, 16)], [1, 2, 3, 4, 5, 6], [(16, 256), (16,)]),
+    "many rows": (linear, [F(33, 40), F(256, 40), F(256)], [1, 2], [(40, 256)]),
+    "panels, long k": (linear, [F(1, 1100), F(256, 1100), F(256)], [1, 2], [(4, 1100, 64)]),
+    "panels, rows": (mlp, [F(5, 70), F(128, 70), F(128), F(64, 128), F(64)], [1, 2, 3, 4], [(4, 70, 32), (2, 128, 32)]),
+    "panels, batch of one": (shared_batch, [F(1, 3, 520), F(96, 520)], [1], [(3, 520, 32)]),
+    "panels, straight": (lambda x, w: ops.matmul(x, w), [F(3, 40), F(40, 320)], [1], [(5, 40, 64)]),
+    "panels, a sum": (summed, [F(2, 40), F(64, 40), F(64, 40)], [1, 2], [(2, 40, 32)]),
+    "one panel": (linear, [F(1, 700), F(32, 700), F(32)], [1, 2], None),
+    "batch norm": (after_a_norm, [*NORM, F(256, 16)], [1, 2, 3, 4, 5, 6], [(4, 16, 64), (16,)]),
     "shared by a batch": (shared_batch, [F(4, 3, 20), F(256, 20)], [1], [(20, 256)]),
     "read twice": (both_ways, [F(256, 256), F(256, 256)], [1], [(256, 256)]),
-    "a result": (and_itself, [F(3, 20), F(256, 20)], [1], None),
+    "a result": (and_itself, [F(3, 20), F(256, 20)], [1], [(4, 20, 64)]),
+    "a result, many rows": (and_itself, [F(40, 20), F(256, 20)], [1], None),
     "one column": (linear, [F(5, 700), F(1, 700), F(1)], [1, 2], None),
-    "narrow": (linear, [F(1, 700), F(128, 700), F(128)], [1, 2], None),
+    "narrow": (linear, [F(1, 700), F(100, 700), F(100)], [1, 2], None),
     "convolution": (normed, NORM, [1, 2, 3, 4, 5], None),
     "straight": (lambda x, w: ops.matmul(x, w), [F(3, 40), F(40, 300)], [1], None),
     "of the input": (linear, [F(30, 40), F(300, 40), F(300)], [2], None),
@@ -100,7 +117,7 @@ def built(name):
 
 def arguments(function, seed=0):
     rng = np.random.default_rng(seed)
-    return [np.abs(rng.standard_normal(p.type.shape)).astype("f4") for p in function.params]
+    return [np.abs(rng.standard_normal(p.type.shape) * 9).astype(p.type.dtype.numpy) for p in function.params]
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -129,6 +146,18 @@ def test_equal_bits(name):
     compiled = run(found.main, *given, *run(found.prologue, *[given[i] for i in found.constants]))
     for got in (interpret(found.main, *given, *kept), compiled, run(function, *given)):
         assert all(np.array_equal(a.view("i4"), b.view("i4")) for a, b in zip(want, got, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [f64, f16, bf16, i32], ids=str)
+def test_panels_of_other_types(dtype):
+    types = [TensorType(dtype, shape) for shape in [(3, 530), (64, 530), (64,)]]
+    function = simplify(function_of(linear, *types))
+    found = hoist(function, [1, 2])
+    assert [t.shape for t in found.prologue.result_types] == [(2, 530, 32)]
+    given = arguments(function)
+    want = interpret(function, *given)
+    got = run(found.main, *given, *run(found.prologue, *[given[i] for i in found.constants]))
+    assert [a.tobytes() for a in want] == [a.tobytes() for a in got]
 
 
 def run(function, *arrays):

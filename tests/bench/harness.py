@@ -117,8 +117,13 @@ def measure(case: Case, quick: bool = False) -> list[float]:
 
 def row_of(workload: str, framework: str, unit: str, seconds: Sequence[float], amount: float = 1.0) -> Row:
     """The Row for these times of one call."""
-    values = sorted((amount / s if is_rate(unit) else s / amount) * SCALES[unit] for s in seconds)
-    low, middle, high = statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
+    values = [(amount / s if is_rate(unit) else s / amount) * SCALES[unit] for s in seconds]
+    return spread(workload, framework, unit, values)
+
+
+def spread(workload: str, framework: str, unit: str, values: Sequence[float]) -> Row:
+    """The Row for these measured values."""
+    low, middle, high = statistics.quantiles(values, n=4) if len(values) > 1 else [*values] * 3
     return Row(workload, framework, unit, middle, low, high)
 
 

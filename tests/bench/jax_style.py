@@ -118,7 +118,7 @@ class Jax:
 
         return adam, lambda p: (n.float32(0), zeros(p), zeros(p))
 
-    def train_case(self, case: str) -> Case:
+    def train_case(self, case: str, variant: str = "") -> Case:
         """The training step of that name."""
         model, loss_of, params, batch = {
             "tiny": lambda: (self.mlp_model, self.squared_error, data.mlp_params(data.TINY), data.tiny_batch()),

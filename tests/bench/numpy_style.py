@@ -93,11 +93,18 @@ class Numpy:
         yield Case("tiny op", chain, "us", lambda: [chain()], 1000)
 
     def tiny(self) -> Iterator[Case]:
-        yield self.train("tiny", data.mlp_params(data.TINY), *data.tiny_batch())
+        yield self.train_case("tiny")
+
+    def train_case(self, case: str, variant: str = "") -> Case:
+        """The training step of that name. Raises LookupError for models that nobody writes by hand."""
+        sizes, batch = {
+            "tiny": (data.TINY, data.tiny_batch), "mlp adam": (data.MLP, data.mlp_batch), "mlp sgd": (data.MLP, data.mlp_batch),
+        }[case]  # fmt: skip
+        return self.train(case, data.mlp_params(sizes), *batch())
 
     def mlp(self) -> Iterator[Case]:
-        for case in ("mlp adam", "mlp sgd"):
-            yield self.train(case, data.mlp_params(data.MLP), *data.mlp_batch())
+        yield self.train_case("mlp adam")
+        yield self.train_case("mlp sgd")
 
     def latency(self) -> Iterator[Case]:
         params, x = data.mlp_params(data.MLP), data.mlp_batch(1)[0]

@@ -11,15 +11,18 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from tests.bench.harness import Row, row_of
-from tests.bench.worker import FIRST_CALLS, FRAMEWORKS
+from tests.bench.harness import Row, row_of, spread
+from tests.bench.worker import FIRST_CALLS, FRAMEWORKS, TRAININGS
 
 ROOT = Path(__file__).resolve().parents[2]
 # Variables that choose a BLAS library's kernels or threads: with them a peer may be handicapped, and a comparison no comparison.
 HANDICAPS = ("OPENBLAS_", "MKL_", "OMP_", "GOTO_", "BLIS_", "ONEDNN_", "NVPL_")
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "DUO_NUM_THREADS")
 COMPILES = ("duo.compile", "torch.compile", "jax", "tensorflow")  # whose first call is measured
+# Ways to train beside the plain one whose memory is measured too: of a framework, or of one training of it.
+VARIANTS = {"tensorflow": ("xla", "eager"), ("torch", "cnn"): ("channels_last",)}
 
 
 @dataclass
@@ -92,23 +95,53 @@ def first_call(setting: Setting, frameworks: Sequence[str], rounds: int) -> list
     rows = []
     for case in FIRST_CALLS:
         for framework in [f for f in frameworks if f in COMPILES]:
-            taken: dict[str, list[float]] = {"cold": [], "from disk": []}
-            for _ in range(rounds):
-                with tempfile.TemporaryDirectory() as folder:
-                    caches = {
-                        "DUO_CACHE_DIR": f"{folder}/duo", "TORCHINDUCTOR_CACHE_DIR": f"{folder}/torch",
-                        "JAX_COMPILATION_CACHE_DIR": f"{folder}/jax", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-                        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-                    }  # fmt: skip
-                    for seconds in taken.values():
-                        out = Path(folder, "seconds")
-                        arguments = ["-m", "tests.bench.worker", framework, "first_call", "--first-call", case]
-                        arguments += ["--threads", str(setting.threads), "--folder", folder, "--out", str(out)]
-                        done = setting.run(framework, arguments, **caches)
-                        if done.returncode:
-                            raise RuntimeError(f"first call of {case} with {framework} failed:\n{done.stderr[-2000:]}")
-                        seconds.append(json.loads(out.read_text()))
-            rows += [row_of(f"first call, {case}, {k}", framework, "s", s) for k, s in taken.items()]
+            for when, seconds in cold_and_cached(setting, framework, rounds, "first_call", "--case", case).items():
+                rows.append(row_of(f"first call, {case}, {when}", framework, "s", seconds))
+    return by_workload(rows)
+
+
+def memory(setting: Setting, frameworks: Sequence[str], rounds: int) -> list[Row]:
+    """Megabytes that a process needs to train: its peak, and what of it came after the import; nothing cached, then with a filled cache."""
+    rows = []
+    for case in TRAININGS:
+        for framework in [f for f in frameworks if f != "onnxruntime"]:
+            for variant in ("", *VARIANTS.get((framework, case), VARIANTS.get(framework, ()))):
+                arguments = ("memory", "--case", case, "--variant", variant)
+                for when, taken in cold_and_cached(setting, framework, rounds, *arguments).items():
+                    column = f"{framework}:{variant}" if variant else framework
+                    for k, what in enumerate(("peak memory", "memory above the import's")):
+                        values = [each[k] for each in taken if each is not None]
+                        if values:
+                            rows.append(spread(f"{what}, {case}, {when}", column, "MB", values))
+    return by_workload(rows)
+
+
+def cold_and_cached(
+    setting: Setting, framework: str, rounds: int, workload: str, *arguments: str
+) -> dict[str, list[Any]]:
+    """What processes for `workload` report: with nothing cached, and with what such a process has left on disk."""
+    taken: dict[str, list[Any]] = {"cold": [], "from disk": []}
+    for _ in range(rounds):
+        with tempfile.TemporaryDirectory() as folder:
+            caches = {
+                "DUO_CACHE_DIR": f"{folder}/duo", "TORCHINDUCTOR_CACHE_DIR": f"{folder}/torch",
+                "JAX_COMPILATION_CACHE_DIR": f"{folder}/jax", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+                "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+            }  # fmt: skip
+            for reports in taken.values():
+                out = Path(folder, "report")
+                command = ["-m", "tests.bench.worker", framework, workload, *arguments]
+                command += ["--threads", str(setting.threads), "--folder", folder, "--out", str(out)]
+                done = setting.run(framework, command, **caches)
+                if done.returncode:
+                    said = done.stderr[-2000:]
+                    raise RuntimeError(f"{workload} {' '.join(arguments)} with {framework} failed:\n{said}")
+                reports.append(json.loads(out.read_text()))
+    return taken
+
+
+def by_workload(rows: list[Row]) -> list[Row]:
+    """The rows of each workload side by side."""
     order = dict.fromkeys(row.workload for row in rows)
     return sorted(rows, key=lambda row: list(order).index(row.workload))
 
@@ -148,5 +181,5 @@ def demo(setting: Setting, frameworks: Sequence[str], rounds: int) -> list[Row]:
 
 
 PROCESSES: dict[str, Callable[[Setting, Sequence[str], int], list[Row]]] = {
-    "imports": imports, "first_call": first_call, "demo": demo,
+    "imports": imports, "first_call": first_call, "memory": memory, "demo": demo,
 }  # fmt: skip

@@ -4,12 +4,14 @@ same models under tf.function, plain and with XLA."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from functools import partial
+from typing import Any, ClassVar
 
 import numpy as np
 
 from tests.bench import data
 from tests.bench.harness import Case, training, unit_of
+from tests.bench.torch_style import Duo
 
 Params = Any  # a nest of dicts, lists and tuples of variables
 
@@ -155,7 +157,8 @@ class Workloads:
     def forward_cases(self, case: str) -> Iterator[Case]:
         raise NotImplementedError
 
-    def train_case(self, case: str) -> Case:
+    def train_case(self, case: str, variant: str = "") -> Case:
+        """The training step of that name."""
         return next(iter(self.train_cases(case)))
 
     def forward_case(self, case: str) -> Case:
@@ -194,6 +197,8 @@ class SessionStyle(Workloads):
         inputs, target = tf.placeholder(x.dtype, x.shape), tf.placeholder(y.dtype, y.shape)
         loss = loss_of(model(nest(self.variable, params), inputs), target)
         rule, lr = data.OPTIMIZERS[case]
+        if rule == "adamw":
+            raise LookupError("TensorFlow 1 has no AdamW")
         if rule == "adam":
             optimizer = tf.train.AdamOptimizer(lr, data.BETA1, data.BETA2, data.EPSILON)
         elif rule == "momentum":
@@ -218,11 +223,26 @@ class DuoGraph(SessionStyle):
     """duo's graph mode."""
 
     def __init__(self, threads: int) -> None:
-        import duo  # here: a peer's process does without
-        import duo.graph
+        import duo.graph  # here: a peer's process does without
 
-        duo.set_num_threads(threads)
+        self.layers = Duo(threads)
         super().__init__(duo.graph, duo.graph.Session())
+
+    def train_cases(self, case: str) -> Iterator[Case]:
+        yield self.layers_case(case) if case == "gpt" else next(iter(super().train_cases(case)))
+
+    def layers_case(self, case: str) -> Case:
+        """A model of layers, and an optimiser, that eager mode has too: TensorFlow 1 has no AdamW."""
+        tf, x, y = self.tf, *data.gpt_batch()
+        model = self.layers.gpt_model()
+        inputs, target = tf.placeholder(x.dtype, x.shape), tf.placeholder(y.dtype, y.shape)
+        loss = self.layers.cross_entropy(model(inputs), target)
+        train = self.layers.optimizer(case, model).minimize(loss)
+        return training(case, lambda: self.session.run([loss, train], {inputs: x, target: y})[0])
+
+    def gpt(self) -> Iterator[Case]:
+        yield from self.train_cases("gpt")
+        yield from self.forward_cases("gpt forward")
 
 
 class TensorFlow1(SessionStyle):
@@ -251,8 +271,12 @@ class TensorFlow(Workloads):
         tf.config.threading.set_inter_op_parallelism_threads(threads)
         self.tf, self.models = tf, Models(tf)
 
+    WAYS: ClassVar[dict[str, Callable]] = {
+        "": lambda tf, fn: tf.function(fn), "xla": lambda tf, fn: tf.function(fn, jit_compile=True), "eager": lambda tf, fn: fn,
+    }  # fmt: skip
+
     def variants(self) -> list[tuple[str, Callable]]:
-        return [("", self.tf.function), ("xla", lambda fn: self.tf.function(fn, jit_compile=True))]
+        return [(name, partial(self.WAYS[name], self.tf)) for name in ("", "xla")]
 
     def updater(self, rule: str, lr: float, variables: list[Any]) -> Callable[[list[Any]], None]:
         """A function that applies gradients to the variables."""
@@ -279,22 +303,25 @@ class TensorFlow(Workloads):
         return update
 
     def train_cases(self, case: str) -> Iterator[Case]:
+        for variant, _ in self.variants():
+            yield self.train_case(case, variant)
+
+    def train_case(self, case: str, variant: str = "") -> Case:
+        """The training step of that name; `variant` is one of WAYS."""
         tf = self.tf
         model, loss_of, arrays, x, y = self.models.training(case)
-        for variant, compiled in self.variants():
-            params, inputs, target = nest(tf.Variable, arrays), tf.constant(x), tf.constant(y)
-            variables = leaves(params)
-            update = self.updater(*data.OPTIMIZERS[case], variables)
+        params, inputs, target = nest(tf.Variable, arrays), tf.constant(x), tf.constant(y)
+        variables = leaves(params)
+        update = self.updater(*data.OPTIMIZERS[case], variables)
 
-            def step(x: Any, y: Any, params: Any = params, variables: Any = variables, update: Any = update) -> Any:
-                with tf.GradientTape() as tape:
-                    loss = loss_of(model(params, x), y)
-                update([tf.convert_to_tensor(g) for g in tape.gradient(loss, variables)])
-                return loss
+        def step(x: Any, y: Any) -> Any:
+            with tf.GradientTape() as tape:
+                loss = loss_of(model(params, x), y)
+            update([tf.convert_to_tensor(g) for g in tape.gradient(loss, variables)])
+            return loss
 
-            step = compiled(step)
-            call = lambda step=step, x=inputs, y=target: float(step(x, y).numpy())  # noqa: E731
-            yield training(case, call, variant)
+        compiled = self.WAYS[variant](tf, step)
+        return training(case, lambda: float(compiled(inputs, target).numpy()), variant)
 
     def forward_cases(self, case: str) -> Iterator[Case]:
         model, arrays, x = self.models.inference(case)

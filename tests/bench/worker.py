@@ -1,6 +1,6 @@
 """One process of a run: one framework, one workload. Started by `python -m tests.bench`, which reads the rows it writes.
 
-python -m tests.bench.worker FRAMEWORK WORKLOAD --folder DIR --out FILE [--threads N] [--quick] [--first-call CASE]
+python -m tests.bench.worker FRAMEWORK WORKLOAD --folder DIR --out FILE [--threads N] [--quick] [--case CASE] [--variant NAME]
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tests.bench import data
 from tests.bench.harness import Case, Row, agrees, measure, row_of
 
 
@@ -53,6 +54,8 @@ WORKLOADS = {
     "adam": "Adam's update of ten tensors of a million f32",
 }
 FIRST_CALLS = ("mlp adam", "gpt forward", "gpt")
+TRAININGS = ("mlp adam", "cnn", "gpt")  # whose memory is measured
+MEMORY_STEPS = 30
 
 
 def cases_of(style: Any, workload: str) -> Iterator[Case]:
@@ -65,10 +68,15 @@ def cases_of(style: Any, workload: str) -> Iterator[Case]:
     return iter(()) if make is None else make(*arguments)
 
 
+def style_of(framework: str, threads: int) -> Any:
+    """The framework's workloads; it is imported here."""
+    found = FRAMEWORKS[framework]
+    return getattr(importlib.import_module(f"tests.bench.{found.module}"), found.name)(threads)
+
+
 def rows_of(framework: str, workload: str, threads: int, folder: Path, quick: bool) -> Iterator[Row]:
     """Each case's row: compared with the first framework's result, then timed."""
-    found = FRAMEWORKS[framework]
-    style = getattr(importlib.import_module(f"tests.bench.{found.module}"), found.name)(threads)
+    style = style_of(framework, threads)
     try:
         for case in cases_of(style, workload):
             column = f"{framework}:{case.variant}" if case.variant else framework
@@ -92,26 +100,53 @@ def reported(error: Exception) -> str:
 
 def first_call(framework: str, case: str, threads: int) -> float:
     """Seconds of the first call of a compiled function, with the result in hand; models and inputs are there before."""
-    found = FRAMEWORKS[framework]
-    style = getattr(importlib.import_module(f"tests.bench.{found.module}"), found.name)(threads)
+    style = style_of(framework, threads)
     made = style.forward_case(case) if case == "gpt forward" else style.train_case(case)
     start = time.perf_counter()
     made.call()
     return time.perf_counter() - start
 
 
+def memory(framework: str, case: str, variant: str, threads: int) -> tuple[float, float] | None:
+    """Megabytes (10^6 bytes) of physical memory that this process held at most while it made a model and trained it: all, and what came on top of
+    what it held when the framework was imported. None where the framework has no such training."""
+    style = style_of(framework, threads)
+    data.Draw(0)  # NumPy loads its generators: the same for all
+    before = resident("VmRSS")
+    try:
+        made = style.train_case(case, variant)
+    except LookupError:
+        return None
+    for _ in range(MEMORY_STEPS):
+        made.call()
+    peak = resident("VmHWM")
+    return peak, peak - before
+
+
+def resident(field: str) -> float:
+    """Megabytes of this process in physical memory: 'VmRSS', now, or 'VmHWM', at most so far."""
+    with open("/proc/self/status") as file:
+        (kilobytes,) = [line.split()[1] for line in file if line.startswith(field + ":")]
+    return int(kilobytes) * 1024 / 1e6
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("framework", choices=FRAMEWORKS)
-    parser.add_argument("workload", choices=[*WORKLOADS, "first_call"])
+    parser.add_argument("workload", choices=[*WORKLOADS, "first_call", "memory"])
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--first-call", choices=FIRST_CALLS)
+    parser.add_argument("--case", choices=dict.fromkeys((*FIRST_CALLS, *TRAININGS)), help="of first_call and memory")
+    parser.add_argument("--variant", default="", help="of memory")
     options = parser.parse_args()
-    if options.first_call:
-        options.out.write_text(json.dumps(first_call(options.framework, options.first_call, options.threads)))
+    if options.workload == "first_call":
+        options.out.write_text(json.dumps(first_call(options.framework, options.case, options.threads)))
+        return 0
+    if options.workload == "memory":
+        found = memory(options.framework, options.case, options.variant, options.threads)
+        options.out.write_text(json.dumps(found))
         return 0
     rows = []
     for row in rows_of(options.framework, options.workload, options.threads, options.folder, options.quick):

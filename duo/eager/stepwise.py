@@ -97,16 +97,19 @@ class _Run:
     def _reads(self, visits: Iterable[Visit]) -> list[int]:
         """The forward values that pullbacks read; notes the entries whose inner values they read."""
         out: list[int] = []
-        path = self.path
-        for first, pull, reps, _, outs in visits:
-            read = pull.run(outs, ())
-            for k in read.operands:
-                out.append(reps[k])
-            for j in read.results:
-                out.append(path.rep(first + j))
-            if read.inner:
-                self.saves.add(first)
+        for visit in visits:
+            values, inner = self._read_by(visit)
+            out += values
+            if inner:
+                self.saves.add(visit[0])
         return out
+
+    def _read_by(self, visit: Visit) -> tuple[list[int], bool]:
+        """The forward values that one pullback reads, and whether it reads inner values."""
+        first, pull, reps, _, outs = visit
+        read = pull.run(outs, ())
+        path = self.path
+        return [*[reps[k] for k in read.operands], *[path.rep(first + j) for j in read.results]], bool(read.inner)
 
     # ------------------------------------------------------------------------------------------------------ planning
     def _make_plan(self) -> None:
@@ -135,13 +138,27 @@ class _Run:
             if body is BACKWARD:
                 seeds = node.key[2]
                 reached = {rep(n) for i, n in enumerate(node.extra) if needed[first + i]}
-                visits = path.walks[first].towards(reached)
+                visits = list(path.walks[first].towards(reached))
+                kept = set(self.saves)  # a later pass, or the segment, reads these too
                 reads = [*self._reads(visits), *[rep(c) for _, c in seeds if c >= 0]]
-                plan.append((self._back, (node, visits, reached), self._need(reads)))
+                drops = self._need(reads)
+                plan.append((self._back, (node, visits, reached, self._last_reads(visits, drops, kept)), drops))
             else:
                 numbers, program = body.alone(node, path.type)
                 numbers = [rep(n) for n in numbers]
                 plan.append((self._alone, (node, numbers, program), self._need(numbers)))
+
+    def _last_reads(self, visits: list[Visit], drops: list[int], kept: set[int]) -> list[tuple[list[int], bool]]:
+        """For each visit, which of `drops` no later visit reads, and whether its entry's inner values are read by it alone."""
+        left = set(drops)
+        out: list[tuple[list[int], bool]] = []
+        for visit in reversed(visits):
+            values, inner = self._read_by(visit)
+            last = [n for n in dict.fromkeys(values) if n in left]
+            left.difference_update(last)
+            out.append((last, inner and visit[0] not in kept))
+        out.reverse()
+        return out
 
     def _need(self, numbers: Iterable[int]) -> list[int]:
         drops = []
@@ -178,15 +195,27 @@ class _Run:
         inputs += self.entries[node.first].scalars or ()
         self.values[node.first : node.first + len(node.infos)] = program(inputs)
 
-    def _back(self, node: Node, visits: list[Visit], reached: set[int]) -> None:
-        """The entry of a backward pass."""
+    def _back(
+        self, node: Node, visits: list[Visit], reached: set[int], last_reads: list[tuple[list[int], bool]]
+    ) -> None:
+        """The entry of a backward pass. Values go as soon as no visit will read them any more."""
         path, values = self.path, self.values
         totals: dict[int, Any] = {}
         for number, cotangent in node.key[2]:
             r = path.rep(number)
             seed = values[path.rep(cotangent)] if cotangent >= 0 else ones(path.type(number))
             totals[r] = total(path.type(r), totals[r], seed) if r in totals else seed
-        go_back(path, visits, totals, reached, values.__getitem__, self.inner, self._numbers)
+        seeds = {path.rep(c) for _, c in node.key[2] if c >= 0}
+
+        def visited(k: int) -> None:
+            last, inner = last_reads[k]
+            for n in last:
+                if n not in seeds:
+                    values[n] = None
+            if inner:
+                self.inner.pop(visits[k][0], None)
+
+        go_back(path, visits, totals, reached, values.__getitem__, self.inner, self._numbers, visited)
         for i, n in enumerate(node.extra):
             r = path.rep(n)
             if r in reached:
@@ -249,9 +278,11 @@ def go_back(
     value: Callable[[int], Any],
     inner: dict[int, list[Any]],
     numbers: Callable[[int], Sequence[Any]],
+    visited: Callable[[int], None] = lambda k: None,
 ) -> None:
-    """Takes the cotangents `totals`, rep -> buffer, through the entries of `visits`. Those of `keep` stay, others go once they were used."""
-    for first, pull, reps, cts, outs in visits:
+    """Takes the cotangents `totals`, rep -> buffer, through the entries of `visits`. Those of `keep` stay, others go once they were used.
+    `visited` is called after visit k."""
+    for n, (first, pull, reps, cts, outs) in enumerate(visits):
         accs = tuple([k for k in outs if reps[k] in totals])
         back = pull.run(outs, accs)
         inputs = [value(reps[k]) for k in back.operands]
@@ -271,11 +302,14 @@ def go_back(
         if back.numbers:
             given = numbers(first)
             inputs += [given[i] for i in back.numbers]
-        inputs += [totals[n] if n in keep else totals.pop(n) for n in cts]
+        inputs += [totals[c] if c in keep else totals.pop(c) for c in cts]
         if accs:
             inputs += [totals[reps[k]] for k in accs]
-        for k, buffer in zip(outs, back.run(inputs)):
+        made = back.run(inputs)
+        inputs = []
+        for k, buffer in zip(outs, made):
             totals[reps[k]] = buffer
+        visited(n)
 
 
 class StepSegment(Segment):

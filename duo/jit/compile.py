@@ -158,6 +158,7 @@ class Compiled:
             return result, None, capture, observer
         trace = state.trace
         entries, numbers = run(capture)
+        capture.trace.holders = {}  # stamps of the values refer to the trace: old state would stay until the garbage collector came
         state.trace = Trace(state.grad)
         capture.finish_exports()
         if observer is None:

@@ -10,8 +10,8 @@ from duo_backends.cpu.bound import CpuBound, Prepared
 from duo_backends.cpu.runner import native
 from duo_backends.cpu.table import LoadedKernel, build_table
 from duo_ir.errors import ArgumentError
+from duo_ir.kernels.checks import written_after_checks
 from duo_ir.kernels.kernel import Kernel
-from duo_ir.kernels.plan import written_after_checks
 from duo_ir.kernels.program import Program, Step
 from duo_ir.types import TensorType, evaluate
 

@@ -1,7 +1,7 @@
 """CPU memory: `Buffer`s, aligned to 64 bytes, from a caching allocator.
 
 A freed block goes to the free list of its size class and serves the next request of that class; blocks of 1 MiB and more
-come from the system with huge pages. `allocate` and a Buffer's end touch only a dict and a list (atomic under the
+come from the system with huge pages, in exchange for free ones of other sizes that have not been asked for again so far. `allocate` and a Buffer's end touch only a dict and a list (atomic under the
 interpreter's lock, safe when a garbage collection interrupts, at the interpreter's end and after fork); only the way to
 the system takes a lock. Classes: multiples of 64 bytes up to 512, then eight to each power of two.
 """
@@ -46,12 +46,14 @@ class MemoryStatistics:
 
 
 class _Class:
-    """The free blocks of one size. `append` and `pop` are a list's, for big blocks with a look at the limit."""
+    """The free blocks of one size. `append` and `pop` are a list's, for big blocks with a look at the limit. `used`: the allocator's clock
+    when a block was freed last; `exchanged`: blocks that went back to the system for one of another size."""
 
-    __slots__ = ("append", "free", "pop", "size")
+    __slots__ = ("append", "exchanged", "free", "pop", "size", "used")
 
     def __init__(self, size: int, allocator: Allocator) -> None:
         self.size = size
+        self.used = self.exchanged = 0
         self.free: list[int] = []
         self.pop = self.free.pop
         self.append = self.free.append
@@ -63,6 +65,7 @@ class _Class:
 
         def append_big(address: int) -> None:
             append(address)
+            self.used = allocator.clock
             # Counting the cache takes microseconds: only after much has been freed (a lost count does no harm).
             allocator.freed += size
             if allocator.freed > allocator.limit >> 3:
@@ -142,7 +145,8 @@ def _bytes(count: int) -> Any:
 
 
 class Allocator:
-    """Blocks by size class. `limit`: bytes kept in free lists before big blocks go back to the system."""
+    """Blocks by size class. `limit`: bytes kept in free lists before big blocks go back to the system. `wanted`: bytes of big free blocks that
+    are kept when another size is asked for, as much as turned out to be asked for again. `clock` counts big blocks from the system."""
 
     def __init__(self, limit: int | None = None) -> None:
         self.limit = system.physical_memory() // 4 if limit is None else limit
@@ -151,6 +155,7 @@ class Allocator:
         self._lock = threading.RLock()
         self._reserved = 0
         self._peak = 0
+        self.clock = self.wanted = 0
         self.freed = 0  # bytes of big blocks freed since the cache was last counted
         self._slab = (0, 0)  # next free address, end
         if hasattr(os, "register_at_fork"):
@@ -184,7 +189,7 @@ class Allocator:
             return MemoryStatistics(self._reserved, self._cached(), self._peak)
 
     def trim(self, keep: int = 0) -> None:
-        """Gives free big blocks back to the system, largest first, until at most `keep` bytes are cached."""
+        """Gives free big blocks back to the system, longest unused first, until at most `keep` bytes are cached."""
         with self._lock:
             self._trim(keep)
 
@@ -201,22 +206,40 @@ class Allocator:
         return sum(len(c.free) * c.size for c in list(self._classes.values()))
 
     def _trim(self, keep: int) -> None:
-        cached = self._cached()
-        for home in sorted(self._classes.values(), key=lambda c: -c.size):
-            while cached > keep and home.size >= BIG:
+        self._release(self._cached() - keep)
+
+    def _release(self, excess: int) -> list[_Class]:
+        """Gives at least `excess` bytes of free big blocks back, as far as there are any, longest unused first; the class of each."""
+        released = []
+        for home in sorted(self._classes.values(), key=lambda c: (c.used, -c.size)):
+            while excess > 0 and home.size >= BIG:
                 try:
                     address = home.pop()
                 except IndexError:
                     break
                 system.unmap_block(address, home.size)
                 self._reserved -= home.size
-                cached -= home.size
+                excess -= home.size
+                released.append(home)
+        return released
 
     def _fresh(self, home: _Class) -> int:
         with self._lock:
             if home.size < BIG:
                 return self._cut(home.size)
+            self._exchange(home)
             return self._map(home.size)
+
+    def _exchange(self, home: _Class) -> None:
+        """Makes room for a block of `home`: programs that ran before may never ask again for what they left. If they do, `wanted` grows by
+        as much, so that programs that take turns soon find all their blocks."""
+        self.clock += 1
+        if home.exchanged:
+            home.exchanged -= 1
+            self.wanted += home.size
+        free = sum(len(c.free) * c.size for c in list(self._classes.values()) if c.size >= BIG)
+        for other in self._release(min(free - self.wanted, home.size)):
+            other.exchanged += 1
 
     def _cut(self, size: int) -> int:
         """The next block of the current slab."""

@@ -12,7 +12,7 @@ from duo_ir.core import Function, Op, Value
 from duo_ir.kernels.assemble import Built
 from duo_ir.kernels.fuse import Fused, fuse
 from duo_ir.kernels.kernel import Access, Body, ContractKernel, ConvKernel, LoopKernel, ScatterKernel, Store
-from duo_ir.kernels.program import Cond, Copy, Item, Program, Step, Temp, While
+from duo_ir.kernels.program import Cond, Copy, Item, Program, Step, Temp, While, reads_writes, touched
 from duo_ir.opdef import Control
 from duo_ir.types import DimLike, TensorType
 
@@ -132,23 +132,6 @@ def _item_dims(item: Item) -> tuple[str, ...]:
     return item.test.dims + item.body.dims if isinstance(item, While) else ()
 
 
-def reads_writes(item: Item) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Slots that an item reads, and those it writes."""
-    if isinstance(item, Step):
-        pairs = list(zip(item.slots, item.kernel.args))
-        return tuple([s for s, a in pairs if not a.output]), tuple([s for s, a in pairs if a.output])
-    if isinstance(item, Copy):
-        return (item.source,), (item.target,)
-    if isinstance(item, Cond):
-        return (item.predicate, *item.inputs), item.outputs
-    return item.initial + item.constants, item.outputs
-
-
-def touched(item: Item) -> tuple[int, ...]:
-    reads, writes = reads_writes(item)
-    return reads + writes
-
-
 # -------------------------------------------------------------------------------------------------------- donations
 _EARLIER = 32  # inputs read before that are noted for one output
 
@@ -180,22 +163,6 @@ def _donations(
         found += [(out, n) for n in together if _same_position(items[written], n, len(inputs) + out)]
         found += [(out, n) for n in candidates if last_read.get(n, -1) < written][:_EARLIER]
     return tuple(found)
-
-
-def written_after_checks(program: Program) -> frozenset[int]:
-    """The outputs that are first written when every item that may fail (an index out of range) has run."""
-    checked = max([n for n, item in enumerate(program.items) if _may_fail(item)], default=-1)
-    early = {slot for item in program.items[: checked + 1] for slot in reads_writes(item)[1]}
-    return frozenset([n for n in range(len(program.outputs)) if len(program.inputs) + n not in early])
-
-
-def _may_fail(item: Item) -> bool:
-    if isinstance(item, Step):
-        return bool(item.kernel.sites)
-    if isinstance(item, Copy):
-        return False
-    parts = (item.then, item.orelse) if isinstance(item, Cond) else (item.test, item.body)
-    return any(_may_fail(inner) for part in parts for inner in part.items)
 
 
 def _same_position(item: Item, source: int, target: int) -> bool:

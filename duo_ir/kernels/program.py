@@ -96,3 +96,20 @@ class Program:
     results: tuple[int, ...]
     donations: tuple[tuple[int, int], ...] = ()
     dims: tuple[str, ...] = ()
+
+
+def reads_writes(item: Item) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Slots that an item reads, and those it writes."""
+    if isinstance(item, Step):
+        pairs = list(zip(item.slots, item.kernel.args))
+        return tuple([s for s, a in pairs if not a.output]), tuple([s for s, a in pairs if a.output])
+    if isinstance(item, Copy):
+        return (item.source,), (item.target,)
+    if isinstance(item, Cond):
+        return (item.predicate, *item.inputs), item.outputs
+    return item.initial + item.constants, item.outputs
+
+
+def touched(item: Item) -> tuple[int, ...]:
+    reads, writes = reads_writes(item)
+    return reads + writes

@@ -75,6 +75,29 @@ def test_the_cache_is_limited():
     assert allocator.statistics.cached <= 18 * BIG
 
 
+def test_a_new_size_takes_the_place_of_what_is_free():
+    allocator = Allocator()
+    step = [allocator.allocate(n * BIG) for n in (1, 2, 3, 4)]
+    del step
+    later = allocator.allocate(9 * BIG)
+    assert allocator.statistics.peak == 10 * BIG and allocator.statistics.reserved <= 11 * BIG
+    del later
+
+
+def test_sizes_that_take_turns_are_all_kept_in_the_end(monkeypatch):
+    allocator = Allocator()
+    mapped = []
+    original = memory.system.map_block
+    monkeypatch.setattr(memory.system, "map_block", lambda n: mapped.append(n) or original(n))
+    sizes = [n * BIG for n in (1, 5, 2, 7, 3)]
+    for _ in range(20):
+        mapped.clear()
+        for n in sizes:
+            allocator.allocate(n)
+    assert not mapped
+    assert allocator.statistics.reserved == sum(sizes)
+
+
 def test_no_memory_is_reported(monkeypatch):
     allocator = Allocator()
     kept = allocator.allocate(2 * BIG)

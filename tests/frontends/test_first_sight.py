@@ -11,6 +11,7 @@ import pytest
 import duo
 from duo import runtime
 from duo.eager import flush as flushing
+from duo.eager import stepwise
 from duo.eager import trace as tracing
 from duo.nn import functional as F
 from duo_ir.errors import DuoError
@@ -89,6 +90,33 @@ def mixtures(count):
     """Paths of up to 40 iterations, no two alike."""
     rng = random.Random(0)
     return [[rng.randrange(2) for _ in range(rng.randrange(12, 40))] for _ in range(count)]
+
+
+def test_what_the_backward_pass_has_read_goes_at_once(monkeypatch):
+    """When the optimiser runs, nothing is left of the forward pass that nobody asks for."""
+    left = []
+    original = stepwise._Run._alone
+
+    def alone(self, node, numbers, program):
+        left.append((dict(self.inner), [n for n, v in enumerate(self.values) if v is not None]))
+        original(self, node, numbers, program)
+
+    monkeypatch.setattr(stepwise._Run, "_alone", alone)
+    model = duo.nn.Sequential(*[duo.nn.Linear(8, 8) if i % 2 else duo.nn.Tanh() for i in range(12)])
+    optimizer = duo.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    x = duo.ones(4, 8)
+    for _ in range(2):  # the second step is one path
+        tracing.forget()
+        left.clear()
+        optimizer.zero_grad()
+        loss = model(x).square().mean()
+        loss.backward()
+        optimizer.step()
+        loss.item()
+    ((inner, values),) = left
+    count = len(list(model.parameters()))
+    assert not inner
+    assert len(values) <= 3 * count + 2  # parameters, their momentum, their gradients; the loss and x
 
 
 def test_a_thousand_paths_that_never_repeat():

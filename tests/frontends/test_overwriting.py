@@ -1,10 +1,12 @@
 """Results take the memory of inputs that nobody else can read: parameters and optimiser state stay where they are from step to step. Every
 other owner of a value keeps it, a failing program loses nothing, and an interrupt finds each value whole."""
 
+import gc
 import os
 import random
 import signal
 import threading
+import weakref
 
 import numpy as np
 import pytest
@@ -82,6 +84,66 @@ def test_state_stays_where_it_is(mode):
         job.step()
         assert pointers(large) == before
     assert mode != "eager" or runtime.statistics.overwritten - counted == 9 * SIZE * SIZE * 4
+
+
+class Embedding(Training):
+    """A model with indices, which a program checks while it runs: rows are read in the forward pass and added to in the backward pass."""
+
+    def __init__(self, mode):
+        super().__init__(mode)
+        self.model = nn.Sequential(nn.Embedding(SIZE, SIZE), nn.Linear(SIZE, SIZE))
+        self.optimizer = duo.optim.Adam(self.model.parameters(), lr=0.01)
+        self.x, self.y = duo.arange(8), duo.arange(8)
+
+    def _step(self):
+        self.optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(self.model(self.x), self.y)
+        loss.backward()
+        self.optimizer.step()
+        return loss
+
+
+def test_the_state_of_an_embedding_stays_where_it_is(mode):
+    job = Embedding(mode)
+    for _ in range(3):
+        job.step()
+    large = [t for t in job.state() if t._type.size == SIZE * SIZE]
+    assert len(large) == 6
+    before = pointers(large)
+    for _ in range(3):
+        job.step()
+        assert pointers(large) == before
+    kept = job.values()
+    job.x = duo.full((8,), SIZE, dtype=duo.int64)  # out of range
+    with pytest.raises(IndexError):
+        job.step().item()
+    duo.synchronize()
+    assert mode == "eager" or same(job.values(), kept)
+
+
+class Viewing(Training):
+    """A step that takes a view of a tensor from outside, whose storage remembers who has done so."""
+
+    def _step(self):
+        self.optimizer.zero_grad()
+        loss = self.model(self.x.flatten().view(4, SIZE)).square().mean()
+        loss.backward()
+        self.optimizer.step()
+        return loss
+
+
+def test_replaced_state_goes_without_a_garbage_collection(mode):
+    job = Viewing(mode)
+    gc.disable()
+    try:
+        for _ in range(4):
+            duo.synchronize()
+            old = weakref.ref(job.weight._val.buf)
+            job.step()
+            duo.synchronize()
+            assert old() is None or old() is job.weight._val.buf
+    finally:
+        gc.enable()
 
 
 def test_the_bits_are_those_of_a_run_that_overwrites_nothing(mode):

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from tests.bench.harness import Case, Row, agrees, pooled, row_of, table
+from tests.bench.processes import Setting, cold_and_cached
 from tests.bench.worker import FRAMEWORKS, WORKLOADS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -36,6 +37,16 @@ def test_a_quick_round(tmp_path: Path) -> None:
     assert {f for w, f in rows if w == "tiny"} == {"numpy", "duo", "duo.compile", "duo.graph"}
     assert all(r["low"] <= r["value"] <= r["high"] and r["value"] > 0 for r in rows.values())
     assert "tiny op, us" in done.stdout
+
+
+def test_memory_of_training() -> None:
+    setting = Setting(threads=1, quick=True)
+    taken = cold_and_cached(setting, "duo.graph", 1, "memory", "--case", "mlp adam")
+    assert list(taken) == ["cold", "from disk"]
+    for ((peak, growth),) in taken.values():
+        assert 0 < growth < peak  # megabytes: Python alone takes ten, this training a few
+        assert 10 < peak < 1000
+    assert cold_and_cached(setting, "numpy", 1, "memory", "--case", "cnn") == {"cold": [None], "from disk": [None]}
 
 
 def test_unknown_names_are_refused() -> None:

@@ -11,9 +11,9 @@ import duo_ir.ops as ops
 from duo_ir.core import Function, Value, function_of
 from duo_ir.errors import ArgumentError, VerifyError
 from duo_ir.interpret import interpret
+from duo_ir.kernels.checks import failing, written_after_checks
 from duo_ir.kernels.evaluate import evaluate, run
-from duo_ir.kernels.plan import reads_writes, touched, written_after_checks
-from duo_ir.kernels.program import Cond, Copy, Program, Step, While
+from duo_ir.kernels.program import Cond, Copy, Program, Step, While, reads_writes, touched
 from duo_ir.kernels.text import print_program
 from duo_ir.ops import broadcasting as nd
 from duo_ir.pipeline import compile, lower
@@ -145,11 +145,43 @@ def test_outputs_written_after_the_last_check() -> None:
         return early, late
 
     program = check(fn, x(5, 3), np.array([1, 4]), x(4))
-    failing = [n for n, item in enumerate(program.items) if item.kernel.sites]
-    assert failing
+    found = failing(program.items)
+    assert found == [n for n, item in enumerate(program.items) if item.kernel.sites]
     for out in range(len(program.outputs)):
         first = min(n for n, item in enumerate(program.items) if len(program.inputs) + out in reads_writes(item)[1])
-        assert (out in written_after_checks(program)) == (first > max(failing))
+        assert (out in written_after_checks(program)) == (first > max(found))
+
+
+def test_a_check_made_of_every_index_is_not_made_again() -> None:
+    """An embedding and its gradient: the gradient's indices have been checked, so a state may be overwritten before it."""
+
+    def embedding(table: Value, i: Value, w: Value) -> tuple[Value, ...]:
+        y = nd.sum(ops.gather(table, i, axes=(0,)) * 2.0) + w
+        later = ops.scatter(table, nd.broadcast_to(nd.sum(y), (2, 3)), i, axes=(0,), mode="add")
+        return y, later
+
+    program = check(embedding, x(5, 3), np.array([1, 4]), x(4))
+    checked = [n for n, item in enumerate(program.items) if item.kernel.sites]
+    assert len(checked) == 2 and failing(program.items) == checked[:1]
+    assert 1 in written_after_checks(program)
+
+
+OTHER_CHECKS: dict[str, Any] = {
+    "another index": lambda t, u, i, j, n: (ops.gather(t, i, axes=(0,)), ops.gather(t, j, axes=(0,))),
+    "a smaller table": lambda t, u, i, j, n: (ops.gather(t, i, axes=(0,)), ops.gather(u, i, axes=(0,))),
+    "a part of the indices": lambda t, u, i, j, n: (
+        ops.gather(t, ops.slice(i, start=(0,), stop=(2,), step=(1,)), axes=(0,)), ops.gather(t, i, axes=(0,))
+    ),
+    "another number": lambda t, u, i, j, n: (ops.gather(t, i, axes=(0,)), ops.gather(t, i + 1, axes=(0,))),
+    "no elements": lambda t, u, i, j, n: (ops.gather(n, i, axes=(0,)), ops.gather(t, i, axes=(0,))),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OTHER_CHECKS)
+def test_other_checks_are_made(name: str) -> None:
+    program = check(OTHER_CHECKS[name], x(5, 3), x(4, 3), np.array([1, 0, 2]), np.array([0, 3, 1]), x(5, 0))
+    checked = [n for n, item in enumerate(program.items) if item.kernel.sites]
+    assert failing(program.items) == checked and len(checked) >= 1
 
 
 def test_scatter_into_fresh_zeros_needs_no_copy() -> None:

@@ -36,6 +36,7 @@ _FLOAT_UNARY = {
     "fabs": "fabs", "sqrt": "sqrt", "floor": "floor", "ceil": "ceil", "trunc": "trunc", "rint": "roundeven",
 }  # fmt: skip
 _FLOAT_COMPARE = {"eq": "oeq", "ne": "une", "lt": "olt", "le": "ole", "gt": "ogt", "ge": "oge"}
+_LEAST_STREAMED = 16  # bytes of a store past the caches
 _SPARE_BYTES = 512  # where accesses that a scalar guard forbids are redirected: room for one vector of any width
 
 
@@ -81,7 +82,9 @@ class Emitter:
         dims: Sequence[str] = (),
         dims_pointer: str = "%dims",
         status: str = "%status",
+        streams: frozenset[int] = frozenset(),
     ) -> None:
+        self.streams = streams  # arguments whose whole vectors are aligned and go past the caches
         self.f, self.target, self.args, self.pointers, self.status = f, target, args, pointers, status
         self._dims, self._dims_pointer = tuple(dims), dims_pointer
         self._sizes: dict[DimLike, str] = {}
@@ -325,8 +328,9 @@ class Emitter:
             varying = part if varying is None else f.pure(f"add {type_} {varying}, {part}", region)
         return name, level, stride, varying
 
-    def prefetch(self, body: Body, scope: Scope, axis: int, ahead: int) -> None:
-        """Asks for the cache lines that the body's plain contiguous loads will read `ahead` steps of `axis` later."""
+    def prefetch(self, body: Body, scope: Scope, axis: int, ahead: int, near: int = 3) -> None:
+        """Asks for the cache lines that the body's plain contiguous loads will read `ahead` steps of `axis` later.
+        `near`: 3 for the first cache, 2 for the second."""
         f = self.f
         for instr in body:
             if instr.op != "load":
@@ -339,7 +343,11 @@ class Emitter:
                 continue
             further = f.mul(self.dim(access.at.strides[axis]), str(ahead), f.top)
             address = f.gep(memory_type(instr.dtype), self.pointers[access.buffer], f.add(name, further))
-            f.emit(f.intrinsic("prefetch", "void", [("ptr", address), ("i32", "0"), ("i32", "3"), ("i32", "1")], "p0"))
+            f.emit(
+                f.intrinsic(
+                    "prefetch", "void", [("ptr", address), ("i32", "0"), ("i32", str(near)), ("i32", "1")], "p0"
+                )
+            )
 
     def load(self, access: Access, args: Sequence[Value], dtype: DType, scope: Scope) -> Value:
         """The element(s) of an access; `args`: its index values, then the fill value when it has guards."""
@@ -518,7 +526,10 @@ class Emitter:
             if allowed is not None:
                 address = f.op(f"select i1 {allowed}, ptr {address}, ptr {self.spare()}")
             if mask is None:
-                f.emit(f"store {type_} {whole}, ptr {address}, align {align}")
+                past = ""
+                if access.buffer in self.streams and width * align % _LEAST_STREAMED == 0:
+                    align, past = min(width * align, self.target.vector_bytes), ", !nontemporal !{i32 1}"
+                f.emit(f"store {type_} {whole}, ptr {address}, align {align}{past}")
                 return
             self._memory_call(
                 "masked.store", "void", f"{mangle(type_)}.p0",

@@ -18,6 +18,7 @@ from duo_backends.cpu.columns import compile_columns
 from duo_backends.cpu.llvm import Module, is_literal
 from duo_backends.cpu.nest import BLOCK, Phase, ceil_div, lanes_for, points, symbol
 from duo_backends.cpu.rows import compile_rows
+from duo_backends.cpu.stream import with_streams
 from duo_ir.kernels.kernel import LoopKernel, Stage
 from duo_ir.types import DimLike, evaluate
 
@@ -123,15 +124,31 @@ def _compile_map(kernel: LoopKernel, target: Target, name: str, cost: Any) -> Ke
         rest = [k for k in range(len(kernel.axes) - 1) if k != partner]
         kernel = reorder(kernel, [*rest, partner, len(kernel.axes) - 1])
     module = Module()
-    phase = Phase(module, name, kernel, target)
-    f, e = phase.f, phase.e
+    with_streams(module, name, kernel, target, lambda phase: _emit_map(phase, kernel, tiled))
     axes = kernel.axes
+
+    def units_of(sizes: Mapping[str, int]) -> int:
+        if not axes:
+            return 1
+        last = evaluate(axes[-1], sizes)
+        rows = points(axes[:-1], sizes)
+        if tiled:
+            rows = points(axes[:-2], sizes) * ceil_div(evaluate(axes[-2], sizes), _TILE)
+        if len(axes) > 1 and isinstance(axes[-1], int) and last <= 2 * BLOCK:
+            return rows * (last > 0)
+        return rows * ceil_div(last, BLOCK)
+
+    return KernelCode(module.text(), (PhaseCode(name, units_of),), no_scratch, cost)
+
+
+def _emit_map(phase: Phase, kernel: LoopKernel, tiled: bool) -> None:
+    f, e, axes = phase.f, phase.e, kernel.axes
     if not axes:
         with f.loop("%begin", "%end"):
             _emit_point(phase, kernel, Scope((), (), (f.section(),)))
         f.finish()
-        return KernelCode(module.text(), (PhaseCode(name, lambda sizes: 1),), no_scratch, cost)
-    width = lanes_for([s.body for s in kernel.stages], target)
+        return
+    width = lanes_for([s.body for s in kernel.stages], phase.target)
     inner = e.dim(axes[-1])
     if len(axes) == 1:
         begin = f.mul("%begin", str(BLOCK))
@@ -157,17 +174,6 @@ def _compile_map(kernel: LoopKernel, target: Target, name: str, cost: Any) -> Ke
                 outer = phase.unravel(f.div(units.index, blocks), axes[:-1])
                 _emit_row(phase, kernel, width, outer, begin, end)
     f.finish()
-
-    def units_of(sizes: Mapping[str, int]) -> int:
-        last = evaluate(axes[-1], sizes)
-        rows = points(axes[:-1], sizes)
-        if tiled:
-            rows = points(axes[:-2], sizes) * ceil_div(evaluate(axes[-2], sizes), _TILE)
-        if len(axes) > 1 and isinstance(axes[-1], int) and last <= 2 * BLOCK:
-            return rows * (last > 0)
-        return rows * ceil_div(last, BLOCK)
-
-    return KernelCode(module.text(), (PhaseCode(name, units_of),), no_scratch, cost)
 
 
 def _tile_axis(kernel: LoopKernel) -> int | None:

@@ -22,10 +22,20 @@ def symbol(kernel: Kernel, target: Target) -> str:
 
 
 class Phase:
-    """A phase function being emitted: `f`, and `e` to emit bodies with."""
+    """A phase function being emitted: `f`, and `e` to emit bodies with. `streams`: arguments that whole vectors are stored to past
+    the caches."""
 
-    def __init__(self, module: Module, name: str, kernel: Kernel, target: Target) -> None:
-        self.f = Function(module, f"define void @{name}({SIGNATURE}) #0")
+    def __init__(
+        self,
+        module: Module,
+        name: str,
+        kernel: Kernel,
+        target: Target,
+        internal: bool = False,
+        streams: frozenset[int] = frozenset(),
+    ) -> None:
+        linkage = "internal " if internal else ""
+        self.f = Function(module, f"define {linkage}void @{name}({SIGNATURE}) #0")
         self.name = name
         self.target = target
         f = self.f
@@ -33,7 +43,7 @@ class Phase:
             f.pure(f"load ptr, ptr {f.gep('ptr', '%args', str(k), f.top)}, align 8", f.top)
             for k in range(len(kernel.args))
         ]
-        self.e = Emitter(f, target, kernel.args, pointers, kernel.dims)
+        self.e = Emitter(f, target, kernel.args, pointers, kernel.dims, streams=streams)
 
     def unravel(self, unit: str, sizes: Sequence[DimLike]) -> list[str]:
         """The row-major indices of a flat number."""

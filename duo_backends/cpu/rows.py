@@ -33,7 +33,8 @@ from duo_backends.cpu.reductions import (
     typed,
 )
 from duo_backends.cpu.reuse import Reuse, find_reuse
-from duo_ir.kernels.kernel import LoopKernel, Stage
+from duo_backends.cpu.stream import with_streams
+from duo_ir.kernels.kernel import Access, LoopKernel, Stage
 from duo_ir.types import DimLike, evaluate, product
 
 _GROUP = 16  # chunks whose partial is one work unit of a split reduction
@@ -42,6 +43,7 @@ _SMALL_BODY = 8  # instructions up to which loops are unrolled
 _UNROLL = 8  # vectors of a reduction in one go
 _FAR = 1 << 18  # elements from which cache lines are asked for early,
 _AHEAD = 512  # and how many elements early
+_NEXT_ROW = 512, 1 << 16  # elements of rows that are asked for while the row before is worked on
 _PAD = 64  # elements: rows of saved values end with room for a vector
 _MANY_LEVELS = 54  # enough for 2^63 elements
 
@@ -53,7 +55,7 @@ def compile_rows(kernel: LoopKernel, target: Target, name: str, cost: Any) -> Ke
     reuse = find_reuse(kernel.stages)
     if reuse is not None:
         kernel = replace(kernel, stages=reuse.stages)
-    _Rows(Phase(module, name, kernel, target), kernel, reuse).emit(None)
+    with_streams(module, name, kernel, target, lambda phase: _Rows(phase, kernel, reuse).emit(None))
     phase = PhaseCode(name, lambda sizes: points(kernel.axes, sizes))
     if reuse is None:
         return KernelCode(module.text(), (phase,), no_scratch, cost)
@@ -102,10 +104,30 @@ class _Rows:
     def __init__(self, phase: Phase, kernel: LoopKernel, reuse: Reuse | None = None) -> None:
         self.phase, self.kernel, self.f, self.e, self.reuse = phase, kernel, phase.f, phase.e, reuse
         self.number = 0  # of the stage being emitted
+        self.fetching = self._fetching()
         self.slots: list[str] = self._slots(reuse) if reuse is not None else []
         self.results: dict[tuple[int, int], Value] = {}
         self.outer: list[str] = []
         self.row: Region = self.f.top
+
+    def _fetching(self) -> int | None:
+        """The stage during which the next row is asked for: its arithmetic hides what memory takes."""
+        sizes = [s.axes[0] for s in self.kernel.stages if len(s.axes) == 1]
+        if len(sizes) < 2 or not self.kernel.axes or not self._is_far(self.kernel.stages[0]):
+            return None
+        if not all(isinstance(n, int) and _NEXT_ROW[0] <= n <= _NEXT_ROW[1] for n in sizes):
+            return None
+        stages = self.kernel.stages
+        return max(
+            range(len(stages)),
+            key=lambda k: len(stages[k].body) if stages[k].reduces and self._streams(stages[k]) else -1,
+        )
+
+    def _streams(self, stage: Stage) -> bool:
+        """Whether it reads rows, each element once."""
+        outer = len(self.kernel.axes)
+        reads = [i.attr.at.strides for i in stage.body if i.op == "load" and isinstance(i.attr, Access)]
+        return len(stage.axes) == 1 and any(s[outer - 1] != 0 and s[outer] == 1 for s in reads)
 
     def _slots(self, reuse: Reuse) -> list[str]:
         """Addresses of this thread's rows of saved values."""
@@ -236,6 +258,8 @@ class _Rows:
     def _point(self, stage: Stage, scope: Scope) -> list[Value]:
         values = self.e.emit(stage.body, scope, self._reduced, saved=lambda slot: self._saved(slot, scope))
         self._save(values, scope)
+        if self.number == self.fetching and scope.width > 1:
+            self.e.prefetch(stage.body, scope, len(self.outer) - 1, 1, near=2)
         for store in stage.stores:
             self.e.store(store, values, scope)
         return values

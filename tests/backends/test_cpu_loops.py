@@ -10,6 +10,7 @@ from functools import cache
 import numpy as np
 import pytest
 
+from duo_backends.cpu import stream
 from duo_backends.cpu.code import Target
 from duo_backends.cpu.emit import compile_kernel
 from duo_backends.cpu.jit import build, machine
@@ -200,12 +201,13 @@ def compiled(kernel, name):
     return code, library
 
 
-def run(kernel, buffers, sizes, name, threads=1, split=None):
-    """Runs every phase, its units cut in `split` pieces that take turns as threads, on copies of the buffers."""
+def run(kernel, buffers, sizes, name, threads=1, split=None, shift=0):
+    """Runs every phase, its units cut in `split` pieces that take turns as threads, on copies of the buffers, which lie `shift` bytes
+    behind a cache line's start."""
     code, library = compiled(kernel, name)
     buffers = [b.copy() for b in buffers]
     pad = 64  # canaries around each buffer
-    padded = [np.full(b.nbytes + 2 * pad, 0xA5, np.uint8) for b in buffers]
+    padded = [_lines(b.nbytes + 2 * pad, shift) for b in buffers]
     for p, b in zip(padded, buffers, strict=True):
         p[pad : pad + b.nbytes] = b.view(np.uint8)
     args = (ctypes.c_void_p * (len(buffers) + 1))(*[p.ctypes.data + pad for p in padded])
@@ -228,6 +230,12 @@ def run(kernel, buffers, sizes, name, threads=1, split=None):
         assert (p[:pad] == 0xA5).all() and (p[pad + b.nbytes :] == 0xA5).all(), "wrote outside a buffer"
         out.append(p[pad : pad + b.nbytes].view(b.dtype))
     return out, list(status)
+
+
+def _lines(nbytes, shift):
+    raw = np.full(nbytes + 64 + shift, 0xA5, np.uint8)
+    start = -raw.ctypes.data % 64 + shift
+    return raw[start : start + nbytes]
 
 
 def same(x, y):
@@ -682,6 +690,36 @@ def test_in_place_map():
     )
     function(args, None, 0, code.phases[0].units({}), 0, None, None)
     assert (y == x + np.float32(1)).all()
+
+
+@pytest.mark.parametrize("dtype", [f32, f64, bf16], ids=str)
+@pytest.mark.parametrize("shape", [(5000,), (1, 1), (33, 2080)])
+def test_results_past_the_caches(dtype, shape, monkeypatch):
+    """Large results are stored so where they are aligned; what is written is the same everywhere."""
+    monkeypatch.setattr(stream, "_BEYOND", 0)
+    n = math.prod(shape)
+    kernel = map_kernel(shape, contiguous(shape), n, dtype)
+    assert "!nontemporal" in compile_kernel(kernel, machine(MACHINES[0]).target).text or n == 1
+    buffers = [data(dtype, n, special=0.02), np.zeros(n, dtype.numpy)]
+    check(kernel, buffers)
+    expected, _ = reference(kernel, buffers, {})
+    shifted, _ = run(kernel, buffers, {}, MACHINES[0], shift=dtype.itemsize)
+    assert same(shifted[1], expected[1])
+
+
+def test_rows_past_the_caches(monkeypatch):
+    monkeypatch.setattr(stream, "_BEYOND", 0)
+    for rows, columns in ((3, 1024), (4, 1000), (5, 33)):
+        kernel = softmax_like(rows, columns, 1)
+        text = compile_kernel(kernel, machine(MACHINES[0]).target).text
+        assert ("!nontemporal" in text) == (columns == 1024)  # the others' rows do not begin with lines
+        zeros = [np.zeros(rows * columns, np.float32), np.zeros(rows, np.int64)]
+        check(kernel, [data(f32, rows * columns, seed=1), *zeros])
+
+
+def test_in_place_map_past_the_caches(monkeypatch):
+    monkeypatch.setattr(stream, "_BEYOND", 0)
+    test_in_place_map()
 
 
 # ------------------------------------------------------------------------------------------------- scan and scatter

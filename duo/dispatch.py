@@ -52,14 +52,14 @@ def distinct(out: Any, operands: Sequence[Value]) -> Any:
     return straight_through(out, out) if out.type.dtype.is_float and any(out is v for v in operands) else out
 
 
-_kinds: dict[Any, Any] = {}  # class of the operand, or classes of several -> the class that decides
+_applies: dict[Any, Any] = {}  # class of the operand, or classes of several -> `_apply` of the class that decides
 
 
 def apply(body: Callable[..., Any], tensors: tuple[Any, ...], attrs: tuple[Any, ...] = ()) -> Any:
     """The result(s) of `body` on tensors of any one kind, Python numbers among them. `attrs` are static and hashable."""
-    kind = _kinds.get(tensors[0].__class__ if len(tensors) == 1 else tuple(map(type, tensors)))
-    if kind is not None:
-        return kind._apply(body, tensors, attrs)
+    found = _applies.get(tensors[0].__class__ if len(tensors) == 1 else tuple(map(type, tensors)))
+    if found is not None:
+        return found(body, tensors, attrs)
     try:
         kind = kind_of(tensors)
     except DTypeError:
@@ -67,8 +67,8 @@ def apply(body: Callable[..., Any], tensors: tuple[Any, ...], attrs: tuple[Any, 
         kind = kind_of(tensors)
     if kind is None:
         return body(*tensors, *attrs)
-    if len(_kinds) < 4096:
-        _kinds[tensors[0].__class__ if len(tensors) == 1 else tuple(map(type, tensors))] = kind
+    if len(_applies) < 4096:
+        _applies[tensors[0].__class__ if len(tensors) == 1 else tuple(map(type, tensors))] = kind._apply
     return kind._apply(body, tensors, attrs)
 
 

@@ -252,4 +252,4 @@ class _Closed(Exception):
 
 def number_in(trace: Trace, val: Val, tensor: Any = None) -> int:
     """The number of a value, which `tensor` holds, in this trace; -1 when the trace has been closed meanwhile."""
-    return val.index if val.trace is trace else trace.enter(val, tensor)
+    return val.index if val.trace is trace else trace.leaves.get(val) or trace.enter(val, tensor)

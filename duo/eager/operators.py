@@ -54,7 +54,7 @@ def quick_operator(kind: Any, name: str) -> Any:
                 if node.special or hooks.busy:
                     frame = _getframe(1)
                     if frame.f_lasti != node.lasti or frame.f_code is not node.code or node.stop or hooks.busy:
-                        recorded(trace, node, [made], _getframe())
+                        recorded(trace, node, [made], _getframe(), frame)
                 out = _new(kind)
                 out._val = made
                 out._storage = None

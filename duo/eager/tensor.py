@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -21,7 +21,7 @@ from duo.eager.hooks import RemovableHook
 from duo.eager.operators import quick_operator
 from duo.eager.printing import format_tensor
 from duo.eager.sharing import Storage, is_shared, share_memory, snapshot, still_shared, write_through
-from duo.eager.trace import Info, Val, alias, record, record_op, settle, state
+from duo.eager.trace import Info, Val, alias, record, recorder, settle, state
 from duo.eager.values import as_leaf, material, overwrite
 from duo.functional.indexing import getitem
 from duo.tensor import Tensor
@@ -82,6 +82,7 @@ class EagerTensor(Tensor):
 
     __slots__ = ("__weakref__", "_chain", "_kept", "_leaf", "_seen", "_storage", "_val")
     _priority = 0
+    _apply: ClassVar[Callable[..., Any]]  # the recorder, below
 
     def __init__(self, val: Val) -> None:
         self._val = val
@@ -91,19 +92,6 @@ class EagerTensor(Tensor):
         self._leaf: GradLeaf | None = None
 
     # ------------------------------------------------------------------------------------------- ops and views
-    @staticmethod
-    def _apply(body: Callable, tensors: tuple, attrs: tuple) -> Any:
-        val = record_op(body, tensors, attrs)
-        if val.__class__ is list:
-            return tuple([EagerTensor(v) for v in val])
-        out = _new(EagerTensor)
-        out._val = val
-        out._storage = None
-        out._chain = ()
-        out._seen = 0
-        out._leaf = None
-        return out
-
     @staticmethod
     def _view(view: View, tensor: EagerTensor, attrs: tuple) -> EagerTensor:
         storage = tensor._storage
@@ -421,12 +409,13 @@ class EagerTensor(Tensor):
 
     def item(self) -> Any:
         """The only element as a Python number."""
-        val = self._value()
-        if val.info.type.size != 1:
-            raise ShapeError(f"item() needs exactly one element; this tensor is {val.info.type}")
+        val = self._val if self._storage is None else self._current()
+        type_ = val.info.type
+        if type_.shape and type_.size != 1:
+            raise ShapeError(f"item() needs exactly one element; this tensor is {type_}")
         if state.capture is not None:
             raise TraceError(state.capture.refusal(self._type))
-        return runtime.read_number(settle(val), val.info.type)
+        return runtime.read_number(val.buf or settle(val), type_)
 
     def tolist(self) -> Any:
         return self._array(share=False).tolist()
@@ -472,6 +461,7 @@ class EagerTensor(Tensor):
         self._kept = EagerTensor(gradient._value()) if kept is None else kept + gradient
 
 
+EagerTensor._apply = staticmethod(recorder(EagerTensor))
 for _name in ("__add__", "__sub__", "__mul__", "__truediv__", "__matmul__"):
     setattr(EagerTensor, _name, quick_operator(EagerTensor, _name))
 
@@ -581,14 +571,17 @@ def backward(
 
 def _backward_at_once(tensor: EagerTensor, retain: bool) -> bool:
     """The backward pass that most programs have, from a loss in the open trace; False where it is another."""
-    found = backward_at_once(tensor._value(), retain) if not tensor._type.shape else None
+    val = tensor._val if tensor._storage is None else tensor._current()
+    found = backward_at_once(val, retain) if not val.info.type.shape else None
     if found is None:
         return False
-    if any(leaf.__class__ is not GradLeaf for leaf, _ in found):
-        engine = Engine(EagerTensor, (), retain, False)
-        engine.cotangents = {leaf: EagerTensor(val) for leaf, val in found}
-        engine.go_on()
-        found = [(leaf, gradient._value()) for leaf, gradient in engine.cotangents.items()]
+    for leaf, _ in found:
+        if leaf.__class__ is not GradLeaf:
+            engine = Engine(EagerTensor, (), retain, False)
+            engine.cotangents = {leaf: EagerTensor(val) for leaf, val in found}
+            engine.go_on()
+            found = [(leaf, gradient._value()) for leaf, gradient in engine.cotangents.items()]
+            break
     for leaf, val in found:
         if leaf.grad is None and not leaf.hooks:
             leaf.grad = EagerTensor(val)

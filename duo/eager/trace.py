@@ -66,11 +66,12 @@ class Node:
     """One step of a path. `infos` describes the values that the step made.
 
     `loc` is where the step was recorded first, `placed` whether every entry says so for itself: those that a gradient can go back through
-    or that can fail at run time, whose errors name the line. `hot` is the step that came next the last time, which is likely to come again."""
+    or that can fail at run time, whose errors name the line. `other` is where it was recorded last, if elsewhere. `hot` is the step that came next
+    the last time, which is likely to come again."""
 
     __slots__ = (
         "__weakref__", "attrs", "code", "depth", "extra", "far", "first", "grad", "hot", "info", "infos", "key", "lasti", "left", "loc", "memo", "next",
-        "op", "parent", "placed", "right", "size", "special", "stop", "tracked",
+        "op", "other", "parent", "placed", "right", "size", "special", "stop", "tracked",
     )  # fmt: skip
 
     def __init__(
@@ -97,6 +98,7 @@ class Node:
         self.placed = self.info.requires_grad
         self.special = self.stop or self.placed  # whether recording it takes more than appending
         self.code, self.lasti = (None, -1) if loc is None else (loc.code, loc.lasti)
+        self.other: Loc | None = None
         self.depth = 1  # how many calls out from the recorder the user's code was
         self.hot: Any = COLD
         pair = len(key) == 3 and not attrs
@@ -332,20 +334,19 @@ class Trace:
         self.call: Any = None  # of a flush that overwrites inputs (flush.py)
 
     def enter(self, val: Val, tensor: Any = None) -> int:
-        """The number of a value from outside, which `tensor` holds; -1 when this trace has been closed meanwhile."""
-        number = self.leaves.get(val)
-        if number is not None:
-            return number
+        """The number of a value from outside that is not here yet (`leaves`) and which `tensor` holds; -1 when this trace has been closed
+        meanwhile."""
         if val.buf is None:
             settle(val)
         info = val.info
         leaf = val.extra if info.requires_grad else None
-        key = (LEAF, info, -1 if leaf is None else self.leaf_numbers.get(leaf, -1))
+        before = -1 if leaf is None else self.leaf_numbers.get(leaf, -1)
         entries = self.entries
         while True:
             last: Any = entries[-1]
             node = last.node.hot
-            if node.key != key:
+            if node.op is not LEAF or node.left is not info or node.right != before:
+                key = (LEAF, info, before)
                 node = last.node.next.get(key)
                 if node is None:
                     if last is END:
@@ -368,8 +369,8 @@ class Trace:
         if val.stamp is not None and not val.stamp.overwritten:
             val.stamp.add(self, number)
         if leaf is not None:
-            if key[2] >= 0:
-                self.links[number] = key[2]
+            if before >= 0:
+                self.links[number] = before
             self.leaf_numbers[leaf] = number
         return number
 
@@ -494,59 +495,68 @@ class Operand:
 
 def record(body: Any, operands: tuple, attrs: tuple = ()) -> list[Val]:
     """Records `body(*operands, *attrs)`; operands are eager tensors and Python numbers. Gives its result Vals."""
-    found = record_op(body, operands, attrs)
+    found = _record(body, operands, attrs)
     return found if found.__class__ is list else [found]  # type: ignore[list-item,return-value]
 
 
-def record_op(body: Any, operands: tuple, attrs: tuple = ()) -> Val | list[Val]:
-    """`record`, which gives an only result without a list around it."""
-    while True:
-        trace = state.trace
-        entries = trace.entries
-        if entries[-1] is END:
-            trace = open_trace()
+def recorder(kind: Any = None) -> Callable[..., Any]:
+    """`record` as a function that gives the result's Val (a list of several), or with `kind`, the class of eager tensors, a tensor (a tuple)."""
+
+    def record_op(body: Any, operands: tuple, attrs: tuple = ()) -> Any:
+        while True:
+            trace = state.trace
             entries = trace.entries
-        scalars: tuple | None = None
-        t = operands[0] if len(operands) == 1 and not attrs else None
-        if t is not None and t.__class__ is not float and t.__class__ is not int and t.__class__ is not bool:
-            val = t._val if t._storage is None else t._current()
-            key: tuple = (body, val.index if val.trace is trace else trace.leaves.get(val) or trace.enter(val, t))
-        else:
-            refs: list[Any] = [body]
-            for t in operands:
-                cls = t.__class__
-                if cls is float or cls is int or cls is bool:
-                    refs.append(cls)
-                    scalars = (t,) if scalars is None else (*scalars, t)
-                    continue
+            if entries[-1] is END:
+                trace = open_trace()
+                entries = trace.entries
+            scalars: tuple | None = None
+            t = operands[0] if len(operands) == 1 and not attrs else None
+            if t is not None and t.__class__ is not float and t.__class__ is not int and t.__class__ is not bool:
                 val = t._val if t._storage is None else t._current()
-                refs.append(val.index if val.trace is trace else trace.leaves.get(val) or trace.enter(val, t))
-            if attrs:
-                refs.append(attrs)
-                refs.append(attr_classes(attrs))
-            key = tuple(refs)
-        last: Any = entries[-1]
-        node = last.node.hot
-        if node.key != key:
-            node = last.node.next.get(key)
-            if node is None:
-                if last is END:
-                    operands = tuple([t if t.__class__ in (float, int, bool) else Operand(t) for t in operands])
-                    open_trace()
+                key: tuple = (body, val.index if val.trace is trace else trace.leaves.get(val) or trace.enter(val, t))
+            else:
+                refs: list[Any] = [body]
+                for t in operands:
+                    cls = t.__class__
+                    if cls is float or cls is int or cls is bool:
+                        refs.append(cls)
+                        scalars = (t,) if scalars is None else (*scalars, t)
+                        continue
+                    val = t._val if t._storage is None else t._current()
+                    refs.append(val.index if val.trace is trace else trace.leaves.get(val) or trace.enter(val, t))
+                if attrs:
+                    refs.append(attrs)
+                    refs.append(attr_classes(attrs))
+                key = tuple(refs)
+            last: Any = entries[-1]
+            node = last.node.hot
+            if node.key != key:
+                node = last.node.next.get(key)
+                if node is None:
+                    if last is END:
+                        operands = tuple([t if t.__class__ in (float, int, bool) else Operand(t) for t in operands])
+                        open_trace()
+                        continue
+                    node = _miss(last, key, attrs)
+                last.node.hot = node
+            # Written out rather than called: a constructor's call would be a large part of the time of an op.
+            made = _new(Val)
+            made.trace = trace
+            made.index = last.index + 1
+            made.node = node
+            made.info = node.info
+            made.buf = None
+            made.scalars = scalars
+            made.extra = None
+            made.stamp = None
+            if len(node.infos) != 1:
+                vals = [made, *[Val(trace, last.index + 2 + k, node, info) for k, info in enumerate(node.infos[1:])]]
+                if entries[-1] is not last:
                     continue
-                node = _miss(last, key, attrs)
-            last.node.hot = node
-        # Written out rather than called: a constructor's call would be a large part of the time of an op.
-        made = _new(Val)
-        made.trace = trace
-        made.index = last.index + 1
-        made.node = node
-        made.info = node.info
-        made.buf = None
-        made.scalars = scalars
-        made.extra = None
-        made.stamp = None
-        if len(node.infos) == 1:
+                entries.extend(vals)
+                if node.special or hooks.busy:
+                    recorded(trace, node, vals, _getframe())
+                return vals if kind is None else tuple(map(kind, vals))
             if entries[-1] is not last:
                 continue
             entries.append(made)
@@ -556,25 +566,35 @@ def record_op(body: Any, operands: tuple, attrs: tuple = ()) -> Val | list[Val]:
                 except ValueError:  # fewer calls than that
                     frame = _getframe()
                 if frame.f_lasti != node.lasti or frame.f_code is not node.code or node.stop or hooks.busy:
-                    recorded(trace, node, [made], _getframe())
-            return made
-        vals = [made, *[Val(trace, last.index + 2 + k, node, info) for k, info in enumerate(node.infos[1:])]]
-        if entries[-1] is last:
-            entries.extend(vals)
-            if node.special or hooks.busy:
-                recorded(trace, node, vals, _getframe())
-            return vals
+                    recorded(trace, node, [made], _getframe(), frame)
+            if kind is None:
+                return made
+            out = _new(kind)
+            out._val = made
+            out._storage = None
+            out._chain = ()
+            out._seen = 0
+            out._leaf = None
+            return out
+
+    return record_op
 
 
+_record = recorder()
 _new: Any = object.__new__
 _getframe = sys._getframe
 
 
-def recorded(trace: Trace, node: Node, vals: list[Val], frame: Any) -> None:
+def recorded(trace: Trace, node: Node, vals: list[Val], frame: Any, near: Any = None) -> None:
     """What comes after the entry of a special node, or of any while `hooks.busy`: its line is kept, and it may be time to flush.
-    frame: that which recorded it."""
+    frame: that which recorded it; near: the one that the user's was found at, the last time."""
     if node.placed or hooks.placing:
-        place(trace, node, vals[0], frame)
+        other = node.other
+        if other is not None and near is not None and near.f_lasti == other.lasti and near.f_code is other.code:
+            vals[0].loc = other
+            trace.placed = True
+        else:
+            place(trace, node, vals[0], frame)
     if node.stop or hooks.policy is not None:
         _stop(trace, *vals)
 
@@ -584,10 +604,10 @@ def place(trace: Trace, node: Node, val: Val, frame: Any) -> None:
     frame, depth = user_frame_from(frame)
     if frame is None:
         return
+    node.depth = depth  # where to look for it first the next time
     if frame.f_lasti == node.lasti and frame.f_code is node.code:
-        node.depth = depth  # where to look for it first the next time
         return
-    val.loc = Loc(frame.f_code, frame.f_lasti)
+    val.loc = node.other = Loc(frame.f_code, frame.f_lasti)
     trace.placed = True
 
 

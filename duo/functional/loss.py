@@ -7,6 +7,7 @@ IndexOutOfRange. f16 and bf16 compute in float32 and round once.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from duo.dispatch import apply
@@ -30,7 +31,7 @@ from duo_ir.errors import ArgumentError, DTypeError, ShapeError
 from duo_ir.ops import broadcasting as nd
 from duo_ir.ops import elementwise as ew
 from duo_ir.ops import indexing
-from duo_ir.types import DType, i64, promote
+from duo_ir.types import DType, TensorType, i64, promote
 
 _REDUCTIONS = ("mean", "sum", "none")
 
@@ -188,8 +189,7 @@ def _cross_entropy_of_probabilities(x: Value, *arguments: Any) -> Value:
     return _reduced(ew.neg(sum_(terms, (axis,))), reduction, float_dtype(x))
 
 
-def _check_labels(name: str, input: Any, target: Any, weight: Any) -> None:
-    x, t = type_of(input), type_of(target)
+def _check_labels(name: str, x: TensorType, t: TensorType, weight: TensorType | None) -> None:
     if x.rank == 0:
         raise ShapeError(f"{name}: the input needs a class dim, got {x}")
     want = (x.shape[0], *x.shape[2:]) if x.rank > 1 else ()
@@ -197,7 +197,7 @@ def _check_labels(name: str, input: Any, target: Any, weight: Any) -> None:
         raise ShapeError(f"{name}: input {x} takes labels of shape {list(want)}, got {t}")
     if not t.dtype.is_integer:
         raise DTypeError(f"{name}: labels are integers, not {t.dtype.name}")
-    _check_weight(name, input, weight)
+    _check_weight(name, x, weight)
 
 
 def _may_agree(a: tuple, b: tuple) -> bool:
@@ -205,11 +205,10 @@ def _may_agree(a: tuple, b: tuple) -> bool:
     return len(a) == len(b) and all(d == e or not (isinstance(d, int) and isinstance(e, int)) for d, e in zip(a, b))
 
 
-def _check_weight(name: str, input: Any, weight: Any) -> None:
-    x = type_of(input)
+def _check_weight(name: str, x: TensorType, weight: TensorType | None) -> None:
     classes = x.shape[1 if x.rank > 1 else 0]
-    if weight is not None and type_of(weight).shape != (classes,):
-        raise ShapeError(f"{name}: the weight needs one number per class, shape [{classes}], got {type_of(weight)}")
+    if weight is not None and weight.shape != (classes,):
+        raise ShapeError(f"{name}: the weight needs one number per class, shape [{classes}], got {weight}")
 
 
 def nll_loss(
@@ -219,7 +218,7 @@ def nll_loss(
 
     'mean' divides by the sum of the weights of the labels that count."""
     choice("nll_loss", "reduction", reduction, _REDUCTIONS)
-    _check_labels("nll_loss", input, target, weight)
+    _check_labels("nll_loss", type_of(input), type_of(target), None if weight is None else type_of(weight))
     tensors = (input, target) if weight is None else (input, target, weight)
     ignore = integer("nll_loss", "ignore_index", ignore_index)
     return apply(_nll_loss, tensors, (weight is not None, False, ignore, reduction))
@@ -237,24 +236,30 @@ def cross_entropy(
 
     target: labels [N, ...] (integers), or probabilities in input's shape. Label smoothing mixes the target with the uniform
     distribution. With labels 'mean' divides by the sum of the weights of those that count, with probabilities by their number."""
+    given = None if weight is None else type_of(weight)
+    body, attrs = _cross_entropy_form(
+        type_of(input), type_of(target), given, ignore_index, reduction, label_smoothing
+    )  # fmt: skip
+    tensors = (input, target) if weight is None else (input, target, weight)
+    return apply(body, (*tensors, float(label_smoothing)) if attrs[1] else tensors, attrs)
+
+
+@functools.lru_cache(1024, typed=True)
+def _cross_entropy_form(
+    x: TensorType, t: TensorType, w: TensorType | None, ignore_index: Any, reduction: Any, smoothing: Any
+) -> tuple[Any, tuple]:  # fmt: skip
+    """The body for operands of these types, and its attributes. Raises for arguments that do not fit."""
     choice("cross_entropy", "reduction", reduction, _REDUCTIONS)
-    if not 0.0 <= label_smoothing <= 1.0:
-        raise ArgumentError(f"cross_entropy: label_smoothing lies between 0 and 1, not {label_smoothing}")
-    smoothed = label_smoothing != 0.0
-    tensors = [input, target]
-    if weight is not None:
-        tensors.append(weight)
-    if smoothed:
-        tensors.append(float(label_smoothing))
-    t = type_of(target)
+    if not 0.0 <= smoothing <= 1.0:
+        raise ArgumentError(f"cross_entropy: label_smoothing lies between 0 and 1, not {smoothing}")
+    smoothed = smoothing != 0.0
     if t.dtype.is_float:
-        if not _may_agree(t.shape, type_of(input).shape):
-            raise ShapeError(f"cross_entropy: target probabilities need input's shape, {type_of(input)}, got {t}")
-        _check_weight("cross_entropy", input, weight)
-        return apply(_cross_entropy_of_probabilities, tuple(tensors), (weight is not None, smoothed, reduction))
-    _check_labels("cross_entropy", input, target, weight)
-    ignore = integer("cross_entropy", "ignore_index", ignore_index)
-    return apply(_cross_entropy, tuple(tensors), (weight is not None, smoothed, ignore, reduction))
+        if not _may_agree(t.shape, x.shape):
+            raise ShapeError(f"cross_entropy: target probabilities need input's shape, {x}, got {t}")
+        _check_weight("cross_entropy", x, w)
+        return _cross_entropy_of_probabilities, (w is not None, smoothed, reduction)
+    _check_labels("cross_entropy", x, t, w)
+    return _cross_entropy, (w is not None, smoothed, integer("cross_entropy", "ignore_index", ignore_index), reduction)
 
 
 # -------------------------------------------------------------------------------------------------------- yes or no

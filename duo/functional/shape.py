@@ -80,13 +80,15 @@ reshape_as = view_as
 
 
 def flatten(input: Any, start_dim: int = 0, end_dim: int = -1) -> Any:
-    """Dims start_dim to end_dim made one; a 0-d tensor becomes 1-d. A view."""
+    """Dims start_dim to end_dim made one; a 0-d tensor becomes 1-d. A view; `input` itself where that is one dim already."""
     rank = type_of(input).rank
     if rank == 0:
         return apply_view(RESHAPE, input, ((1,),))
     start, end = one_axis("flatten", start_dim, rank), one_axis("flatten", end_dim, rank)
     if start > end:
         raise ArgumentError(f"flatten: start_dim {start_dim} lies behind end_dim {end_dim}")
+    if start == end:
+        return input
     return apply_view(FLATTEN, input, (start, end))
 
 

@@ -11,6 +11,8 @@ from duo.nn.module import Module
 from duo.nn.parameter import Parameter
 from duo_ir.errors import ArgumentError
 
+_call = Module.__call__
+
 
 class Sequential(Module):
     """Modules one after another: Sequential(a, b, ...) or Sequential(OrderedDict(name=module))."""
@@ -26,7 +28,11 @@ class Sequential(Module):
 
     def forward(self, input: Any) -> Any:
         for module in self._modules.values():
-            input = module(input)
+            # A module's call, written out where it does nothing but forward.
+            if module.__class__.__call__ is not _call or module._forward_hooks or module._forward_pre_hooks:
+                input = module(input)
+            else:
+                input = module.forward(input)
         return input
 
     def append(self, module: Module) -> Sequential:

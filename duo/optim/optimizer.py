@@ -153,16 +153,18 @@ class Optimizer:
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drops the gradients (or writes zeros into them)."""
-        if state.capture is not None:
-            state.capture.touch_optimizer(self)
+        capture = state.capture
+        if capture is not None:
+            capture.touch_optimizer(self)
         for group in self.param_groups:
             for p in group["params"]:
-                if set_to_none and state.capture is None and p._leaf is not None:
-                    p._leaf.grad = None
-                elif set_to_none:
+                if not set_to_none:
+                    if p.grad is not None:
+                        p.grad.zero_()
+                elif capture is None and (leaf := p._leaf) is not None:
+                    leaf.grad = None
+                else:
                     p.grad = None
-                elif p.grad is not None:
-                    p.grad.zero_()
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update of every parameter that has a gradient. `closure` recomputes the loss first."""

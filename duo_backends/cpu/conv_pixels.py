@@ -132,16 +132,17 @@ class _Pixels:
 
     def _fill_table(self) -> None:
         """The runs of all blocks: for each block as many entries as the longest has."""
-        f, blocks = self.f, self.plan.runs
+        blocks = self.plan.runs
         self.longest = max(len(runs) for runs in blocks)
-        self.table = f.alloca("i64", len(blocks) * self.longest * RUN_WORDS)
-        self.counts = f.alloca("i64", len(blocks))
-        for b, runs in enumerate(blocks):
-            f.emit(f"store i64 {len(runs)}, ptr {f.gep('i64', self.counts, str(b), f.top)}, align 8", f.top)
-            for r, run in enumerate(runs):
-                for n, word in enumerate((run.a, run.length, run.w)):
-                    at = f.gep("i64", self.table, str((b * self.longest + r) * RUN_WORDS + n), f.top)
-                    f.emit(f"store i64 {word}, ptr {at}, align 8", f.top)
+        none = (0,) * RUN_WORDS
+        words = [
+            word
+            for runs in blocks
+            for entry in [*[(run.a, run.length, run.w) for run in runs], *[none] * (self.longest - len(runs))]
+            for word in entry
+        ]
+        self.table = self.module.table(f"{self.name}_runs", words)
+        self.counts = self.module.table(f"{self.name}_counts", [len(runs) for runs in blocks])
 
     def _runs_of(self, block: str) -> tuple[str, str]:
         """(address of the block's first run, their number)."""

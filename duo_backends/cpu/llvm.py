@@ -70,11 +70,18 @@ def splat_literal(width: int, element: str, text: str) -> str:
 
 
 class Module:
-    """Functions and the intrinsics they declare."""
+    """Functions, the intrinsics they declare, and tables of constants."""
 
     def __init__(self) -> None:
         self.functions: list[str] = []
         self.declarations: set[str] = set()
+
+    def table(self, name: str, words: Sequence[int]) -> str:
+        """The address of constant i64 words, which later calls with this name share."""
+        self.declarations.add(
+            f"@{name} = internal constant [{len(words)} x i64] [{', '.join([f'i64 {w}' for w in words])}], align 64"
+        )
+        return f"@{name}"
 
     def text(self) -> str:
         return "\n".join([*self.functions, *sorted(self.declarations), ""])

@@ -15,7 +15,8 @@ from duo_ir.core import Function, Op, Value
 from duo_ir.kernels.access import nonnegative
 from duo_ir.kernels.assemble import Built, build
 from duo_ir.kernels.draft import Draft, base
-from duo_ir.kernels.lower import Lowering, NeedMemory
+from duo_ir.kernels.express import NeedMemory
+from duo_ir.kernels.lower import Lowering
 from duo_ir.kernels.merge import Group, group
 from duo_ir.opdef import (
     Attention,

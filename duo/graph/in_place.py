@@ -1,26 +1,31 @@
 """The quick form of a prepared run: one native call that reads variables where they are and overwrites those that are assigned.
 
 See duo/jit/in_place.py, which does the same for compiled functions. Where native code refuses (a variable that someone else holds too, one
-that is pending) the plain way is taken, which leaves variables that own their values.
+that is pending) the plain way is taken, which leaves variables that own their values. A run that assigns nothing keeps what it makes of
+variables alone (duo/hoisting.py).
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
+from duo import runtime
 from duo.eager import cells
+from duo.eager.trace import Val
 from duo.eager.values import material
 from duo.graph.states import SharedState
-from duo_backends.cells import NUMBER, OWNED, POINTER, READ, Argument
+from duo.hoisting import Hoister, is_on
+from duo_backends.cells import NUMBER, OWNED, POINTER, READ, SAME, Argument
+from duo_ir.core import Function
 
 
 def quicken(session: Any, program: Any) -> Callable[[list[Any]], list[Any] | None] | None:
     """A function of the fed buffers that runs the program and gives its results by number (those fetched), or None when it was refused;
     None where there is no such function. Every variable must have its value."""
-    bound, layout = program.executable, cells.layout()
-    if layout is None or not hasattr(bound, "cell_entry") or os.environ.get("DUO_VERIFY", "0") not in ("", "0"):
+    bound = program.executable
+    if cells.layout() is None or not hasattr(bound, "cell_entry") or os.environ.get("DUO_VERIFY", "0") not in ("", "0"):
         return None
     results, count = bound.program.results, len(bound.program.inputs)
     if any(results[k] < count for k in range(len(program.fetched))):
@@ -40,13 +45,44 @@ def quicken(session: Any, program: Any) -> Callable[[list[Any]], list[Any] | Non
             owned[given] = output
         else:
             fresh.append((output, state, cell, type_))
-    return _written(session, program, tensors, owned, fresh, layout)
+    run = _written(session, program, bound, tensors, owned, fresh)
+    if not is_on() or program.writes or not tensors:
+        return run
+    return RunHoister(session, program, run, tensors).watch
 
 
-def _written(session: Any, program: Any, tensors: dict, owned: dict, fresh: list, layout: Any) -> Any:
-    """The function's text, and the function. owned: input -> output that overwrites it; fresh: outputs that are stored afterwards."""
-    bound, names = program.executable, dict[str, Any]()
+class RunHoister(Hoister):
+    """Of a prepared run."""
+
+    def __init__(self, session: Any, program: Any, run: Any, tensors: dict) -> None:
+        super().__init__(run, None, tensors)
+        self.session, self.prepared = session, program
+
+    def become(self, form: Any) -> None:
+        self.prepared.quick = form
+
+    def program(self) -> tuple[Function, Collection[int]]:
+        return self.prepared.function, self.prepared.executable.program.scalars
+
+    def form(self, given: tuple, fixed: dict[int, Val], buffers: list[runtime.Buffer]) -> Any:
+        main, program = self.split.main, self.prepared
+        if not hasattr(main, "cell_entry"):
+            return None
+        first = len(main.program.inputs)
+        if any(main.program.results[k] < first for k in range(len(program.fetched))):
+            return None
+        return _written(self.session, program, main, self.tensors, {}, [], fixed, buffers, self.lost)
+
+
+def _written(
+    session: Any, program: Any, bound: Any, tensors: Any, owned: dict, fresh: list,
+    fixed: dict[int, Val] | None = None, kept: list[runtime.Buffer] | None = None, lost: Any = None,
+) -> Any:  # fmt: skip
+    """The function's text, and the function. owned: input -> output that overwrites it; fresh: outputs that are stored afterwards. fixed: values
+    that inputs must have; kept: further inputs; lost: what does the calls that are refused."""
+    layout, names = cells.layout(), dict[str, Any]()
     count = len(bound.program.inputs)
+    fixed, kept = fixed or {}, kept or []
     lines: list[str] = []
     given: list[str] = []
     arguments: list[Argument] = []
@@ -64,6 +100,14 @@ def _written(session: Any, program: Any, tensors: dict, owned: dict, fresh: list
         if i < len(program.fed):
             given.append(f"buffers[{program.fed[i]}].ptr")
             arguments.append(Argument(POINTER, (i,)))
+        elif i >= count - len(kept):
+            buffer = kept[i - count + len(kept)]
+            const(buffer)
+            given.append(const(buffer.ptr))
+            arguments.append(Argument(POINTER, (i,)))
+        elif i in fixed:
+            given.append(const(tensors[i]))
+            arguments.append(Argument(SAME, (i,), fixed[i], tensors[i]._leaf))
         elif i in tensors:
             tensor = tensors[i]
             slots = (i, count + owned[i]) if i in owned else (i,)
@@ -86,7 +130,8 @@ def _written(session: Any, program: Any, tensors: dict, owned: dict, fresh: list
     flight = cells.Flight() if bound.releases else None
     names["entry"], names["kept"] = bound.cell_entry(arguments, layout, flight)
     lock = const(flight.lock) if flight is not None else ""
-    lines += bound.call_lines("entry", given, names, "return None", lock)
+    refused = f"return {const(lost)}(buffers)" if lost is not None else "return None"
+    lines += bound.call_lines("entry", given, names, refused, lock)
     for output, state, cell, type_ in fresh:
         lines.append(f"{const(_store(session, state, cell, type_))}(o{output})")
     fetched = [bound.program.results[k] - count for k in range(len(program.fetched))]

@@ -1,119 +1,61 @@
-"""Hoisting for replays: what a replay makes of parameters alone (weights laid out for products) is made once, not at every call.
-
-A replay that writes nothing and records no gradients is watched. When the tensors that it reads have had the very same values for a few
-calls, it becomes the main program of duo_ir/transforms/hoist.py, called with kept results of the prologue. Values never change while somebody
-holds them: all that overwrites memory asks first whether it is the only owner. So the values are held, and native code looks, in the same
-breath in which it reads the rest, whether each tensor still has its own. Where one has not, all that was kept is dropped and the plain
-replay does the call. The extra memory is the prologue's results, and, between a change and the next call, the old values.
-"""
+"""Hoisting of replays (duo/hoisting.py): a replay in its quick form becomes one on what is kept between calls."""
 
 from __future__ import annotations
 
-import os
+from collections.abc import Collection
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 from duo import runtime
-from duo.eager.trace import Val, settle
+from duo.eager.trace import Val
+from duo.hoisting import Hoister, is_on
 from duo.jit.capture import tensors_in
 from duo.jit.in_place import Quick
 from duo.jit.recording import Source
 from duo.jit.replay import MISS, Replay
-
-_CALLS = 2  # with equal values, before the values are held for one more
-_MOST_CALLS = 64
+from duo_ir.core import Function
 
 
 def offer(replay: Replay, name: str) -> None:
     """Watches a replay in its quick form, if it is one that can be hoisted."""
     r = replay.recording
-    if os.environ.get("DUO_HOIST", "1") == "0" or r.writes or r.grads:
+    if not is_on() or r.writes or r.grads:
         return
     if any(isinstance(x, Source) and x.kind == "outside" for x in r.inputs):
-        replay.become(Hoister(replay, name).watch)
+        replay.become(ReplayHoister(replay, name).watch)
 
 
-class Hoister:
-    """Decides which form of a replay is run."""
+class ReplayHoister(Hoister):
+    """Of a replay."""
 
     def __init__(self, replay: Replay, name: str) -> None:
+        inputs = enumerate(replay.recording.inputs)
+        outside = {k: x.what for k, x in inputs if isinstance(x, Source) and x.kind == "outside"}
+        super().__init__(replay.run, MISS, outside)
         self.replay, self.name = replay, name
-        self.quick = replay.run
-        self.inputs = {
-            k: x.what for k, x in enumerate(replay.recording.inputs) if isinstance(x, Source) and x.kind == "outside"
-        }
-        self.split: Any = None
-        self.patience = _CALLS
-        self._forget()
 
-    def _forget(self) -> None:
-        self.ids: list[int] = []
-        self.calls = 0
-        self.held: dict[int, Val] | None = None  # number of an input -> its value
+    def become(self, form: Any) -> None:
+        self.replay.become(form)
 
-    # ---------------------------------------------------------------------------------------------------- before and after
-    def watch(self, args: tuple, kwargs: dict) -> Any:
-        """The call, plainly, after which it may be time to hoist."""
-        out = self.quick(args, kwargs)
-        if out is not MISS:
-            self._look(args, kwargs)
-        return out
-
-    def _look(self, args: tuple, kwargs: dict) -> None:
-        held = self.held
-        if held is None:
-            # Training overwrites values that nobody holds: equal ids are a guess, and holding would make it take other memory.
-            ids = [id(t._val) for t in self.inputs.values() if t._storage is None]
-            self.calls = self.calls + 1 if ids == self.ids and len(ids) == len(self.inputs) else 1
-            self.ids = ids
-            if self.calls >= self.patience:
-                self.held = {k: t._val for k, t in self.inputs.items()}
-        elif self._unchanged(held):
-            self._hoist(args, kwargs, held)
-        else:
-            self._forget()
-            self.patience = min(2 * self.patience, _MOST_CALLS)
-
-    def _unchanged(self, held: dict[int, Val]) -> bool:
-        return all(self.inputs[k]._val is v and self.inputs[k]._storage is None for k, v in held.items())
-
-    def lost(self, args: tuple, kwargs: dict) -> Any:
-        """What the hoisted form refused: other arguments, a guard that failed, or other values."""
-        held = self.held
-        if held is not None and self._unchanged(held):
-            return self.quick(args, kwargs)
-        self._forget()
-        self.replay.hoisted = ""
-        self.replay.become(self.watch)
-        return self.watch(args, kwargs)
-
-    # ------------------------------------------------------------------------------------------------------------ hoisting
-    def _hoist(self, args: tuple, kwargs: dict, held: dict[int, Val]) -> None:
+    def program(self) -> tuple[Function, Collection[int]]:
         program = self.replay.recording.program
         assert program is not None
-        if self.split is None:
-            self.split = runtime.hoist(program.function, self.inputs, program.runnable.program.scalars)
-        form = None
-        if self.split is not None:
-            fixed = {k: held[k] for k in self.split.constants}
-            buffers = self.split.prologue.run([settle(v) for v in fixed.values()])
-            form = Main(self, args, kwargs, fixed, buffers).form()
-        if form is None:
-            self._forget()
-            self.replay.become(self.quick)  # for good
-            return
-        self.held, self.patience = fixed, _CALLS
-        nbytes = sum(b.nbytes for b in buffers)
-        self.replay.hoisted = f"{len(buffers)} values made of parameters alone are kept between calls ({nbytes} bytes)"
-        self.replay.become(form)
+        return program.function, program.runnable.program.scalars
+
+    def form(self, given: tuple, fixed: dict[int, Val], buffers: list[runtime.Buffer]) -> Any:
+        args, kwargs = given
+        return Main(self, args, kwargs, fixed, buffers).form()
+
+    def tell(self, text: str) -> None:
+        self.replay.hoisted = text
 
 
 class Main(Quick):
     """Writes the hoisted form: the main program on what the prologue gave, for these values of its inputs."""
 
     def __init__(
-        self, hoister: Hoister, args: tuple, kwargs: dict, fixed: dict[int, Val], buffers: list[runtime.Buffer]
+        self, hoister: ReplayHoister, args: tuple, kwargs: dict, fixed: dict[int, Val], buffers: list[runtime.Buffer]
     ) -> None:
         super().__init__(hoister.replay, hoister.name, args, kwargs, tensors_in((args, kwargs)))
         self.hoister, self.fixed = hoister, fixed
@@ -135,4 +77,4 @@ class Main(Quick):
         return self.hoister.lost
 
 
-__all__ = ["Hoister", "offer"]
+__all__ = ["ReplayHoister", "offer"]

@@ -369,3 +369,70 @@ def test_gradients_are_recorded_as_before():
             world.infer(world.x).sum().backward()
     assert same(*[[p.grad.numpy() for p in world.net.parameters()] for world in (plain, w)])
     assert not w.hoisted
+
+
+# ------------------------------------------------------------------------------------------------------------ sessions
+class GraphWorld:
+    """A graph of variables of a session and of a module's parameters, and a session."""
+
+    def __init__(self):
+        rng = np.random.default_rng(5)
+        duo.manual_seed(4)
+        self.net = nn.Linear(64, 8)
+        with tf.Graph().as_default() as self.graph:
+            self.x = tf.placeholder(tf.float32, [None, 40])
+            self.w = tf.get_variable("w", initializer=rng.standard_normal((40, 64)).astype("f4"))
+            self.b = tf.get_variable("b", initializer=rng.standard_normal(64).astype("f4"))
+            self.y = self.net(tf.nn.relu(tf.matmul(self.x, self.w) + self.b))
+            self.double = tf.assign(self.w, self.w * 2.0)
+            self.step = tf.train.AdamOptimizer(0.1).minimize(tf.reduce_mean(tf.square(self.y)))
+            self.session = tf.Session()
+            self.session.run(tf.global_variables_initializer())
+        self.data = rng.standard_normal((2, 40)).astype("f4")
+
+    def call(self, times=1):
+        return [self.session.run(self.y, {self.x: self.data}) for _ in range(times)]
+
+    @property
+    def hoisted(self):
+        programs = [p for c in self.session._calls.values() for p in c.programs.values()]
+        forms = [getattr(p.quick, "__globals__", {}) for p in programs]
+        return any(isinstance(x, runtime.Buffer) for names in forms for x in names.values())
+
+
+GRAPH_CHANGES = {
+    "nothing": lambda w: None,
+    "assigned": lambda w: w.session.run(w.double),
+    "assigned and read": lambda w: w.session.run([w.double, w.y], {w.x: w.data}),
+    "trained": lambda w: [w.session.run(w.step, {w.x: w.data}) for _ in range(3)],
+    "loaded": lambda w: w.w.load(np.ones((40, 64), "f4"), w.session),
+    "a bias": lambda w: w.b.load(np.ones(64, "f4"), w.session),
+    "a parameter": lambda w: w.net.weight.data.mul_(3.0),
+    "seen by eager mode": lambda w: w.session.variable_tensor(w.w).data.add_(1.0),
+    "other rows": lambda w: setattr(w, "data", np.concatenate([w.data, w.data])),
+    "many rows": lambda w: setattr(w, "data", np.repeat(w.data, 20, 0)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", GRAPH_CHANGES)
+def test_sessions_are_never_stale(name, monkeypatch):
+    worlds = []
+    for on in (False, True):
+        with monkeypatch.context() as m:
+            m.setattr("duo.graph.in_place.is_on", lambda on=on: on)
+            w, rows = GraphWorld(), []
+            rows += w.call(6)
+            for _ in range(2):
+                GRAPH_CHANGES[name](w)
+                rows += w.call(6)
+            worlds.append((w, rows))
+    (off, plain), (on, rows) = worlds
+    assert same(plain, rows)
+    assert on.hoisted and not off.hoisted
+
+
+def test_a_run_that_assigns_keeps_nothing():
+    w = GraphWorld()
+    for _ in range(6):
+        w.session.run([w.double, w.y], {w.x: w.data})
+    assert not w.hoisted

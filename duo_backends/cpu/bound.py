@@ -24,7 +24,7 @@ from duo_backends.base import Scalar
 from duo_backends.cells import NUMBER, POINTER, Argument
 from duo_backends.cpu import profile
 from duo_backends.cpu import runner_text as layout
-from duo_backends.cpu.memory import Buffer, allocate, allocator
+from duo_backends.cpu.memory import BIG, Buffer, allocate, allocator
 from duo_backends.cpu.pool_text import CHUNKS_PER_THREAD, STATUS_BYTES
 from duo_backends.cpu.runner import native
 from duo_backends.cpu.threads import get_num_threads, on_change
@@ -140,6 +140,8 @@ class CpuBound:
         self.entry = native().make_entry(self._plan.ctypes.data)
         self._frames: list[Buffer] = _FromSecondCall() if program.templates else []
         self._measure()
+        if not program.templates and self._geometry[-1] >= BIG:
+            allocator.wanted = 0  # a program as a whole, whose frame takes the place of what ran before it, op by op perhaps
         self.run = self._make_run()
         on_change(self)
         profile.register(self)

@@ -23,6 +23,7 @@ from typing import Any
 from duo_backends.cpu.cache import DiskCache, default_directory
 from duo_backends.cpu.code import Target
 from duo_backends.cpu.objects import OWN_LOADER, Unsupported, load_objects
+from duo_backends.cpu.system import system
 from duo_ir.errors import ArgumentError, DeviceError
 
 REVISION = "1"  # part of every cache key: change it when options of code generation change
@@ -209,6 +210,8 @@ def object_codes(texts: Sequence[str], m: Machine) -> list[bytes]:
         for i, code in zip(missing, made):
             found[i] = code
             disk.put(keys[i], code)
+    if missing:
+        system.return_heap()
     return [code for code in found if code is not None]
 
 

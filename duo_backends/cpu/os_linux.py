@@ -91,3 +91,10 @@ def protect(address: int, nbytes: int, executable: bool) -> None:
 
 def unmap_block(address: int, nbytes: int) -> None:
     _libc.munmap(address, nbytes)
+
+
+def return_heap() -> None:
+    """Gives what the C library's heap holds free back to the system, where it can (glibc): a code generator leaves megabytes."""
+    trim = getattr(_libc, "malloc_trim", None)
+    if trim is not None:
+        trim(0)

@@ -29,6 +29,7 @@ EAGER_NANOSECONDS = 5_000  # a phase below this is not worth telling threads tha
 EAGER_SHARE_NANOSECONDS = 2_500
 COPY_UNIT = 1 << 18  # bytes, of `duo_copy`
 COPY_NANOSECONDS = 0.1  # a byte
+_SMALL_ARENA = 1 << 20  # bytes up to which an arena is good enough
 _LINE = 64
 
 
@@ -77,14 +78,45 @@ def argument(k: int) -> int:
 
 def pack(spans: Sequence[tuple[int, int, int]]) -> tuple[list[int], int]:
     """Offsets in one arena for (nbytes, first, last): two that live at the same item do not overlap. Returns them and the arena's
-    size. Largest first, each at the lowest offset that is free for all its life."""
+    size. Each at the lowest offset that is free for all its life: in that of several orders that makes the arena smallest."""
     n = len(spans)
     size = np.array([-(-s[0] // _LINE) * _LINE for s in spans], np.int64)
     first, last = np.array([s[1] for s in spans], np.int64), np.array([s[2] for s in spans], np.int64)
-    offset = np.zeros(n, np.int64)
+    least = largest_live_set(size, first, last)
+    best, total = np.zeros(n, np.int64), -1
+    for key in (
+        lambda i: (-size[i], first[i]),  # largest first
+        lambda i: (-size[i] * (last[i] - first[i] + 1), first[i]),  # so that what is large for long is at the bottom
+        lambda i: (first[i] - last[i], -size[i]),  # longest life first
+        lambda i: (first[i], -size[i]),  # as they come
+    ):
+        offset = _placed(sorted(range(n), key=key), size, first, last)
+        end = int((offset + size).max(initial=0))
+        if total < 0 or end < total:
+            best, total = offset, end
+        if total <= max(least, _SMALL_ARENA):
+            break
+    return best.tolist(), total
+
+
+def largest_live_set(size: np.ndarray, first: np.ndarray, last: np.ndarray) -> int:
+    """The most bytes that live at one item: no arena is smaller."""
+    if not len(size):
+        return 0
+    change = np.zeros(int(last.max()) + 2, np.int64)
+    np.add.at(change, first, size)
+    np.add.at(change, last + 1, -size)
+    return int(np.cumsum(change).max())
+
+
+def _placed(order: Sequence[int], size: np.ndarray, first: np.ndarray, last: np.ndarray) -> np.ndarray:
+    """Offsets, each the lowest that is free, taken in this order."""
+    offset = np.zeros(len(size), np.int64)
     done: list[int] = []
-    for i in sorted(range(n), key=lambda i: (-size[i], first[i])):
-        if size[i] and done:
+    for i in order:
+        if not size[i]:
+            continue
+        if done:
             others = np.array(done)
             others = others[(first[others] <= last[i]) & (last[others] >= first[i])]
             others = others[np.argsort(offset[others], kind="stable")]
@@ -92,9 +124,8 @@ def pack(spans: Sequence[tuple[int, int, int]]) -> tuple[list[int], int]:
             ends = np.maximum.accumulate(np.concatenate([[0], offset[others] + size[others]]))
             starts = np.concatenate([offset[others], [np.iinfo(np.int64).max]])
             offset[i] = ends[np.argmax(starts - ends >= size[i])]
-        if size[i]:
-            done.append(i)
-    return offset.tolist(), int((offset + size).max(initial=0))
+        done.append(i)
+    return offset
 
 
 @dataclass

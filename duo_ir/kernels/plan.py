@@ -1,7 +1,7 @@
 """Kernels over values -> Program: slots for inputs, outputs and temporaries, lifetimes, donations, control flow.
 
 A result that is a parameter is returned as it is; one that is the same memory in another shape, or a second name for a result of
-another shape, is a copy. The planner decides no order: items run as `fuse.py` put them.
+another shape, is a copy. Items run as `fuse.py` put them, except where another order needs less memory (`order.py`).
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from duo_ir.core import Function, Op, Value
 from duo_ir.kernels.assemble import Built
 from duo_ir.kernels.fuse import Fused, fuse
 from duo_ir.kernels.kernel import Access, Body, ContractKernel, ConvKernel, LoopKernel, ScatterKernel, Store
+from duo_ir.kernels.order import reorder
 from duo_ir.kernels.program import Cond, Copy, Item, Program, Step, Temp, While, reads_writes, touched
 from duo_ir.opdef import Control
 from duo_ir.types import DimLike, TensorType
@@ -26,6 +27,8 @@ def plan(fused: Fused, *, fusion: bool = True, own_results: bool = False) -> Pro
     for item in fused.items:
         planner.items.append(planner.control(item) if isinstance(item, Op) else planner.step(item))
     planner.items += planner.copies
+    if fusion and not own_results:
+        planner.reorder()
     return planner.finish()
 
 
@@ -100,6 +103,17 @@ class _Planner:
     def nested(self, function: Function) -> Program:
         return plan(fuse(function, self.fusion), fusion=self.fusion, own_results=True)
 
+    def reorder(self) -> None:
+        """Another order of the items, where that needs less memory."""
+        base = len(self.inputs) + len(self.outputs)
+        nbytes = {base + n: size for n, size in enumerate(self.sizes) if isinstance(size, int)}
+        if len(nbytes) < len(self.sizes):
+            return
+        count = len(self.inputs)
+        found = _donations(self.inputs, tuple(self.outputs), tuple(self.items), self.results, together=True)
+        in_place = [(count + out, given) for out, given in found]
+        self.items = reorder(self.items, nbytes, range(count, base), in_place)
+
     def finish(self) -> Program:
         first: dict[int, int] = {}
         last: dict[int, int] = {}
@@ -137,10 +151,15 @@ _EARLIER = 32  # inputs read before that are noted for one output
 
 
 def _donations(
-    inputs: tuple[TensorType, ...], outputs: tuple[TensorType, ...], items: tuple[Item, ...], results: list[int]
+    inputs: tuple[TensorType, ...],
+    outputs: tuple[TensorType, ...],
+    items: tuple[Item, ...],
+    results: list[int],
+    together: bool = False,
 ) -> tuple[tuple[int, int], ...]:
     """Pairs (output, input) that may share memory: the input is read for the last time before the output is first written, or in the
-    same kernel at the very position that is written. For each output, pairs of one kernel come first (an optimiser's new and old parameter)."""
+    same kernel at the very position that is written. For each output, pairs of one kernel come first (an optimiser's new and old parameter);
+    `together`: only those."""
     last_read: dict[int, int] = {}
     first_write: dict[int, int] = {}
     for n, item in enumerate(items):
@@ -159,9 +178,10 @@ def _donations(
         if written is None:
             continue
         candidates = free.get((t.dtype, t.size), ())
-        together = [n for n in candidates if last_read.get(n) == written]
-        found += [(out, n) for n in together if _same_position(items[written], n, len(inputs) + out)]
-        found += [(out, n) for n in candidates if last_read.get(n, -1) < written][:_EARLIER]
+        last = [n for n in candidates if last_read.get(n) == written]
+        found += [(out, n) for n in last if _same_position(items[written], n, len(inputs) + out)]
+        if not together:
+            found += [(out, n) for n in candidates if last_read.get(n, -1) < written][:_EARLIER]
     return tuple(found)
 
 

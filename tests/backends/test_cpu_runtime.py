@@ -243,6 +243,23 @@ def test_pack_keeps_lifetimes_apart(seed):
                 assert offsets[i] + n <= offsets[j] or offsets[j] + m <= offsets[i]
 
 
+def test_pack_finds_the_smallest_arena_of_several_orders():
+    """No arena is smaller than the largest live set, and none larger than if the largest had been placed first."""
+    rng = np.random.default_rng(0)
+    best = 0
+    for _ in range(40):
+        spans = [(64 * int(rng.integers(1, 9)), int(a), int(a + rng.integers(0, 6))) for a in rng.integers(0, 12, 14)]
+        spans = [(n << 14, a, b) for n, a, b in spans]
+        size, first, last = (np.array(column) for column in zip(*spans))
+        total, least = table.pack(spans)[1], table.largest_live_set(size, first, last)
+        assert least == max(sum(n for n, a, b in spans if a <= t <= b) for t in range(18))
+        largest = sorted(range(len(spans)), key=lambda i: (-size[i], first[i]))
+        alone = int((table._placed(largest, size, first, last) + size).max())
+        assert least <= total <= alone
+        best += total < alone
+    assert best > 3
+
+
 def mix_program(backend, donations):
     k = backend.kernel(MIX, ["f32", "f32", "f32"], units=N)
     return Program((vec(), vec()), (vec(),), (), (Step(k, (0, 1, 2)),), (2,), donations, ("n",))

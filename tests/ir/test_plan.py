@@ -11,6 +11,7 @@ import duo_ir.ops as ops
 from duo_ir.core import Function, Value, function_of
 from duo_ir.errors import ArgumentError, VerifyError
 from duo_ir.interpret import interpret
+from duo_ir.kernels import order
 from duo_ir.kernels.checks import failing, written_after_checks
 from duo_ir.kernels.evaluate import evaluate, run
 from duo_ir.kernels.program import Cond, Copy, Program, Step, While, reads_writes, touched
@@ -190,6 +191,48 @@ def test_scatter_into_fresh_zeros_needs_no_copy() -> None:
 
     program = check(fn, x(3, 2), np.array([1, 4, 1]))
     assert program.temps == () and program.items[1].slots[0] == program.items[1].slots[-1]
+
+
+# --------------------------------------------------------------------------------------------------- order of items
+def training(fails: bool = False) -> Any:
+    """Forward, the whole backward pass, then the updates: as frontends build it. With `fails`, indices are checked before the updates."""
+
+    def fn(a: Value, i: Value, *weights: Value) -> tuple[Value, ...]:
+        kept = [a]
+        for w in weights:
+            kept.append(ops.tanh(nd.matmul(kept[-1], w)))
+        g = kept[-1] * 2.0
+        pairs = []
+        for n in reversed(range(len(weights))):
+            g = g * (1.0 - kept[n + 1] * kept[n + 1])
+            pairs.append((kept[n], g))
+            g = nd.matmul(g, nd.transpose(weights[n], (1, 0)))
+        new = [w - nd.matmul(nd.transpose(x, (1, 0)), g) for w, (x, g) in zip(weights, reversed(pairs))]
+        return tuple([w * nd.sum(ops.gather(g, i, axes=(0,))) for w in new] if fails else new)
+
+    return fn
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_updates_run_when_they_free_memory(fails: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    arrays = [x(24, 16) / 4, np.array([3, 0]), *[x(16, 16) / 4 + n for n in range(6)]]
+    plain = check(training(fails), *arrays)
+    monkeypatch.setattr(order, "WORTH", 0)
+    program = check(training(fails), *arrays)
+
+    def live(p: Program) -> int:
+        base = len(p.inputs) + len(p.outputs)
+        return order.largest_live_set(p.items, {base + n: t.nbytes for n, t in enumerate(p.temps)})
+
+    assert sorted(map(repr, program.items)) == sorted(map(repr, plain.items))
+    if fails:  # nothing may be overwritten before the indices were looked at
+        assert failing(program.items) and written_after_checks(program) == written_after_checks(plain) == set(range(6))
+    else:
+        assert live(program) < live(plain)
+    assert {(n, 2 + n) for n in range(6)} <= set(program.donations)
+    want = evaluate(program, *arrays)
+    for w, g in zip(want, run_donated(program, *arrays, pairs=[(n, 2 + n) for n in range(6)]), strict=True):
+        assert np.array_equal(w, g)
 
 
 # ----------------------------------------------------------------------------------------------------- control flow

@@ -21,6 +21,7 @@ from duo_backends.cpu.gemm_plan import CHUNK_BLOCKS, SEQUENTIAL_K, Plan, make_pl
 from duo_backends.cpu.gemm_rows import emit_rows_kernel
 from duo_backends.cpu.gemm_tile import BLOCK, Tile, emit_micro_kernel, transposed_lanes
 from duo_backends.cpu.llvm import Function, Module, memory_type, register_type, vector
+from duo_backends.cpu.stream import with_streamed_stores
 from duo_ir.errors import ArgumentError
 from duo_ir.kernels.kernel import Access, ContractKernel
 from duo_ir.types import DimLike, DType, evaluate, product
@@ -38,7 +39,12 @@ def compile_contract(kernel: ContractKernel, target: Target) -> KernelCode:
     plan = make_plan(kernel, target)
     name = "contract_" + hashlib.sha256(repr((kernel, target)).encode()).hexdigest()[:16]
     module = Module()
-    _Driver(module, kernel, target, plan, name).emit()
+
+    def emit(name: str, internal: bool, streams: frozenset[int]) -> None:
+        _Driver(module, kernel, target, plan, name, internal, streams).emit()
+
+    columns = len(kernel.batch) + 1
+    with_streamed_stores(module, name, kernel.args, [(store, columns) for store in kernel.stores], emit)
 
     def cost(sizes: Mapping[str, int]) -> float:
         batch, m, n, k = (evaluate(d, sizes) for d in (product(kernel.batch), kernel.m, kernel.n, kernel.k))
@@ -72,7 +78,17 @@ class _Panel(NamedTuple):
 class _Driver:
     """Emits the functions of one contraction."""
 
-    def __init__(self, module: Module, kernel: ContractKernel, target: Target, plan: Plan, name: str) -> None:
+    def __init__(
+        self,
+        module: Module,
+        kernel: ContractKernel,
+        target: Target,
+        plan: Plan,
+        name: str,
+        internal: bool,
+        streams: frozenset[int],
+    ) -> None:
+        self.linkage, self.streams = "internal " if internal else "", streams
         self.module, self.kernel, self.target, self.plan, self.name = module, kernel, target, plan, name
         self.a_type = kernel.args[kernel.a.buffer].dtype
         self.b_type = kernel.args[kernel.b.buffer].dtype
@@ -166,7 +182,7 @@ class _Driver:
             + "".join(f"i64 {b}, " for b in batch)
             + "i64 %row, i64 %rows, i64 %column, i64 %columns, ptr %tile, i64 %tile_row) noinline #0",
         )
-        emitter = Emitter(f, self.target, kernel.args, _pointers(f, kernel), kernel.dims)
+        emitter = Emitter(f, self.target, kernel.args, _pointers(f, kernel), kernel.dims, streams=self.streams)
         lanes, size = plan.lanes, plan.compute.itemsize
         type_ = vector(lanes, register_type(plan.compute))
 
@@ -240,7 +256,7 @@ class _Driver:
     # -------------------------------------------------------------------------------------------------------- main
     def emit(self) -> None:
         kernel, plan = self.kernel, self.plan
-        f = self.f = Function(self.module, f"define void @{self.name}({SIGNATURE}) #0")
+        f = self.f = Function(self.module, f"define {self.linkage}void @{self.name}({SIGNATURE}) #0")
         emitter = Emitter(f, self.target, kernel.args, _pointers(f, kernel), kernel.dims)
         self.dim = emitter.dim
         pointers = emitter.pointers

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pytest
 
+from duo_backends.cpu import stream
 from duo_backends.cpu.code import KernelCode
 from duo_backends.cpu.gemm import compile_contract
 from duo_backends.cpu.jit import Library, Machine, build, machine
@@ -360,6 +361,17 @@ def test_epilogue(width: str, transposed: bool) -> None:
     got = raw.data.reshape(batch, n, m).transpose(0, 2, 1) if transposed else raw.data.reshape(batch, m, n)
     assert same(np.ascontiguousarray(got), acc.astype(np.float64))
     out.check(), raw.check()
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_results_past_the_caches(width: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large results are stored so; here all whose rows are whole cache lines."""
+    monkeypatch.setattr(stream, "_BEYOND", 0)
+    where = machine_or_skip(width)
+    for m, n, k in ((17, 64, 530), (8, 48, 20), (1, 80, 3)):
+        matmul(where, m, n, k, special=True)
+        matmul(where, m, n, k, batch=2, b_order="column", result=f16)
+    matmul(where, 3, 40, 5)  # rows that are not
 
 
 def test_threads_share_nothing() -> None:

@@ -13,12 +13,12 @@ from typing import Any
 from duo_backends.cpu.body import Scope
 from duo_backends.cpu.code import KernelCode, Target, no_scratch
 from duo_backends.cpu.code import Phase as PhaseCode
-from duo_backends.cpu.collapse import accesses, move_axis_last, reorder, simplify
 from duo_backends.cpu.columns import compile_columns
 from duo_backends.cpu.llvm import Module, is_literal
 from duo_backends.cpu.nest import BLOCK, Phase, ceil_div, lanes_for, points, symbol
 from duo_backends.cpu.rows import compile_rows
 from duo_backends.cpu.stream import with_streams
+from duo_ir.kernels.collapse import accesses, move_axis_last, reorder, simplify
 from duo_ir.kernels.kernel import LoopKernel, Stage
 from duo_ir.types import DimLike, evaluate
 

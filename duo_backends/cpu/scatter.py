@@ -11,10 +11,10 @@ from collections.abc import Mapping, Sequence
 from duo_backends.cpu.body import Scope, Value
 from duo_backends.cpu.code import KernelCode, Target, no_scratch
 from duo_backends.cpu.code import Phase as PhaseCode
-from duo_backends.cpu.collapse import move_axis_last, rewrite_stage, simplify
 from duo_backends.cpu.convert import convert
 from duo_backends.cpu.llvm import Module, Region, memory_type, register_type, vector
 from duo_backends.cpu.nest import Phase, ceil_div, lanes_for, points, symbol
+from duo_ir.kernels.collapse import move_axis_last, rewrite_stage, simplify
 from duo_ir.kernels.kernel import Affine, LoopKernel, ScatterKernel, Stage
 from duo_ir.types import DType, bool_, evaluate, f32
 

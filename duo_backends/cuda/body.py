@@ -8,7 +8,7 @@ rule 1 of the numerics contract.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,7 @@ import numpy as np
 
 from duo_backends.cuda.code import integer, memory, polynomial, register
 from duo_ir.kernels.kernel import Access, Affine, Arg, Body, Instr, Store
-from duo_ir.types import DType, bf16, bool_, f32, f64, i32, i64
+from duo_ir.types import DimLike, DType, bf16, bool_, f32, f64, i32, i64
 
 _UNSIGNED = {1: "unsigned char", 2: "unsigned short", 4: "unsigned", 8: "unsigned long long"}
 _COMPARE = {"eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">="}
@@ -53,6 +53,10 @@ class Writer:
         finally:
             self._depth -= 1
             self.put(close)
+
+    def nothing(self) -> Any:
+        """A block without braces."""
+        return nullcontext()
 
     def text(self) -> str:
         return "\n".join(self.lines) + "\n"
@@ -118,6 +122,18 @@ class Emitter:
             index = value.name if self.wide else f"({self.index_type}){_atom(value.name)}"
             terms.append(index if stride == 1 else f"{index}*{_atom(step)}")
         return " + ".join([t for t in terms if t != "0"]) or "0"
+
+    def unravel(self, flat: str, sizes: Sequence[DimLike]) -> list[str]:
+        """The row-major indices of a flat number, as names."""
+        out: list[str] = []
+        for k in range(len(sizes) - 1, 0, -1):
+            name, quotient, size = self.w.name("i"), self.w.name("q"), polynomial(sizes[k])
+            self.w.put(
+                f"const {self.index_type} {quotient} = {flat} / ({size}), {name} = {flat} - {quotient}*({size});"
+            )
+            out.append(name)
+            flat = quotient
+        return [flat, *reversed(out)] if sizes else []
 
     # ------------------------------------------------------------------------------------------------------ bodies
     def emit(self, body: Body, scope: Scope) -> list[Value]:

@@ -11,7 +11,7 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from duo_ir.kernels.kernel import Arg, Kernel
+from duo_ir.kernels.kernel import Arg, ContractKernel, ConvKernel, Kernel
 from duo_ir.types import Dim, DimLike, DType, evaluate
 
 STATUS_WORDS = 5  # lock, point + 1, site + 1, index, bound
@@ -61,9 +61,10 @@ def symbol(kernel: Kernel, target: GpuTarget) -> str:
 def parameters(kernel: Kernel) -> str:
     """The parameter list of every function of the kernel. Where an output may take the memory of an input (same dtype and size), nothing is
     said of aliasing."""
+    apart = (kernel.a.buffer, kernel.b.buffer) if isinstance(kernel, ContractKernel | ConvKernel) else ()
     parts = []
     for n, arg in enumerate(kernel.args):
-        alone = not any(b is not arg and b.output != arg.output and _alike(arg, b) for b in kernel.args)
+        alone = n in apart or not any(b is not arg and b.output != arg.output and _alike(arg, b) for b in kernel.args)
         const, restrict = "" if arg.output else "const ", " __restrict__" if alone else ""
         parts.append(f"{const}{MEMORY[arg.dtype.name]} *{restrict} a{n}")
     parts += ["char * scratch", "long long * status"]

@@ -7,11 +7,12 @@ from functools import cache
 from importlib import resources
 
 from duo_backends.cuda.code import GpuTarget, KernelCode
+from duo_backends.cuda.conv import compile_conv
 from duo_backends.cuda.gemm import compile_contract
 from duo_backends.cuda.loops import compile_loop
 from duo_backends.cuda.scan import compile_scan
 from duo_backends.cuda.scatter import compile_scatter
-from duo_ir.kernels.kernel import ContractKernel, Kernel, LoopKernel, ScanKernel, ScatterKernel
+from duo_ir.kernels.kernel import ContractKernel, ConvKernel, Kernel, LoopKernel, ScanKernel, ScatterKernel
 
 
 def compile_kernel(kernel: Kernel, target: GpuTarget) -> KernelCode:
@@ -20,6 +21,8 @@ def compile_kernel(kernel: Kernel, target: GpuTarget) -> KernelCode:
         return compile_loop(kernel, target)
     if isinstance(kernel, ContractKernel):
         return compile_contract(kernel, target)
+    if isinstance(kernel, ConvKernel):
+        return compile_conv(kernel, target)
     if isinstance(kernel, ScanKernel):
         return compile_scan(kernel, target)
     if isinstance(kernel, ScatterKernel):

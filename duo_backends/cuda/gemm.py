@@ -28,7 +28,7 @@ from duo_backends.cuda.code import (
 )
 from duo_backends.cuda.packs import emit_points, pack_width
 from duo_ir.kernels.kernel import Access, ContractKernel, ConvKernel
-from duo_ir.types import DimLike, DType, evaluate, exact_div, f32, product
+from duo_ir.types import DimLike, DType, evaluate, exact_div, product
 
 BLOCK = 512  # k of a block sum
 SEQUENTIAL_K = 16384
@@ -98,17 +98,21 @@ def _matrix(kernel: ContractKernel, access: Access, transposed: bool) -> Operand
     dtype = kernel.args[access.buffer].dtype
     near_k = k == 1 or (row != 1 and isinstance(k, int) and isinstance(row, int) and k < row)
     near, far, size = (k, row, kernel.k) if near_k else (row, k, kernel.n if transposed else kernel.m)
-    vector = 1
-    if near == 1:
-        vector = 16 // dtype.itemsize if dtype.itemsize >= 4 else 4
-        while vector > 1 and any(exact_div(d, vector) is None for d in (access.at.offset, far, size, *outer)):
-            vector //= 2
+    vector = aligned_vector(dtype, (access.at.offset, far, size, *outer)) if near == 1 else 1
 
     def address(e: Emitter, batch: Sequence[str], r: str, kk: str) -> tuple[str, str]:
         order = (kk, r) if transposed else (r, kk)
         return e.affine(access.at, (*batch, *order)), ""
 
     return Operand(access.buffer, dtype, near_k, vector, address)
+
+
+def aligned_vector(dtype: DType, sizes: Sequence[DimLike]) -> int:
+    """Elements that one access may read where all positions are sums of multiples of `sizes`."""
+    vector = 16 // dtype.itemsize if dtype.itemsize >= 4 else 4
+    while vector > 1 and any(exact_div(d, vector) is None for d in sizes):
+        vector //= 2
+    return vector
 
 
 def compile_product(p: Product, target: GpuTarget) -> KernelCode:
@@ -426,6 +430,3 @@ class _Contraction:
 
 def _zero(dtype: DType) -> str:
     return integer(0) if not dtype.is_float or dtype.is_narrow_float else literal(0, dtype)
-
-
-__all__ = ["Operand", "Product", "compile_contract", "compile_product", "f32"]

@@ -46,11 +46,12 @@ class Launch:
 
 @dataclass(frozen=True)
 class KernelCode:
-    """`text`: functions that need `device.cuh` before them. `scratch`: bytes that all launches share, for given sizes."""
+    """`text`: functions that need `device.cuh`, and then `headers`, before them. `scratch`: bytes that all launches share, for given sizes."""
 
     text: str
     launches: tuple[Launch, ...]
     scratch: Callable[[Mapping[str, int]], int] = lambda sizes: 0
+    headers: tuple[str, ...] = ()
 
 
 def symbol(kernel: Kernel, target: GpuTarget) -> str:

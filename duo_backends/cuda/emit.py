@@ -6,13 +6,14 @@ from collections.abc import Iterable
 from functools import cache
 from importlib import resources
 
+from duo_backends.cuda.attention import compile_attention
 from duo_backends.cuda.code import GpuTarget, KernelCode
 from duo_backends.cuda.conv import compile_conv
 from duo_backends.cuda.gemm import compile_contract
 from duo_backends.cuda.loops import compile_loop
 from duo_backends.cuda.scan import compile_scan
 from duo_backends.cuda.scatter import compile_scatter
-from duo_ir.kernels.kernel import ContractKernel, ConvKernel, Kernel, LoopKernel, ScanKernel, ScatterKernel
+from duo_ir.kernels.kernel import AttentionKernel, ContractKernel, ConvKernel, Kernel, LoopKernel, ScanKernel
 
 
 def compile_kernel(kernel: Kernel, target: GpuTarget) -> KernelCode:
@@ -23,19 +24,21 @@ def compile_kernel(kernel: Kernel, target: GpuTarget) -> KernelCode:
         return compile_contract(kernel, target)
     if isinstance(kernel, ConvKernel):
         return compile_conv(kernel, target)
+    if isinstance(kernel, AttentionKernel):
+        return compile_attention(kernel, target)
     if isinstance(kernel, ScanKernel):
         return compile_scan(kernel, target)
-    if isinstance(kernel, ScatterKernel):
-        return compile_scatter(kernel, target)
-    raise NotImplementedError(type(kernel).__name__)
+    return compile_scatter(kernel, target)
 
 
 @cache
-def header() -> str:
-    """The text that every source starts with."""
-    return resources.files("duo_backends.cuda").joinpath("device.cuh").read_text()
+def header(name: str = "device.cuh") -> str:
+    """The text of a header; every source starts with `device.cuh`."""
+    return resources.files("duo_backends.cuda").joinpath(name).read_text()
 
 
 def source(codes: Iterable[KernelCode]) -> str:
     """One compilation unit with these kernels, each once."""
-    return header() + "\n" + "\n".join(dict.fromkeys(code.text for code in codes))
+    codes = list(codes)
+    names = dict.fromkeys(["device.cuh", *[name for code in codes for name in code.headers]])
+    return "\n".join([*map(header, names), *dict.fromkeys(code.text for code in codes)])

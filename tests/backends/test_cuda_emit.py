@@ -1,0 +1,96 @@
+"""CUDA C for every kind of kernel: deterministic, and accepted by the real nvcc for both architectures where there is one, without spills
+in the kernels that matter. What it computes is tested on the emulator."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import conformance  # finds the op table
+import op_table
+import pytest
+
+from duo_backends.cpu.backend import kernels_of
+from duo_backends.cuda.code import GpuTarget, KernelCode
+from duo_backends.cuda.emit import compile_kernel, source
+from duo_ir import ops
+from duo_ir.core import Value, function_of
+from duo_ir.kernels.kernel import Kernel
+from duo_ir.pipeline import lower
+from duo_ir.types import Dim, DType, TensorType, bf16, f32, f64
+
+assert conformance
+needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
+
+
+def _table_kernels() -> Iterator[Kernel]:
+    """Kernels of the first cases of each op that have any, for fixed sizes and for any sizes."""
+    for row in op_table.TABLE:
+        for number, case in enumerate(op_table.cases([row])):
+            if number > 2:
+                break
+            for fusion in (True, False):
+                yield from kernels_of(lower(case.function(), fusion=fusion))
+
+
+def _product(dtype: DType, m: object, n: object, k: object, ta: bool = False, tb: bool = False) -> Kernel:
+    def turned(x: Value) -> Value:
+        return ops.transpose(x, permutation=(1, 0))
+
+    def f(x: Value, y: Value) -> Value:
+        return ops.matmul(turned(x) if ta else x, turned(y) if tb else y)
+
+    types = [TensorType(dtype, s) for s in ((k, m) if ta else (m, k), (n, k) if tb else (k, n))]  # type: ignore[arg-type]
+    (kernel,) = kernels_of(lower(function_of(f, *types)))
+    return kernel
+
+
+def _products() -> list[Kernel]:
+    large = [_product(d, 4096, 4096, 4096, ta, tb) for d in (f32, bf16, f64) for ta, tb in ((0, 0), (0, 1), (1, 0))]  # type: ignore[arg-type]
+    b = Dim.symbol("b")
+    return [*large, _product(f32, b, 512, 784), _product(f32, 128, 10, 256), _product(f32, 784, 512, b, ta=True)]
+
+
+def _nvcc(tmp_path: Path, text: str, arch: int) -> str:
+    """What ptxas says of the kernels."""
+    file = tmp_path / "kernels.cu"
+    file.write_text(text)
+    command = ["nvcc", f"-arch=sm_{arch}", "-cubin", "-fmad=false", "-Xptxas", "-v", "-Werror", "all-warnings", "-diag-suppress", "177"]
+    done = subprocess.run([*command, "-o", str(tmp_path / "kernels.cubin"), str(file)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[:4000]
+    return done.stderr
+
+
+def test_equal_kernels_give_equal_text() -> None:
+    for kernel in list(_table_kernels())[::7]:
+        assert compile_kernel(kernel, GpuTarget()).text == compile_kernel(kernel, GpuTarget()).text
+
+
+def test_every_launch_has_its_function() -> None:
+    for kernel in dict.fromkeys(_table_kernels()):
+        code = compile_kernel(kernel, GpuTarget())
+        defined = re.findall(r"__global__ void __launch_bounds__\((\d+)\) (\w+)\(", code.text)
+        assert [(str(launch.threads), launch.symbol) for launch in code.launches] == defined
+
+
+@needs_nvcc
+@pytest.mark.parametrize("arch", [80, 90])
+def test_nvcc_takes_the_kernels_of_the_op_table(arch: int, tmp_path: Path) -> None:
+    kernels = list(dict.fromkeys(_table_kernels()))[:: 6 if arch == 80 else 4]
+    codes: list[KernelCode] = [compile_kernel(kernel, GpuTarget(arch)) for kernel in kernels]
+    _nvcc(tmp_path, source(codes), arch)
+
+
+@needs_nvcc
+@pytest.mark.parametrize("arch", [80, 90])
+def test_products_do_not_spill(arch: int, tmp_path: Path) -> None:
+    codes = [compile_kernel(kernel, GpuTarget(arch)) for kernel in _products()]
+    said = _nvcc(tmp_path, source(codes), arch)
+    frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", said)
+    functions = re.findall(r"Compiling entry function '(\w+)'", said)
+    assert len(frames) == len(functions) >= len(codes)
+    spilled = {name for name, (_, stores, loads) in zip(functions, frames) if int(stores) or int(loads)}
+    assert not spilled

@@ -2,7 +2,6 @@
 // blocks of 64, sums within a block by fma in ascending order from +0, blocks added in ascending order. With CAUSAL, whole runs of 32 keys
 // are left out. Widths go through shared memory in slabs of 64 columns.
 // A kernel gives a Storage (how elements are stored and what they are computed in) and a Math (the contract's exp and log).
-#pragma once
 
 struct StoredF32 { typedef float Memory; typedef float Compute; static __device__ __forceinline__ float in(float x) { return x; } static __device__ __forceinline__ float out(float x) { return x; } };
 struct StoredF64 { typedef double Memory; typedef double Compute; static __device__ __forceinline__ double in(double x) { return x; } static __device__ __forceinline__ double out(double x) { return x; } };

@@ -2,7 +2,6 @@
 // C++ compiler for the emulator of the tests, which defines DUO_EMU and includes its own header first.
 // f16 and bf16 values are their bits, in unsigned short. Arithmetic is rounded as IEEE 754 says: compile with -fmad=false -ftz=false
 // -prec-div=true -prec-sqrt=true.
-#pragma once
 #define DUO_FN static __device__ __forceinline__
 
 // A vector of memory, read and written as one access of up to 16 bytes.

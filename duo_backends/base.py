@@ -19,15 +19,6 @@ if TYPE_CHECKING:  # a program that was found on disk needs no passes
 Scalar: TypeAlias = float | int | bool
 
 
-class DeviceBuffer(Protocol):
-    """Memory on a device. `donatable`: nobody else sees it, so a program may write its result there."""
-
-    nbytes: int
-
-    @property
-    def donatable(self) -> bool: ...
-
-
 class Bound(Protocol):
     """A program with all sizes known. `givable`: numbers of the inputs that a result may overwrite."""
 

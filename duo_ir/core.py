@@ -301,16 +301,6 @@ def function_of(fn: Any, *types: TensorType, name: str = "", names: Sequence[str
     return builder.build(out if isinstance(out, (tuple, list)) else (out,))
 
 
-def dims_of(types: Iterable[TensorType]) -> tuple[str, ...]:
-    """Named sizes in order of first appearance."""
-    seen: dict[str, None] = {}
-    for t in types:
-        for d in t.shape:
-            if not isinstance(d, int):
-                seen.update(dict.fromkeys(d.names))
-    return tuple(seen)
-
-
 def bind_dims(types: Sequence[TensorType], shapes: Sequence[tuple[int, ...]]) -> dict[str, int]:
     """The sizes that make `types` fit `shapes`. Raises DuoError naming the first that does not."""
     sizes: dict[str, int] = {}

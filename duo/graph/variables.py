@@ -21,7 +21,6 @@ from duo.graph.states import VariableState
 from duo.graph.tensor import GraphElement, GraphTensor, array_of, convert_to_tensor, identity_of, named, quiet
 from duo.tensor import Tensor
 from duo_ir.errors import DTypeError, ShapeError
-from duo_ir.ops import broadcasting as nd
 from duo_ir.types import Dim, TensorType, f32
 from duo_ir.types import dtype as as_dtype
 
@@ -146,10 +145,6 @@ class Variable(GraphElement):
 
 
 Graph.variable_class = Variable
-
-
-def _conformed(new: Any, like: TensorType) -> Any:
-    return nd.broadcast_to(new, like.shape) if not new.type.shape and like.shape else new
 
 
 def assign(

@@ -166,9 +166,11 @@ address:
 refused:
   ret ptr null
 }
+"""
 
-; While other threads run, the values that are being overwritten are pending: whoever wants one waits for `flight`. What is read is kept alive.
-define internal void @duo.hide(ptr %saved, i64 %count, ptr %layout, ptr %flight) nounwind {
+# Both walk over what `duo.cell` saved of each cell.
+_EACH = """
+define internal void @NAME(ptr %saved, i64 %count, ptr %layout, ptr %flight) nounwind {
 entry:
   %none = load ptr, ptr %layout
   br label %next
@@ -183,49 +185,14 @@ one:
   %buffer.at = getelementptr ptr, ptr %at, i64 1
   %buffer = load ptr, ptr %buffer.at
   %unowned = icmp eq ptr %value, null
-  br i1 %unowned, label %keep, label %hide
-keep:
-  call void @Py_IncRef(ptr %buffer)
+  br i1 %unowned, label %read, label %owned
+read:
+  call void @WHEN_READ(ptr %buffer)
   br label %done
-hide:
-  call void @Py_IncRef(ptr %value)
+owned:
   %buf.at = call ptr @duo.place(ptr %layout, ptr %value, i64 BUF)
-  call void @Py_IncRef(ptr %none)
-  store ptr %none, ptr %buf.at
   %trace.at = call ptr @duo.place(ptr %layout, ptr %value, i64 TRACE)
-  call void @duo.put(ptr %trace.at, ptr %flight, ptr %none)
-  br label %done
-done:
-  br label %next
-end:
-  ret void
-}
-define internal void @duo.show(ptr %saved, i64 %count, ptr %layout, ptr %flight) nounwind {
-entry:
-  %none = load ptr, ptr %layout
-  br label %next
-next:
-  %k = phi i64 [ 0, %entry ], [ %k2, %done ]
-  %more = icmp ult i64 %k, %count
-  br i1 %more, label %one, label %end
-one:
-  %k2 = add i64 %k, 1
-  %at = getelementptr [2 x ptr], ptr %saved, i64 %k
-  %value = load ptr, ptr %at
-  %buffer.at = getelementptr ptr, ptr %at, i64 1
-  %buffer = load ptr, ptr %buffer.at
-  %unowned = icmp eq ptr %value, null
-  br i1 %unowned, label %drop, label %show
-drop:
-  call void @Py_DecRef(ptr %buffer)
-  br label %done
-show:
-  %buf.at = call ptr @duo.place(ptr %layout, ptr %value, i64 BUF)
-  store ptr %buffer, ptr %buf.at
-  call void @Py_DecRef(ptr %none)
-  %trace.at = call ptr @duo.place(ptr %layout, ptr %value, i64 TRACE)
-  call void @duo.put(ptr %trace.at, ptr %none, ptr %flight)
-  call void @Py_DecRef(ptr %value)
+  WHEN_OWNED
   br label %done
 done:
   br label %next
@@ -233,6 +200,24 @@ end:
   ret void
 }
 """
+# While other threads run, the values that are being overwritten are pending: whoever wants one waits for `flight`. What is read is kept alive.
+_HIDE = """
+  call void @Py_IncRef(ptr %value)
+  call void @Py_IncRef(ptr %none)
+  store ptr %none, ptr %buf.at
+  call void @duo.put(ptr %trace.at, ptr %flight, ptr %none)
+"""
+_SHOW = """
+  store ptr %buffer, ptr %buf.at
+  call void @Py_DecRef(ptr %none)
+  call void @duo.put(ptr %trace.at, ptr %none, ptr %flight)
+  call void @Py_DecRef(ptr %value)
+"""
+
+
+def _each(name: str, when_read: str, when_owned: str) -> str:
+    """A function of what was saved of the cells; each that is read, and each that is overwritten, is treated so."""
+    return _EACH.replace("NAME", name).replace("WHEN_READ", when_read).replace("WHEN_OWNED", when_owned.strip())
 
 
 def cells_text() -> str:
@@ -243,7 +228,7 @@ def cells_text() -> str:
         "VALUE": "cell.value", "LEAF": "cell.leaf", "INFO": "value.info", "EXTRA": "value.extra", "TRACE": "value.trace", "STAMP": "value.stamp",
         "BUF": "value.buf", "PTR": "buffer.ptr", "HOME": "buffer.home", "GRAD": "leaf.grad",
     }  # fmt: skip
-    text = _CELLS
+    text = _CELLS + _each("duo.hide", "Py_IncRef", _HIDE) + _each("duo.show", "Py_DecRef", _SHOW)
     kinds = (("GRADIENT_READ", GRADIENT_READ), ("GRADIENT", GRADIENT), ("READ", READ), ("ANY", ANY), ("SAME", SAME))
     for kind, number in kinds:
         text = text.replace(f", {kind}\n", f", {number}\n")

@@ -245,10 +245,6 @@ class Function:
         return self.pure(f"getelementptr {type_}, ptr {pointer}, i64 {offset}", region)
 
     # ------------------------------------------------------------------------------------------------ control flow
-    def start_block(self, label: str) -> None:
-        self.here.lines.append(f"{label}:")
-        self.here.block = label
-
     def section(self) -> Region:
         """A region at this place that later text can still add to."""
         parent = self.here

@@ -14,7 +14,6 @@ from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
 
-from duo_ir.errors import DuoError
 from duo_ir.kernels.kernel import Body, Instr
 from duo_ir.scalar.numpy_eval import NumpyScalar
 from duo_ir.scalar.protocol import BINARY, COMPARE, UNARY
@@ -116,9 +115,6 @@ class BodyBuilder:
             handle = self._seen[row] = len(self.rows)
             self.rows.append(row)
         return handle
-
-    def is_const(self, x: int) -> bool:
-        return x in self._constants
 
     def select(self, c: int, x: int, y: int) -> int:
         if x == y:
@@ -231,13 +227,6 @@ def finish(rows: list[Row], roots: Iterable[int], translate: Callable[[Row], Any
         number[n] = len(body)
         body.append(_instr(op, tuple([number[a] for a in args]), dtype, attr))
     return tuple(body), number
-
-
-def check_body(body: Body) -> None:
-    """Raises DuoError when an instruction uses a later one."""
-    for n, instr in enumerate(body):
-        if any(a >= n for a in instr.args):
-            raise DuoError(f"kernel instruction {n} ({instr.op}) uses a later instruction")
 
 
 _install_instructions()

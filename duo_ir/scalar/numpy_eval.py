@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-import ml_dtypes
 import numpy as np
 
 from duo_ir.errors import DTypeError
@@ -18,7 +17,6 @@ from duo_ir.types import DTYPES, DType
 
 Array = Any  # numpy.ndarray or numpy scalar: the operations used here take both
 
-_BF16 = np.dtype(ml_dtypes.bfloat16)
 _BY_NUMPY = {d.numpy: d for d in DTYPES.values()}
 _SIGNED = {1: np.dtype(np.int8), 2: np.dtype(np.int16), 4: np.dtype(np.int32), 8: np.dtype(np.int64)}
 _UNSIGNED = {1: np.dtype(np.uint8), 2: np.dtype(np.uint16), 4: np.dtype(np.uint32), 8: np.dtype(np.uint64)}

@@ -1,9 +1,5 @@
 """Session.run overwrites the variables that it assigns: they stay where they are, readers see whole values, failures and interrupts lose nothing."""
 
-import os
-import random
-import signal
-import threading
 
 import numpy as np
 import pytest
@@ -11,8 +7,7 @@ import pytest
 import duo
 import duo.graph as tf
 from duo import nn
-
-TRIALS = int(os.environ.get("DUO_SIGNAL_TRIALS", "300"))
+from tests.frontends.disturbances import TRIALS, interrupts, torn_reads
 
 
 class Training:
@@ -131,33 +126,16 @@ def test_interrupts_find_every_variable_whole():
     for _ in range(3):
         job.run()
         twin.run()
-    rng, armed, hits = random.Random(0), False, 0
-
-    def interrupt(*_):
-        if armed:
-            raise KeyboardInterrupt
-
-    handler = signal.signal(signal.SIGALRM, interrupt)
-    try:
+    hits = 0
+    with interrupts(1e-6, 1.5e-4) as disturbed:
         for _ in range(TRIALS):
             old = job.state()
-            try:
-                armed = True
-                signal.setitimer(signal.ITIMER_REAL, rng.uniform(1e-6, 1.5e-4))
-                job.run()
-                armed = False
-            except KeyboardInterrupt:
-                armed = False
-                hits += 1
-            signal.setitimer(signal.ITIMER_REAL, 0)
+            hits += disturbed(job.run)
             new = job.state()
             for mine, value in zip(twin.session._values, old.values(), strict=True):
                 twin.session.put(mine, value)
             twin.run()
             assert same(new, old) or same(new, twin.state())  # all of them together
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, handler)
     assert hits > 20
 
 
@@ -167,20 +145,7 @@ def test_other_threads_read_whole_values():
         step, value, init = tf.assign_add(w, tf.ones([700, 700])), w * 1.0, tf.global_variables_initializer()
     session = tf.Session(graph=graph)
     session.run(init)
-    problems, stop = [], threading.Event()
-
-    def read():
-        while not stop.is_set():
-            for seen in (session.run(value), session.get(w._state)):
-                if not (seen == seen[0, 0]).all():
-                    problems.append(seen)
-
-    readers = [threading.Thread(target=read) for _ in range(2)]
-    for t in readers:
-        t.start()
-    for _ in range(200):
-        session.run(step.op)
-    stop.set()
-    for t in readers:
-        t.join()
-    assert not problems and session.run(w)[0, 0] == 201.0
+    torn = torn_reads(
+        lambda: [session.run(value), session.get(w._state)], lambda: session.run(step.op), 200
+    )
+    assert not torn and session.run(w)[0, 0] == 201.0

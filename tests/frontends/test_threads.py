@@ -14,6 +14,7 @@ import pytest
 import duo
 from duo import nn, runtime
 from duo.eager.trace import forget
+from tests.frontends.disturbances import interrupts
 from tests.frontends.eager_modes import flush_policy, numbers
 
 TRIALS = int(os.environ.get("DUO_SIGNAL_TRIALS", "1000"))
@@ -421,34 +422,18 @@ def test_interrupted_training_keeps_its_parameters(tmp_path):
     model = duo.nn.Linear(150, 150)
     optimizer = duo.optim.Adam(model.parameters(), lr=1e-3)
     x = duo.randn(8, 150)
-    rng = random.Random(0)
-    armed = False
+    def steps():
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            optimizer.step()
 
-    def interrupt(*_):
-        if armed:
-            raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGALRM, interrupt)
     hits = 0
-    try:
+    with interrupts(1e-5, 5e-4) as disturbed:
         for _ in range(trials):
-            try:
-                armed = True
-                signal.setitimer(signal.ITIMER_REAL, rng.uniform(1e-5, 5e-4))
-                for _ in range(3):
-                    optimizer.zero_grad()
-                    model(x).square().mean().backward()
-                    optimizer.step()
-                armed = False
-            except KeyboardInterrupt:
-                armed = False
-                hits += 1
-            signal.setitimer(signal.ITIMER_REAL, 0)
+            hits += disturbed(steps)
             tensors = [*model.parameters(), *[v for s in optimizer.state.values() for v in s.values()]]
             assert all(np.isfinite(t.detach().numpy()).all() for t in tensors)
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
     assert hits > 0
 
 

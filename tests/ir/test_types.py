@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from duo_ir import types
-from duo_ir.core import bind_dims, dims_of
+from duo_ir.core import bind_dims
 from duo_ir.errors import DTypeError, DuoError, ShapeError
 from duo_ir.types import DTYPES, Dim, TensorType, dtype, exact_div, product, promote, promote_scalar, substitute
 
@@ -202,7 +202,6 @@ def test_row_major():
 def test_bind_dims():
     f32 = types.f32
     kinds = [TensorType(f32, (A, A * B)), TensorType(f32, (B,))]
-    assert dims_of(kinds) == ("a", "b")
     assert bind_dims(kinds, [(2, 6), (3,)]) == {"a": 2, "b": 3}
     with pytest.raises(DuoError, match="axis 1"):
         bind_dims(kinds, [(2, 7), (3,)])

@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
-from duo_backends.cpu.body import Emitter, Scope, Value
+from duo_backends.cpu.body import Emitter
 from duo_backends.cpu.code import SIGNATURE, KernelCode, Phase, Target
-from duo_backends.cpu.convert import convert
+from duo_backends.cpu.gemm_epilogue import ask_every, emit_asks, emit_epilogue, lines, pointers
 from duo_backends.cpu.gemm_pack import emit_copy, emit_copy_tiles, emit_gather, emit_transpose, emit_turn
 from duo_backends.cpu.gemm_plan import CHUNK_BLOCKS, SEQUENTIAL_K, Plan, make_plan
 from duo_backends.cpu.gemm_rows import emit_rows_kernel
@@ -25,8 +25,6 @@ from duo_backends.cpu.stream import with_streamed_stores
 from duo_ir.errors import ArgumentError
 from duo_ir.kernels.kernel import Access, ContractKernel
 from duo_ir.types import DimLike, DType, evaluate, product
-
-_LINE = 64  # bytes of a cache line
 
 
 def compile_contract(kernel: ContractKernel, target: Target) -> KernelCode:
@@ -114,15 +112,19 @@ class _Driver:
         if not packed_b and b_column != 1:
             spread = b_column * b.itemsize if isinstance(b_column, int) else None
         ahead = plan.b_ahead if spread == 0 and not packed_b else 0
-        tile = Tile(rows, vectors, a, row_bytes, b, b_vector, plan.compute, spread, not plan.one_block, ahead)
+        asks = ask_every(plan, self.streams)
+        tiles = plan.segments[0].count if len(plan.segments) == 1 else None
+        # packed tiles are near; in others a row is too short for the hardware to foresee the next one
+        a_ahead = spread == 0 and tiles != 1 and not plan.pack_a and self.kernel.a.at.strides[-1] == 1 and row_bytes > 0
+        tile = Tile(rows, vectors, a, row_bytes, b, b_vector, plan.compute, spread, not plan.one_block, ahead, asks, a_ahead)
         emit = emit_rows_kernel if spread != 0 else emit_micro_kernel
         return self._function(tile, "tile", lambda name: emit(self.module, self.target, name, tile))
 
     def packer(
-        self, dtype: DType, lane: DimLike, step: DimLike, lanes: int, vectors: int, apart: int
+        self, dtype: DType, lane: DimLike, step: DimLike, lanes: int, vectors: int, apart: int, filled: bool
     ) -> tuple[str, int]:
         """(packing function for those strides, lanes it packs at once), with `vectors` vectors of `lanes` lanes, `apart` bytes from
-        each other, a k step."""
+        each other, a k step. `filled`: it never meets fewer than all lanes of a vector."""
         module, target, compute = self.module, self.target, self.plan.compute
         if lane == 1:
             copy = self._function(
@@ -149,8 +151,7 @@ class _Driver:
 
         if lanes < self.plan.lanes or not isinstance(lane, int):
             return transpose(), lanes
-        n = self.kernel.n
-        whole = isinstance(k, int) and not 0 < k % BLOCK < lanes and isinstance(n, int) and n % lanes == 0
+        whole = filled and isinstance(k, int) and not 0 < k % BLOCK < lanes
         rest, apart = None if whole else transpose(), lane * dtype.itemsize
         turn = self._function(
             ("turn", dtype), "turn", lambda name: emit_turn(module, target, name, rest, dtype, compute, apart)
@@ -168,98 +169,18 @@ class _Driver:
             ),
         )
 
-    # ---------------------------------------------------------------------------------------------------- epilogue
     def epilogue(self) -> str:
-        """void name(args, dims, status, batch indices..., row, rows, column, columns, tile): the body on one tile."""
-        return self._function("epilogue", "epilogue", self._emit_epilogue)
+        return self._function("epilogue", "epilogue", lambda name: emit_epilogue(self.module, self.target, self.plan, name, self.streams))
 
-    def _emit_epilogue(self, name: str) -> None:
-        kernel, plan = self.kernel, self.plan
-        batch = [f"%batch{i}" for i in range(len(kernel.batch))]
-        f = Function(
-            self.module,
-            f"define internal void @{name}(ptr %args, ptr %dims, ptr %status, "
-            + "".join(f"i64 {b}, " for b in batch)
-            + "i64 %row, i64 %rows, i64 %column, i64 %columns, ptr %tile, i64 %tile_row) noinline #0",
-        )
-        emitter = Emitter(f, self.target, kernel.args, _pointers(f, kernel), kernel.dims, streams=self.streams)
-        lanes, size = plan.lanes, plan.compute.itemsize
-        type_ = vector(lanes, register_type(plan.compute))
-
-        def strip(number: str, mask: str | None) -> None:
-            """One vector of columns, all rows."""
-            offset = f.mul(number, str(lanes))
-            column, at = f.add("%column", offset), f.gep("i8", "%tile", f.mul(offset, str(size)))
-            with f.loop("0", "%rows", 1, [("ptr", at)], runs=True) as loop:
-                row = f.op(f"add i64 %row, {loop.index}")
-                levels = (*(0 for _ in batch), 2, 1)
-                regions = (f.top, loop.before, None)
-                scope = Scope((*batch, row, column), levels, regions, len(batch) + 1, lanes, mask)
-                acc = f.op(f"load {type_}, ptr {loop.values[0]}, align {size}")
-                acc = convert(f, self.target, acc, plan.compute, kernel.acc, lanes, None)
-                acc = convert(f, self.target, acc, kernel.acc, kernel.result, lanes, None)
-                values = emitter.emit(kernel.body, scope, acc=Value(acc, kernel.result, True, 2))
-                for store in kernel.stores:
-                    emitter.store(store, values, scope)
-                loop.next = [f.op(f"getelementptr i8, ptr {loop.values[0]}, i64 %tile_row")]
-
-        full = f.div("%columns", str(lanes))
-        with f.loop("0", full, 1) as loop:
-            strip(loop.index, None)
-        if not (isinstance(kernel.n, int) and kernel.n % lanes == 0):
-            rest = f.rem("%columns", str(lanes))
-            with f.when(f.op(f"icmp ne i64 {rest}, 0")):
-                numbers = ", ".join(f"i64 {lane}" for lane in range(lanes))
-                count = emitter.splat_scalar(rest, "i64", lanes)
-                strip(full, f.op(f"icmp slt {vector(lanes, 'i64')} <{numbers}>, {count}"))
-        f.finish()
-
-    # ---------------------------------------------------------------------------------------------------- prefetch
-    def _met_late(self) -> list[tuple[Access, int]]:
-        """What the epilogue reads and writes beside the result's own lines, in rows along its columns; 1 marks writes. The hardware does not
-        foresee such short rows."""
-        kernel = self.kernel
-        if len(kernel.stores) + len(kernel.body) <= 2:
-            return []
-        accesses = [(i.attr, 0) for i in kernel.body if isinstance(i.attr, Access)] + [(s.access, 1) for s in kernel.stores]
-        return [
-            (a, write)
-            for a, write in accesses
-            if a.at.strides[-1] == 1 and a.at.strides[-2] != 0 and not a.index_strides and not a.guards
-        ]
-
-    def prefetch(self) -> str:
-        """void name(args, dims, status, batch indices..., row, rows, column, columns): fetches the lines of a tile."""
-        return self._function("prefetch", "prefetch", self._emit_prefetch)
-
-    def _emit_prefetch(self, name: str) -> None:
-        kernel = self.kernel
-        batch = [f"%batch{i}" for i in range(len(kernel.batch))]
-        f = Function(
-            self.module,
-            f"define internal void @{name}(ptr %args, ptr %dims, ptr %status, "
-            + "".join(f"i64 {b}, " for b in batch)
-            + "i64 %row, i64 %rows, i64 %column, i64 %columns) noinline #0",
-        )
-        emitter = Emitter(f, self.target, kernel.args, _pointers(f, kernel), kernel.dims)
-        with f.loop("0", "%rows", 1, runs=True) as loop:
-            row = f.op(f"add i64 %row, {loop.index}")
-            for access, write in self._met_late():
-                dtype = kernel.args[access.buffer].dtype
-                position, _, _ = emitter.affine(Scope.flat((*batch, row, "%column")), access.at)
-                start = f.gep(memory_type(dtype), emitter.pointers[access.buffer], position)
-                for offset in range(0, self.plan.panel * dtype.itemsize, _LINE):
-                    operands = [("ptr", f.gep("i8", start, str(offset))), *[("i32", str(n)) for n in (write, 3, 1)]]
-                    f.emit(f.intrinsic("prefetch", "void", operands, "p0"))
-        f.finish()
+    def asks(self) -> str:
+        return self._function("asks", "asks", lambda name: emit_asks(self.module, self.target, self.plan, name, self.streams))
 
     # -------------------------------------------------------------------------------------------------------- main
     def emit(self) -> None:
         kernel, plan = self.kernel, self.plan
         f = self.f = Function(self.module, f"define {self.linkage}void @{self.name}({SIGNATURE}) #0")
-        emitter = Emitter(f, self.target, kernel.args, _pointers(f, kernel), kernel.dims)
+        emitter = Emitter(f, self.target, kernel.args, pointers(f, kernel), kernel.dims)
         self.dim = emitter.dim
-        pointers = emitter.pointers
         self.m, self.n, self.k = (self.dim(d) for d in (kernel.m, kernel.n, kernel.k))
         # like Plan.scratch, per thread
         levels = "1"
@@ -275,6 +196,9 @@ class _Driver:
         self.b_packed = mine
         self.a_packed = f.gep("i8", mine, str(plan.b_bytes), f.top)
         self.sums = f.gep("i8", mine, str(plan.a_bytes + plan.b_bytes), f.top)
+        self.lines = lines(plan, self.streams)
+        if any(self.lines):
+            self.table = f.alloca("ptr", sum(self.lines) * plan.segments[0].rows)
         self._count_tiles()
         self.panels = self._ceil_div(self.n, plan.panel)
         row_units = self._ceil_div(self.tiles, plan.unit_tiles)
@@ -295,8 +219,8 @@ class _Driver:
                 number = f.div(number, size) if axis else number
             self.t0, self.t1 = first_tile, f.min(f.add(first_tile, str(plan.unit_tiles)), self.tiles)
             self.p0, self.p1 = first_panel, f.min(f.add(first_panel, str(plan.unit_panels)), self.panels)
-            self.a = self._operand(pointers, kernel.a, self.a_type)
-            self.b = self._operand(pointers, kernel.b, self.b_type)
+            self.a = self._operand(emitter.pointers, kernel.a, self.a_type)
+            self.b = self._operand(emitter.pointers, kernel.b, self.b_type)
             self._unit()
         f.finish()
 
@@ -448,11 +372,16 @@ class _Driver:
                 for s in plan.segments
             ]
             name, place = self._select(tile.number, names, "ptr"), self._sums_of(tile, panel, sums)
-            if finish is not None and self._met_late():
+            more = ""
+            if any(self.lines):
+                counts = [f.mul(tile.rows, str(n)) for n in self.lines]
+                reads, writes = [self._choose(finish or "false", n, "0") for n in counts]
+                more = f", ptr {self.table}, i64 {reads}, i64 {writes}"
+            if more and finish is not None:
                 with f.when(finish):
-                    self._call_on_tile(self.prefetch(), tile, panel, "")
+                    self._call_on_tile(self.asks(), tile, panel, f", ptr {self.table}")
             f.emit(
-                f"call void {name}(i64 {k}, ptr {a_at}, i64 {a_step}, ptr {b_at}, i64 {b_step}, ptr {place}, i1 {add})"
+                f"call void {name}(i64 {k}, ptr {a_at}, i64 {a_step}, ptr {b_at}, i64 {b_step}, ptr {place}, i1 {add}{more})"
             )
             if finish is not None:
                 with f.when(finish):
@@ -488,7 +417,8 @@ class _Driver:
         lanes = plan.lanes
         if not isinstance(lane, int) or (lane != 1 and isinstance(self.kernel.n, int) and self.kernel.n < lanes):
             lanes = transposed_lanes(self.target, plan.compute)
-        name, at_once = self.packer(self.b_type, lane, step, lanes, plan.vectors, plan.strip_bytes)
+        filled = isinstance(self.kernel.n, int) and self.kernel.n % lanes == 0
+        name, at_once = self.packer(self.b_type, lane, step, lanes, plan.vectors, plan.strip_bytes, filled)
         lane_bytes, step_bytes = self._bytes(lane, self.b_type), self._bytes(step, self.b_type)
         size = plan.compute.itemsize
         last = f.sub(self.n, "1", f.top)
@@ -527,7 +457,8 @@ class _Driver:
             return
         f, plan = self.f, self.plan
         lane, step = self.kernel.a.at.strides[-2:]
-        name, at_once = self.packer(self.a_type, lane, step, plan.a_vector, 1, 0)
+        filled = all(segment.rows % plan.a_vector == 0 for segment in plan.segments)
+        name, at_once = self.packer(self.a_type, lane, step, plan.a_vector, 1, 0, filled)
         lane_bytes, step_bytes = self._bytes(lane, self.a_type), self._bytes(step, self.a_type)
         size = plan.compute.itemsize
         with self._each_tile(t0, t1) as tile:
@@ -577,10 +508,3 @@ class _Driver:
                     y = f.op(f"load {type_}, ptr {f.gep('i8', right, loop.index)}, align {size}")
                     f.emit(f"store {type_} {f.op(f'{operation} {type_} {x}, {y}')}, ptr {to}, align {size}")
 
-
-def _pointers(f: Function, kernel: ContractKernel) -> list[str]:
-    """The addresses of the kernel's arguments."""
-    out = []
-    for number in range(len(kernel.args)):
-        out.append(f.op(f"load ptr, ptr {f.gep('ptr', '%args', str(number), f.top)}, align 8", f.top))
-    return out

@@ -14,6 +14,7 @@ from duo_backends.cpu.convert import convert
 from duo_backends.cpu.llvm import Function, Module, memory_type, register_type, vector
 from duo_ir.types import DType, f32, f64, i32, i64
 
+LINE = 64  # bytes of a cache line
 BLOCK = 512  # K per block: the sums of blocks are added in order (rule 2)
 
 
@@ -99,16 +100,20 @@ class Tile:
     b_column: int | None = 0
     adds: bool = True  # whether it is ever called with `add`
     b_ahead: int = 0  # k steps from here whose row of B is asked for early; 0: none
+    asks: int = 0  # k steps from one line that the epilogue will meet to the next one asked for; 0: none are
+    a_ahead: bool = False  # whether the lines of the next tile of A, which follows this one in memory, are asked for
 
 
 PARAMETERS = "i64 %k, ptr noalias readonly %a, i64 %as, ptr noalias readonly %b, i64 %bs, ptr noalias %tile, i1 %add"  # see below
+# with `asks`: addresses of the lines that the epilogue will read, then of those that it will write, and how many there are
+ASKS = ", ptr %asks, i64 %reads, i64 %writes"
 
 
 def emit_micro_kernel(module: Module, target: Target, name: str, tile: Tile) -> None:
     """define void @name(i64 k, ptr a, i64 a_step, ptr b, i64 b_step, ptr tile, i1 add); steps in bytes per k.
 
     The tile's rows are `vectors * lanes` elements apart. Not for a `tile` with `b_column`."""
-    f = Function(module, f"define internal void @{name}({PARAMETERS}) noinline #0")
+    f = Function(module, f"define internal void @{name}({PARAMETERS}{ASKS if tile.asks else ''}) noinline #0")
     rows, vectors, a, b, compute = tile.rows, tile.vectors, tile.a, tile.b, tile.compute
     lanes, element = lanes_of(target, compute), register_type(compute)
     type_ = vector(lanes, element)
@@ -128,32 +133,76 @@ def emit_micro_kernel(module: Module, target: Target, name: str, tile: Tile) -> 
                 out.append(multiply_add(f, type_, splat, column, acc[r * vectors + v], compute))
         return out
 
-    a_at, b_at, acc = "%a", "%b", ["zeroinitializer"] * (rows * vectors)
-    unroll = 4 if rows * vectors <= 8 else 2 if rows * vectors <= 12 else 1
+    carried = [("ptr", "%a"), ("ptr", "%b"), *[(type_, "zeroinitializer")] * (rows * vectors)]
+    if tile.a_ahead:  # the line of the next tile's A to ask for, and how many rows from there are left
+        carried += [("ptr", f.gep("i8", "%a", str(rows * tile.a_row))), ("i64", str(rows))]
     done = "0"
-    for count in dict.fromkeys((unroll, 1)):
-        end = "%k" if count == 1 else f.op(f"and i64 %k, {-count}")
-        with f.loop(done, end, count, [("ptr", a_at), ("ptr", b_at), *((type_, x) for x in acc)]) as loop:
+
+    def run(end: str, count: int, asks: str = "", write: int = 0) -> str:
+        """Steps from `done` to `end`, `count` at a time, with one of the epilogue's lines each time where there are `asks`."""
+        nonlocal carried, done
+        types = [t for t, _ in carried]
+        with f.loop(done, end, count, [*carried, *([("ptr", asks)] if asks else [])]) as loop:
             a_at, b_at, *acc = loop.values
+            after: list[str] = []
+            if asks:
+                line = acc.pop()
+                _prefetch(f, f.op(f"load ptr, ptr {line}, align 8"), write)
+                after = [f.op(f"getelementptr i8, ptr {line}, i64 8")]
+            if tile.a_ahead:
+                *acc, at, left = acc
+                for _ in range(max(1, count // _steps_of_line(tile))):
+                    at, left = _ask_a(f, tile, at, left)
+                after = [at, left, *after]
             for _ in range(count):
                 if tile.b_ahead:
-                    _ask(f, b_at, tile)
+                    _ask_b(f, b_at, tile)
                 acc = step(a_at, b_at, acc)
                 a_at = f.op(f"getelementptr i8, ptr {a_at}, i64 %as")
                 b_at = f.op(f"getelementptr i8, ptr {b_at}, i64 %bs")
-            loop.next = [a_at, b_at, *acc]
-        a_at, b_at, *acc = loop.results
-        done = end
-    leave_sums(f, tile, type_, lanes * compute.itemsize, acc)
+            loop.next = [a_at, b_at, *acc, *after]
+        carried, done = [*zip(types, loop.results)], end
+        return loop.results[-1]
+
+    if tile.asks:
+        asks, last = "%asks", f.sub("%k", f.rem("%k", str(tile.asks)))
+        for write, number in enumerate(("%reads", "%writes")):
+            asks = run(f.min(f.add(done, f.mul(number, str(tile.asks))), last), tile.asks, asks, write)
+    unroll = 4 if rows * vectors <= 8 else 2 if rows * vectors <= 12 else 1
+    if tile.a_ahead:
+        unroll = max(unroll, _steps_of_line(tile))
+    for count in dict.fromkeys((unroll, 1)):
+        run("%k" if count == 1 else f.add(done, f.op(f"and i64 {f.sub('%k', done)}, {-count}")), count)
+    sums = [value for _, value in carried[2 : 2 + rows * vectors]]
+    leave_sums(f, tile, type_, lanes * compute.itemsize, sums)
     f.finish()
 
 
-def _ask(f: Function, b_at: str, tile: Tile) -> None:
+def _prefetch(f: Function, at: str, write: int = 0) -> None:
+    operands = [("ptr", at), ("i32", str(write)), ("i32", "3"), ("i32", "1")]
+    f.emit(f.intrinsic("prefetch", "void", operands, "p0"))
+
+
+def _steps_of_line(tile: Tile) -> int:
+    """K steps after which another line of the next tile of A is due: a line of each row lasts as many steps as it has elements. 1, 2 or 4."""
+    return next(n for n in (4, 2, 1) if n == 1 or n * tile.rows <= LINE // tile.a.itemsize)
+
+
+def _ask_a(f: Function, tile: Tile, at: str, left: str) -> tuple[str, str]:
+    """Asks for the line `at` of the next tile of A; the line after it, down its rows and then along them, and the rows left from there."""
+    _prefetch(f, at)
+    left = f.op(f"sub i64 {left}, 1")
+    bottom = f.op(f"icmp eq i64 {left}, 0")
+    far = f.op(f"select i1 {bottom}, i64 {LINE - (tile.rows - 1) * tile.a_row}, i64 {tile.a_row}")
+    left = f.op(f"select i1 {bottom}, i64 {tile.rows}, i64 {left}")
+    return f.op(f"getelementptr i8, ptr {at}, i64 {far}"), left
+
+
+def _ask_b(f: Function, b_at: str, tile: Tile) -> None:
     """Asks for the row of B `b_ahead` k steps from here."""
     row = f.gep("i8", b_at, f.mul("%bs", str(tile.b_ahead), f.top))
     for v in range(tile.vectors):
-        operands = [("ptr", f.gep("i8", row, str(v * tile.b_vector))), ("i32", "0"), ("i32", "3"), ("i32", "1")]
-        f.emit(f.intrinsic("prefetch", "void", operands, "p0"))
+        _prefetch(f, f.gep("i8", row, str(v * tile.b_vector)))
 
 
 def leave_sums(f: Function, tile: Tile, type_: str, size: int, sums: list[str]) -> None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import ctypes
 import functools
 import itertools
+import mmap
+import sys
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -260,6 +262,29 @@ def test_tiles_of_a_that_lie_side_by_side(width: str, symbolic: str) -> None:
     matmul(where, 101, 70, 530, a_order="column", symbolic=symbolic, d=f16)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="protects a page")
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("m, n", ((27, 144), (18, 144), (26, 288), (20, 64)))
+def test_a_at_the_end_of_memory(width: str, m: int, n: int) -> None:
+    """Tiles of fewer rows than a vector has lanes, packed: nothing is read beyond the last row."""
+    where, rng, k = machine_or_skip(width), np.random.default_rng(m), 512
+    pages = -(-4 * m * k // mmap.PAGESIZE)
+    block = mmap.mmap(-1, (pages + 1) * mmap.PAGESIZE)
+    a = np.frombuffer(block, np.float32, m * k, pages * mmap.PAGESIZE - 4 * m * k)
+    a[:] = values(rng, m * k, f32)
+    b, c = values(rng, k * n, f32), np.zeros(m * n, np.float32)
+    body, stores = plain(Access(2, Affine(0, (n, 1))), f32)
+    kernel = ContractKernel(
+        (Arg(f32, m * k), Arg(f32, k * n), Arg(f32, m * n, True)), (), m, n, k, Access(0, Affine(0, (k, 1))),
+        Access(1, Affine(0, (n, 1))), f32, f32, body, stores,
+    )  # fmt: skip
+    compiled, libc = compile_(kernel, where), ctypes.CDLL(None, use_errno=True)
+    end = ctypes.c_void_p(a.ctypes.data + a.nbytes)
+    assert libc.mprotect(end, ctypes.c_size_t(mmap.PAGESIZE), 0) == 0
+    run(kernel, [a, b, c], {}, where, None, compiled)
+    assert same(c.reshape(m, n), reference(a.reshape(m, k), b.reshape(k, n), f32, f32))
+
+
 @pytest.mark.parametrize("k", (16384, 16385, 17000, 20480, 29000))
 def test_long_k(k: int) -> None:
     where = machine_or_skip("native")
@@ -321,10 +346,12 @@ def test_large() -> None:
 
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("transposed", (False, True))
-def test_epilogue(width: str, transposed: bool) -> None:
-    """relu(acc + bias[n]) * scale[m] + residual[b, m, n], in place of the residual, and the sum itself beside it."""
+@pytest.mark.parametrize("m, k", ((21, 0), (21, 3), (21, 530), (5, 40)))
+def test_epilogue(width: str, transposed: bool, m: int, k: int) -> None:
+    """relu(acc + bias[n]) * scale[m] + residual[b, m, n], in place of the residual, and the sum itself beside it. Its memory is asked for
+    during the last block of k, which may be shorter than there are lines; not where B is turned in registers."""
     where, rng = machine_or_skip(width), np.random.default_rng(1)
-    batch, m, n, k = 3, 21, 53, 40
+    batch, n = 3, 53
     a, b = values(rng, batch * m * k, f32), values(rng, k * n, f32)
     bias, scale, residual = values(rng, n, f32), values(rng, m, f32), values(rng, batch * m * n, f32)
     out = Buffer(batch * m * n, f32.numpy)
@@ -333,6 +360,7 @@ def test_epilogue(width: str, transposed: bool) -> None:
     name = Dim.symbol("m")
     at = Affine(0, (name * n, n, 1))
     raw_at = Affine(0, (name * n, 1, name)) if transposed else at
+    size, b_at = m if transposed else name, Affine(0, (0, 1, k) if transposed else (0, n, 1))
     body = (
         Instr("acc", (), f32),
         Instr("load", (), f32, Access(2, Affine(0, (0, 0, 1)))),
@@ -350,11 +378,11 @@ def test_epilogue(width: str, transposed: bool) -> None:
     kernel = ContractKernel(
         (Arg(f32, batch * m * k), Arg(f32, k * n), Arg(f32, n), Arg(f32, m), Arg(f32, total), Arg(f32, total, True),
          Arg(f64, total, True)),
-        (batch,), name, n, k, Access(0, Affine(0, (name * k, k, 1))), Access(1, Affine(0, (0, n, 1))), f32, f32, body,
+        (batch,), size, n, k, Access(0, Affine(0, (name * k, k, 1))), Access(1, b_at), f32, f32, body,
         (Store(Access(5, at), 9), Store(Access(6, raw_at), 10)), ("m",),
     )  # fmt: skip
     run(kernel, [a, b, bias, scale, out.data, out.data, raw.data], {"m": m}, where, rng)
-    acc = reference(a.reshape(batch, m, k), b.reshape(k, n), f32, f32)
+    acc = reference(a.reshape(batch, m, k), b.reshape(n, k).T if transposed else b.reshape(k, n), f32, f32)
     hidden = acc + bias
     expected = np.where(hidden > 0, hidden, np.float32(0)) * scale[:, None] + residual.reshape(batch, m, n)
     assert same(out.data.reshape(batch, m, n), expected)

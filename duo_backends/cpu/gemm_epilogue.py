@@ -1,0 +1,134 @@
+"""What a contraction does with a finished tile: the kernel's body on its sums, and what that meets in memory, asked for beforehand.
+
+The lines that an epilogue reads and writes come in rows too short for the hardware to foresee, and all at once they would keep the next
+micro-kernel waiting. So their addresses are put down before a tile's last block, and its micro-kernel asks for them one by one on the way.
+"""
+
+from __future__ import annotations
+
+from duo_backends.cpu.body import Emitter, Scope, Value
+from duo_backends.cpu.code import Target
+from duo_backends.cpu.convert import convert
+from duo_backends.cpu.gemm_plan import Plan
+from duo_backends.cpu.gemm_tile import BLOCK, LINE
+from duo_backends.cpu.llvm import Function, Module, memory_type, register_type, vector
+from duo_ir.kernels.kernel import Access, ContractKernel
+from duo_ir.types import product
+
+_APART = 4  # k steps from one line to the next that is asked for, at most
+_FAR = 1 << 18  # bytes of a result that is written without being looked at, from which it is not near
+
+
+def pointers(f: Function, kernel: ContractKernel) -> list[str]:
+    """The addresses of the kernel's arguments."""
+    out = []
+    for number in range(len(kernel.args)):
+        out.append(f.op(f"load ptr, ptr {f.gep('ptr', '%args', str(number), f.top)}, align 8", f.top))
+    return out
+
+
+def _on_tile(module: Module, kernel: ContractKernel, name: str, more: str) -> tuple[Function, list[str]]:
+    """void name(args, dims, status, batch indices..., row, rows, column, columns, more), and the batch indices."""
+    batch = [f"%batch{i}" for i in range(len(kernel.batch))]
+    header = "".join(f"i64 {b}, " for b in batch) + "i64 %row, i64 %rows, i64 %column, i64 %columns"
+    return Function(
+        module, f"define internal void @{name}(ptr %args, ptr %dims, ptr %status, {header}, {more}) noinline #0"
+    ), batch
+
+
+def emit_epilogue(module: Module, target: Target, plan: Plan, name: str, streams: frozenset[int]) -> None:
+    """The body on one tile: `more` is (ptr tile, i64 bytes between its rows)."""
+    kernel = plan.kernel
+    f, batch = _on_tile(module, kernel, name, "ptr %tile, i64 %tile_row")
+    emitter = Emitter(f, target, kernel.args, pointers(f, kernel), kernel.dims, streams=streams)
+    lanes, size = plan.lanes, plan.compute.itemsize
+    type_ = vector(lanes, register_type(plan.compute))
+
+    def strip(number: str, mask: str | None) -> None:
+        """One vector of columns, all rows."""
+        offset = f.mul(number, str(lanes))
+        column, at = f.add("%column", offset), f.gep("i8", "%tile", f.mul(offset, str(size)))
+        with f.loop("0", "%rows", 1, [("ptr", at)], runs=True) as loop:
+            row = f.op(f"add i64 %row, {loop.index}")
+            levels = (*(0 for _ in batch), 2, 1)
+            regions = (f.top, loop.before, None)
+            scope = Scope((*batch, row, column), levels, regions, len(batch) + 1, lanes, mask)
+            acc = f.op(f"load {type_}, ptr {loop.values[0]}, align {size}")
+            acc = convert(f, target, acc, plan.compute, kernel.acc, lanes, None)
+            acc = convert(f, target, acc, kernel.acc, kernel.result, lanes, None)
+            values = emitter.emit(kernel.body, scope, acc=Value(acc, kernel.result, True, 2))
+            for store in kernel.stores:
+                emitter.store(store, values, scope)
+            loop.next = [f.op(f"getelementptr i8, ptr {loop.values[0]}, i64 %tile_row")]
+
+    full = f.div("%columns", str(lanes))
+    with f.loop("0", full, 1) as loop:
+        strip(loop.index, None)
+    if not (isinstance(kernel.n, int) and kernel.n % lanes == 0):
+        rest = f.rem("%columns", str(lanes))
+        with f.when(f.op(f"icmp ne i64 {rest}, 0")):
+            numbers = ", ".join(f"i64 {lane}" for lane in range(lanes))
+            count = emitter.splat_scalar(rest, "i64", lanes)
+            strip(full, f.op(f"icmp slt {vector(lanes, 'i64')} <{numbers}>, {count}"))
+    f.finish()
+
+
+def _met(kernel: ContractKernel, write: int, streams: frozenset[int]) -> list[Access]:
+    """What the epilogue reads or writes, not past the caches, in rows along its columns; nothing where all that it does is to write a small
+    result."""
+    if len(kernel.stores) + len(kernel.body) <= 2:
+        size = product((*kernel.batch, kernel.m, kernel.n))
+        if not isinstance(size, int) or size * kernel.result.itemsize < _FAR:
+            return []
+    accesses = [s.access for s in kernel.stores] if write else [i.attr for i in kernel.body if isinstance(i.attr, Access)]
+    return [
+        a
+        for a in accesses
+        if a.at.strides[-1] == 1 and a.at.strides[-2] != 0 and not a.index_strides and not a.guards and a.buffer not in streams
+    ]
+
+
+def _row_lines(plan: Plan, access: Access) -> range:
+    """Offsets in bytes of the lines of a row of a panel."""
+    return range(0, plan.panel * plan.kernel.args[access.buffer].dtype.itemsize, LINE)
+
+
+def lines(plan: Plan, streams: frozenset[int]) -> tuple[int, int]:
+    """How many lines of each row of a tile are asked for: to be read, to be written. None where B is turned in registers (`gemm_rows.py`)."""
+    if not plan.pack_b and plan.kernel.b.at.strides[-1] != 1:
+        return 0, 0
+    read, written = (sum(len(_row_lines(plan, a)) for a in _met(plan.kernel, write, streams)) for write in (0, 1))
+    return read, written
+
+
+def ask_every(plan: Plan, streams: frozenset[int]) -> int:
+    """K steps of a micro-kernel from one line that it asks for to the next; 0: it asks for none."""
+    count, k = sum(lines(plan, streams)) * plan.segments[0].rows, plan.kernel.k
+    if count == 0:
+        return 0
+    last = (k - 1) % BLOCK + 1 if isinstance(k, int) and k > 0 else BLOCK  # steps of the last block
+    return max(1, min(_APART, last // count))
+
+
+def emit_asks(module: Module, target: Target, plan: Plan, name: str, streams: frozenset[int]) -> None:
+    """The addresses of a tile's lines, those to be read first: `more` is (ptr where to put them)."""
+    kernel = plan.kernel
+    f, batch = _on_tile(module, kernel, name, "ptr %asks")
+    emitter = Emitter(f, target, kernel.args, pointers(f, kernel), kernel.dims)
+    at = "%asks"
+    for write in (0, 1):
+        accesses = _met(kernel, write, streams)
+        if not accesses:
+            continue
+        with f.loop("0", "%rows", 1, [("ptr", at)], runs=True) as loop:
+            row, at = f.op(f"add i64 %row, {loop.index}"), loop.values[0]
+            for access in accesses:
+                position, _, _ = emitter.affine(Scope.flat((*batch, row, "%column")), access.at)
+                dtype = kernel.args[access.buffer].dtype
+                start = f.gep(memory_type(dtype), emitter.pointers[access.buffer], position)
+                for offset in _row_lines(plan, access):
+                    f.emit(f"store ptr {f.gep('i8', start, str(offset))}, ptr {at}, align 8")
+                    at = f.op(f"getelementptr i8, ptr {at}, i64 8")
+            loop.next = [at]
+        at = loop.results[0]
+    f.finish()

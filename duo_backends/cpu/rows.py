@@ -40,7 +40,8 @@ from duo_ir.types import DimLike, evaluate, product
 _GROUP = 16  # chunks whose partial is one work unit of a split reduction
 _SPLIT_FROM = 4 * _GROUP * CHUNK  # elements from which splitting pays for its barrier
 _SMALL_BODY = 8  # instructions up to which loops are unrolled
-_UNROLL = 8  # vectors of a reduction in one go
+_UNROLL = 8  # vectors of a reduction in one go,
+_STATES = 4  # or of one in any order, each with a state of its own
 _FAR = 1 << 18  # elements from which cache lines are asked for early,
 _AHEAD = 512  # and how many elements early
 _NEXT_ROW = 512, 1 << 16  # elements of rows that are asked for while the row before is worked on
@@ -294,8 +295,10 @@ class _Rows:
     ) -> list[str]:
         """`state` after elements [begin, end) of a one-axis stage; begin is a multiple of 16."""
         f = self.f
-        unroll = 4 if len(stage.body) <= _SMALL_BODY and not any(r.is_arg for r in reducers) else 1
         free = not any(r.ordered for r in reducers)
+        unroll = 1
+        if len(stage.body) <= _SMALL_BODY and not any(r.is_arg for r in reducers):
+            unroll = _STATES if free else _UNROLL
         if is_literal(begin) and is_literal(end) and int(end) - int(begin) < LANES * unroll:
             unroll = 1
         state = list(state)
@@ -343,6 +346,7 @@ class _Rows:
             for k in range(unroll):
                 index = f.add(loop.index, str(LANES * k))
                 scope = self._scope(start, [index], 0, LANES, None)
+                self._ask(stage, scope)
                 which = k if free else 0
                 states[which] = self._step(stage, reducers, scope, index, states[which])
             loop.next = [name for s in states for name in s]
@@ -382,7 +386,6 @@ class _Rows:
         f = self.f
         chunks = f.div(f.sub(end, begin), str(CHUNK))
         unroll = _UNROLL if len(stage.body) <= _SMALL_BODY else 1
-        far = self._is_far(stage)
         with f.loop("0", chunks) as loop:
             first = f.add(begin, f.mul(loop.index, str(CHUNK)))
             initial = typed(reducers, LANES, identities(reducers, LANES))
@@ -391,12 +394,16 @@ class _Rows:
                 for k in range(unroll):
                     index = f.add(base, str(k * LANES))
                     scope = self._scope(start, [index], 0, LANES, None)
-                    if far:
-                        self.e.prefetch(stage.body, scope, len(self.outer), _AHEAD)
+                    self._ask(stage, scope)
                     state = self._step(stage, reducers, scope, index, state)
                 lanes.next = state
             push(f, reducers, LANES, stack, lanes.results, loop.index)
         return chunks
+
+    def _ask(self, stage: Stage, scope: Scope) -> None:
+        """Asks for what a stage reads a little later, where it reads it first and nothing else has asked."""
+        if self.number == 0 and self.fetching is None and self._is_far(stage):
+            self.e.prefetch(stage.body, scope, len(self.outer), _AHEAD)
 
     def _is_far(self, stage: Stage) -> bool:
         """Whether what it reads is likely to come from beyond a core's own caches."""

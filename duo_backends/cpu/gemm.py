@@ -197,7 +197,9 @@ class _Driver:
         self.a_packed = f.gep("i8", mine, str(plan.b_bytes), f.top)
         self.sums = f.gep("i8", mine, str(plan.a_bytes + plan.b_bytes), f.top)
         self.lines = lines(plan, self.streams)
-        if any(self.lines):
+        self.asking = ask_every(plan, self.streams) > 0
+        self.table = "null"
+        if self.asking:
             self.table = f.alloca("ptr", sum(self.lines) * plan.segments[0].rows)
         self._count_tiles()
         self.panels = self._ceil_div(self.n, plan.panel)
@@ -373,11 +375,11 @@ class _Driver:
             ]
             name, place = self._select(tile.number, names, "ptr"), self._sums_of(tile, panel, sums)
             more = ""
-            if any(self.lines):
+            if self.asking:
                 counts = [f.mul(tile.rows, str(n)) for n in self.lines]
                 reads, writes = [self._choose(finish or "false", n, "0") for n in counts]
                 more = f", ptr {self.table}, i64 {reads}, i64 {writes}"
-            if more and finish is not None:
+            if any(self.lines) and finish is not None:
                 with f.when(finish):
                     self._call_on_tile(self.asks(), tile, panel, f", ptr {self.table}")
             f.emit(

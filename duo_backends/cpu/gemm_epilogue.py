@@ -10,12 +10,12 @@ from duo_backends.cpu.body import Emitter, Scope, Value
 from duo_backends.cpu.code import Target
 from duo_backends.cpu.convert import convert
 from duo_backends.cpu.gemm_plan import Plan
-from duo_backends.cpu.gemm_tile import BLOCK, LINE
+from duo_backends.cpu.gemm_tile import BLOCK, LINE, ask
 from duo_backends.cpu.llvm import Function, Module, memory_type, register_type, vector
 from duo_ir.kernels.kernel import Access, ContractKernel
 from duo_ir.types import product
 
-_APART = 4  # k steps from one line to the next that is asked for, at most
+_NEAREST, _APART = 2, 4  # k steps from one line to the next that is asked for, at least and at most
 _FAR = 1 << 18  # bytes of a result that is written without being looked at, from which it is not near
 
 
@@ -102,20 +102,22 @@ def lines(plan: Plan, streams: frozenset[int]) -> tuple[int, int]:
 
 
 def ask_every(plan: Plan, streams: frozenset[int]) -> int:
-    """K steps of a micro-kernel from one line that it asks for to the next; 0: it asks for none."""
+    """K steps of a micro-kernel from one line that it asks for to the next; 0: it asks for none, as there are none, or too many."""
     count, k = sum(lines(plan, streams)) * plan.segments[0].rows, plan.kernel.k
     if count == 0:
         return 0
     last = (k - 1) % BLOCK + 1 if isinstance(k, int) and k > 0 else BLOCK  # steps of the last block
-    return max(1, min(_APART, last // count))
+    every = min(_APART, last // count)
+    return every if every >= _NEAREST else 0
 
 
 def emit_asks(module: Module, target: Target, plan: Plan, name: str, streams: frozenset[int]) -> None:
-    """The addresses of a tile's lines, those to be read first: `more` is (ptr where to put them)."""
+    """The addresses of a tile's lines, those to be read first: `more` is (ptr where to put them). Where a micro-kernel has too few steps, all
+    are asked for here instead."""
     kernel = plan.kernel
     f, batch = _on_tile(module, kernel, name, "ptr %asks")
     emitter = Emitter(f, target, kernel.args, pointers(f, kernel), kernel.dims)
-    at = "%asks"
+    at, at_once = "%asks", ask_every(plan, streams) == 0
     for write in (0, 1):
         accesses = _met(kernel, write, streams)
         if not accesses:
@@ -127,7 +129,11 @@ def emit_asks(module: Module, target: Target, plan: Plan, name: str, streams: fr
                 dtype = kernel.args[access.buffer].dtype
                 start = f.gep(memory_type(dtype), emitter.pointers[access.buffer], position)
                 for offset in _row_lines(plan, access):
-                    f.emit(f"store ptr {f.gep('i8', start, str(offset))}, ptr {at}, align 8")
+                    line = f.gep("i8", start, str(offset))
+                    if at_once:
+                        ask(f, line, write)
+                        continue
+                    f.emit(f"store ptr {line}, ptr {at}, align 8")
                     at = f.op(f"getelementptr i8, ptr {at}, i64 8")
             loop.next = [at]
         at = loop.results[0]

@@ -22,7 +22,7 @@ TRANSPOSED_ROWS = 8  # up to here B with contiguous k is transposed on the fly i
 TRANSPOSED_VECTORS = 4  # vectors of columns of a panel of such a B; half as many where its columns share cache sets
 B_AHEAD = 8
 WAITING_ROWS, BYTES_AHEAD = 4, 4096  # up to so many rows B is asked for so early
-OFTEN = 512  # rows of A from which on packing B costs next to nothing
+OFTEN = 256  # rows of A from which on packing B costs next to nothing
 UNIT_SIDE = 512  # largest rows and columns of a unit
 UNITS = 16  # units that large work is cut into at least
 UNIT_WORK = 1 << 19  # multiply-adds of a unit below which it is not cut further
@@ -169,7 +169,9 @@ def make_plan(kernel: ContractKernel, target: Target) -> Plan:
     lanes, registers = lanes_of(target, compute), registers_of(target)
     m, n = _known(kernel.m), _known(kernel.n)
     column_vectors = None if n is None else -(-n // lanes)
-    rows, vectors = best_tile(m or None, column_vectors or None, registers)
+    a_row, a_step = kernel.a.at.strides[-2:]
+    side_by_side = a_row == 1 and _conflicts(0, a_row, a_step, compute.itemsize)
+    rows, vectors = best_tile(m or None, column_vectors or None, registers, side_by_side)
     a_type, b_type = kernel.args[kernel.a.buffer].dtype, kernel.args[kernel.b.buffer].dtype
     b_step, b_column = kernel.b.at.strides[-2:]
     transposing = b_step == 1 and b_column != 1 and m is not None and 0 < m <= TRANSPOSED_ROWS
@@ -184,7 +186,6 @@ def make_plan(kernel: ContractKernel, target: Target) -> Plan:
     if column_vectors and column_vectors % vectors:
         tail_vectors = column_vectors % vectors
 
-    a_row, a_step = kernel.a.at.strides[-2:]
     panels = math.inf if column_vectors is None else -(-column_vectors // vectors)
     tiles = math.inf if m is None else -(-m // rows)
     pack_b = (b_column != 1 and not transposing) or (
@@ -237,7 +238,7 @@ def _unit(
     all_tiles = min(tiles, -(-side // rows)) if tiles == math.inf else tiles
     all_panels = min(panels, -(-4 * side // columns)) if panels == math.inf else panels
     wide = all_panels if isinstance(kernel.k, int) and kernel.k <= BLOCK and not pack_b else side // columns
-    unit_tiles, unit_panels = max(1, min(all_tiles, side // rows)), max(1, min(all_panels, wide))
+    unit_tiles, unit_panels = max(1, min(all_tiles, -(-side // rows))), max(1, min(all_panels, wide))
     least = STREAMED_ROWS if tiles <= 2 else 1
     while True:
         units = batch * -(-all_tiles // unit_tiles) * -(-all_panels // unit_panels)

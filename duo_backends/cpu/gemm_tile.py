@@ -55,8 +55,9 @@ def max_rows(vectors: int, registers: int) -> int:
     return (registers - 1 - vectors) // vectors
 
 
-def best_tile(m: int | None, column_vectors: int | None, registers: int) -> tuple[int, int]:
-    """(rows, vectors) of the fastest tile for an m x (column_vectors * lanes) result; None where the size is not known."""
+def best_tile(m: int | None, column_vectors: int | None, registers: int, side_by_side: bool = False) -> tuple[int, int]:
+    """(rows, vectors) of the fastest tile for an m x (column_vectors * lanes) result; None where the size is not known.
+    `side_by_side`: rows of A lie so, and are packed with fewer reads of each line the more of them there are."""
     best: tuple[float, int, int] | None = None
     for vectors in range(1, min(8, column_vectors or 8) + 1):
         widths = _pieces(column_vectors or 840, vectors, even=False)
@@ -66,7 +67,7 @@ def best_tile(m: int | None, column_vectors: int | None, registers: int) -> tupl
                 continue
             cost = sum(tile_cost(h, w) * hs * ws for h, hs in heights for w, ws in widths)
             # loads of B and of A for each multiply-add; rows that may have to be packed; code for the last panel
-            cost *= 1 + 0.3 / rows + 0.1 / vectors + (0.02 if rows > 8 else 0) + 0.03 * (len(widths) - 1)
+            cost *= 1 + 0.3 / rows + 0.1 / vectors + (0.02 if rows > 8 and not side_by_side else 0) + 0.03 * (len(widths) - 1)
             if best is None or cost < best[0]:
                 best = (cost, rows, vectors)
     assert best is not None
@@ -147,7 +148,7 @@ def emit_micro_kernel(module: Module, target: Target, name: str, tile: Tile) -> 
             after: list[str] = []
             if asks:
                 line = acc.pop()
-                _prefetch(f, f.op(f"load ptr, ptr {line}, align 8"), write)
+                ask(f, f.op(f"load ptr, ptr {line}, align 8"), write)
                 after = [f.op(f"getelementptr i8, ptr {line}, i64 8")]
             if tile.a_ahead:
                 *acc, at, left = acc
@@ -178,7 +179,8 @@ def emit_micro_kernel(module: Module, target: Target, name: str, tile: Tile) -> 
     f.finish()
 
 
-def _prefetch(f: Function, at: str, write: int = 0) -> None:
+def ask(f: Function, at: str, write: int = 0) -> None:
+    """Asks for the cache line at `at`."""
     operands = [("ptr", at), ("i32", str(write)), ("i32", "3"), ("i32", "1")]
     f.emit(f.intrinsic("prefetch", "void", operands, "p0"))
 
@@ -190,7 +192,7 @@ def _steps_of_line(tile: Tile) -> int:
 
 def _ask_a(f: Function, tile: Tile, at: str, left: str) -> tuple[str, str]:
     """Asks for the line `at` of the next tile of A; the line after it, down its rows and then along them, and the rows left from there."""
-    _prefetch(f, at)
+    ask(f, at)
     left = f.op(f"sub i64 {left}, 1")
     bottom = f.op(f"icmp eq i64 {left}, 0")
     far = f.op(f"select i1 {bottom}, i64 {LINE - (tile.rows - 1) * tile.a_row}, i64 {tile.a_row}")
@@ -202,7 +204,7 @@ def _ask_b(f: Function, b_at: str, tile: Tile) -> None:
     """Asks for the row of B `b_ahead` k steps from here."""
     row = f.gep("i8", b_at, f.mul("%bs", str(tile.b_ahead), f.top))
     for v in range(tile.vectors):
-        _prefetch(f, f.gep("i8", row, str(v * tile.b_vector)))
+        ask(f, f.gep("i8", row, str(v * tile.b_vector)))
 
 
 def leave_sums(f: Function, tile: Tile, type_: str, size: int, sums: list[str]) -> None:

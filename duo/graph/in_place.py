@@ -7,9 +7,12 @@ variables alone (duo/hoisting.py).
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Collection
 from typing import Any
+
+import numpy as np
 
 from duo import runtime
 from duo.eager import cells
@@ -17,13 +20,14 @@ from duo.eager.trace import Val
 from duo.eager.values import material
 from duo.graph.states import SharedState
 from duo.hoisting import Hoister, is_on
-from duo_backends.cells import NUMBER, OWNED, POINTER, READ, SAME, Argument
+from duo_backends.cells import ARRAY, NUMBER, OWNED, POINTER, READ, SAME, Argument
 from duo_ir.core import Function
 
+SMALL_RESULT = 4096  # bytes up to which a result is an array from the start, which costs less than one made of a buffer
 
-def quicken(session: Any, program: Any) -> Callable[[list[Any]], list[Any] | None] | None:
-    """A function of the fed buffers that runs the program and gives its results by number (those fetched), or None when it was refused;
-    None where there is no such function. Every variable must have its value."""
+
+def quicken(session: Any, program: Any) -> Callable[[list[np.ndarray]], list[Any] | None] | None:
+    """A function of the fed arrays that runs the program and gives what is fetched, as arrays, or None when it was refused; None where there is no such function. Every variable must have its value."""
     bound = program.executable
     if cells.layout() is None or not hasattr(bound, "cell_entry") or os.environ.get("DUO_VERIFY", "0") not in ("", "0"):
         return None
@@ -93,13 +97,21 @@ def _written(
         names[name] = value
         return name
 
+    def give_array(text: str, slot: int) -> None:
+        if bound.takes_arrays:
+            given.append(text)
+            arguments.append(Argument(ARRAY, (slot,)))
+        else:
+            names["from_numpy"] = runtime.from_numpy
+            given.append(f"from_numpy({text}, False).ptr")
+            arguments.append(Argument(POINTER, (slot,)))
+
     for n, (read, places) in enumerate(program.live):
         lines.append(f"h{n} = {const(read)}()")
         live.update((i, f"h{n}[{k}]") for i, k in places)
     for i in range(count):
         if i < len(program.fed):
-            given.append(f"buffers[{program.fed[i]}].ptr")
-            arguments.append(Argument(POINTER, (i,)))
+            give_array(f"fed[{program.fed[i]}]", i)
         elif i >= count - len(kept):
             buffer = kept[i - count + len(kept)]
             const(buffer)
@@ -122,21 +134,33 @@ def _written(
         else:
             given.append(const(program.template[i].ptr))
             arguments.append(Argument(POINTER, (i,)))
+    fetched = [bound.program.results[k] - count for k in range(len(program.fetched))]
+    values, arrays = [], set()
+    for output, (dtype, shape, copied) in zip(fetched, program.fetched):
+        value = f"o{output}"
+        alone = not copied and fetched.count(output) == 1
+        if alone and bound.takes_arrays and math.prod(shape) * dtype.itemsize <= SMALL_RESULT:
+            names["empty"] = np.empty
+            lines.append(f"{value} = empty({const(shape)}, {const(dtype.numpy)})")
+            give_array(value, count + output)
+            arrays.add(output)
+        else:
+            value += f".{'read' if copied else 'numpy'}({const(dtype)}, {const(shape)})"
+        values.append(value if shape else f"{value}[()]")
     for output in range(len(bound.program.outputs)):
-        if output not in owned.values():
+        if output not in owned.values() and output not in arrays:
             lines += bound.output_lines(output, names)
             given.append(f"o{output}.ptr")
             arguments.append(Argument(POINTER, (count + output,)))
     flight = cells.Flight() if bound.releases else None
     names["entry"], names["kept"] = bound.cell_entry(arguments, layout, flight)
     lock = const(flight.lock) if flight is not None else ""
-    refused = f"return {const(lost)}(buffers)" if lost is not None else "return None"
+    refused = f"return {const(lost)}(fed)" if lost is not None else "return None"
     lines += bound.call_lines("entry", given, names, refused, lock)
     for output, state, cell, type_ in fresh:
         lines.append(f"{const(_store(session, state, cell, type_))}(o{output})")
-    fetched = [bound.program.results[k] - count for k in range(len(program.fetched))]
-    lines.append(f"return [{', '.join([f'o{output}' for output in fetched])}]")
-    text = "def quick(buffers):\n" + "".join([f"    {line}\n" for line in lines])
+    lines.append(f"return [{', '.join(values)}]")
+    text = "def quick(fed):\n" + "".join([f"    {line}\n" for line in lines])
     exec(compile(text, "<quick run>", "exec"), names)
     return names["quick"]
 

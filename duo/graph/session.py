@@ -177,60 +177,55 @@ class Session:
             call = self._call(key, fetches, feed_dict)
         if self._closed:
             raise FailedPreconditionError("this Session has been closed; open another one")
-        buffers: list[Any] = []
+        fed: list[np.ndarray] = []
         shapes: list[tuple[int, ...]] = []
         if feed_dict:
             for value, dtype in zip(feed_dict.values(), call.dtypes):
                 if value.__class__ is not np.ndarray or value.dtype != dtype or not value.flags.carray:
-                    value = self._fed(call.feeds[len(buffers)], value)
-                buffers.append(runtime.from_numpy(value, False))
+                    value = self._fed(call.feeds[len(fed)], value)
+                fed.append(value)
                 shapes.append(value.shape)
         if call.writes:
             with self._lock:  # reading, computing and writing a state is one step to other threads
-                program, outs = self._compute(call, shapes, buffers)
+                values = self._compute(call, shapes, fed)
         else:
-            program, outs = self._compute(call, shapes, buffers)
-        values: list[Any] = []
-        for (dtype, shape, copy), buffer in zip(program.fetched, outs):
-            array = buffer.read(dtype, shape) if copy else buffer.numpy(dtype, shape)
-            values.append(array if shape else array[()])
+            values = self._compute(call, shapes, fed)
         if call.single:
             return values[0]
         return values if call.flat_list else call.shape(values)
 
-    def _compute(self, call: Call, shapes: list[tuple[int, ...]], buffers: list[Any]) -> tuple[Program, list[Any]]:
-        """Finds or prepares the program, and runs it."""
+    def _compute(self, call: Call, shapes: list[tuple[int, ...]], fed: list[np.ndarray]) -> list[Any]:
+        """Finds or prepares the program, and runs it; gives what is fetched."""
         if not call.deferred:
             program = call.recent if call.recent_shapes == shapes else call.programs.get((tuple(shapes), ()))
             if program is None:
                 program = self._program(call, shapes, {})
-            return program, self._execute(program, buffers)
+            return self._execute(program, fed)
         variants = {d: d.variant() for d in call.deferred}
         try:
             program = call.programs.get((tuple(shapes), tuple(variants.values())))
             if program is None:
                 program = self._program(call, shapes, variants)
-            return program, self._execute(program, buffers)
+            return self._execute(program, fed)
         except BaseException:
             for d, variant in variants.items():
                 d.cancel(variant)
             raise
 
-    def _execute(self, program: Program, buffers: list[Any]) -> list[Any]:
-        """Runs the program on fed buffers and its other inputs; writes states back."""
+    def _execute(self, program: Program, fed: list[np.ndarray]) -> list[Any]:
+        """Runs the program on fed arrays and its other inputs; writes states back; gives what is fetched."""
         quick = program.quick
         if quick is None and all(state in self._values for _, state in program.owned):
             quick = program.quick = quicken(self, program) or False
         if quick and recording.capture is None:
-            outs: list[Any] | None = quick(buffers)
-            if outs is not None:
-                return outs
+            values: list[Any] | None = quick(fed)
+            if values is not None:
+                return values
         inputs = program.template.copy()
         for i, k in enumerate(program.fed):
-            inputs[i] = buffers[k]
-        values = self._values
+            inputs[i] = runtime.from_numpy(fed[k], False)
         for i, state in program.owned:
-            found = values.get(state)
+            found = self._values.get(state)
             inputs[i] = settle((found if found is not None else self._first(state))._val)
         for i, shared_cell in program.cells:
             inputs[i] = shared_cell.load()
@@ -247,7 +242,11 @@ class Session:
                 self.set_value(state, material(buffer, type_))
             else:
                 cell.store(buffer)
-        return outs
+        values = []
+        for (dtype, shape, copy), buffer in zip(program.fetched, outs):
+            array = buffer.read(dtype, shape) if copy else buffer.numpy(dtype, shape)
+            values.append(array if shape else array[()])
+        return values
 
     def set_value(self, state: State, val: Val) -> None:
         """Makes `val` the value of a state of this Session."""

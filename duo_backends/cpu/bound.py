@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import math
 import os
+import sys
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 
 from duo_backends.base import Scalar
-from duo_backends.cells import NUMBER, POINTER, Argument
+from duo_backends.cells import ARRAY, NUMBER, POINTER, Argument
 from duo_backends.cpu import profile
 from duo_backends.cpu import runner_text as layout
 from duo_backends.cpu.memory import BIG, Buffer, allocate, allocator
@@ -332,6 +333,8 @@ class CpuBound:
             if argument.kind == NUMBER:
                 (slot,) = argument.slots
                 kind, cell = _KINDS[self.program.inputs[slot].dtype.name], layout.FRAME_HEADER + 8 * slot
+            elif argument.kind == ARRAY:
+                cell = array_data() or 0
             row[:7] = (
                 kind,
                 cell,
@@ -344,6 +347,11 @@ class CpuBound:
         words = [len(arguments) + 1, self.table.code.ctypes.data, specs.ctypes.data, places.ctypes.data, self._flags]
         plan = np.array([*words, layout_words.ctypes.data, id(flight)], np.int64)
         return native().make_entry(plan.ctypes.data), (self, arguments, specs, places, plan, layout_words, flight)
+
+    @property
+    def takes_arrays(self) -> bool:
+        """Whether arguments of `cell_entry` may be NumPy arrays."""
+        return array_data() is not None
 
     @property
     def releases(self) -> bool:
@@ -425,6 +433,17 @@ class _FromSecondCall(list[Buffer]):
 
 
 _mark_at = ctypes.c_int64.from_address
+
+
+@lru_cache(maxsize=1)
+def array_data() -> int | None:
+    """How far into a NumPy array, as an object in memory, its address stands (`PyArrayObject_fields`); None where it is not there."""
+    at = object.__basicsize__
+    arrays = (np.zeros(3), np.zeros((4, 5), np.int8)[1:, 2:])
+    if sys.implementation.name != "cpython":
+        return None
+    found = [ctypes.c_size_t.from_address(id(a) + at).value for a in arrays]
+    return at if found == [a.ctypes.data for a in arrays] else None
 
 
 def _rounded(value: object, dtype: DType) -> np.ndarray:

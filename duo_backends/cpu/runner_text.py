@@ -295,7 +295,12 @@ one:
                                      i64 12, label %cell.given
                                      i64 13, label %cell.given
                                      i64 14, label %cell.given
-                                     i64 15, label %cell.given ]
+                                     i64 15, label %cell.given
+                                     i64 16, label %array.given ]
+array.given:
+  %data.at = getelementptr i8, ptr %object, i64 %offset
+  %data = load ptr, ptr %data.at
+  br label %patch
 cell.given:
   %memory = call ptr @duo.cell(ptr %object, i64 %kind, ptr %spec, ptr %layout, ptr %saved.at)
   %refused = icmp eq ptr %memory, null
@@ -383,7 +388,7 @@ fits:
   %same = icmp eq i64 %back, %n
   br i1 %same, label %patch, label %unfit
 patch:
-  %address = phi ptr [ %given, %pointer ], [ %memory, %cell.given ], [ %cell, %store.f64 ], [ %cell, %store.f32 ], [ %cell, %bool.store ],
+  %address = phi ptr [ %given, %pointer ], [ %memory, %cell.given ], [ %data, %array.given ], [ %cell, %store.f64 ], [ %cell, %store.f32 ], [ %cell, %bool.store ],
                      [ %cell, %store.i64 ], [ %cell, %fits ]
   %spec2 = getelementptr i64, ptr %spec, i64 2
   %from = load i64, ptr %spec2

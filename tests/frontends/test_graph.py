@@ -359,3 +359,39 @@ def test_ops_made_between_runs_recompile_nothing():
             tf.add(y, float(k))
             assert sess.run(y, {x: [1.0]}).tolist() == [2]
         assert runtime.statistics.compiled + runtime.statistics.hits == before
+
+
+def test_fetched_arrays_belong_to_whom_they_are_given():
+    """Small and large results, again and again through the quick form: none is written by a later run, and all may be written."""
+    x = tf.placeholder(tf.float32, [None])
+    y, total = x * 2.0, tf.reduce_sum(x)
+    again = tf.identity(y)
+    with tf.Session() as sess:
+        for n in (0, 1, 5, 3000):
+            kept = []
+            for k in range(6):
+                given = np.full(n, k, "f4")
+                kept.append(sess.run([y, total, again], {x: given}))
+                assert given.tolist() == [k] * n
+                kept[-1][0][:1] += 1
+            for k, (a, s, b) in enumerate(kept):
+                assert a.flags.writeable and s == k * n and isinstance(s, np.float32)
+                assert a.tolist() == [2 * k + 1] * min(n, 1) + [2 * k] * (n - 1) * (n > 0)
+                assert b.tolist() == [2 * k] * n
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_arrays_of_any_layout_are_fed(quick, monkeypatch):
+    if not quick:
+        monkeypatch.setattr("duo_backends.cpu.bound.array_data", lambda: None)  # as where arrays look otherwise
+    x = tf.placeholder(tf.float32, [3, 4])
+    y = tf.matmul(x, tf.Variable(np.eye(4, dtype="f4"))) + 1.0
+    base = np.arange(96, dtype="f4").reshape(6, 16)
+    read_only = base[:3, :4].copy()
+    read_only.flags.writeable = False
+    shifted = np.frombuffer(b"_" + base[:3, :4].tobytes(), "u1")[1:].view("f4").reshape(3, 4)
+    forms = [base[:3, :4], base[::2, ::4], base[:3, :4].copy("F"), base[2::-1, 3::-1], read_only, shifted]
+    with tf.Session() as sess:
+        sess.run(tf.global_variables_initializer())
+        for a in forms * 2:
+            assert np.array_equal(sess.run(y, {x: a}), a + 1)

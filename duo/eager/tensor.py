@@ -106,21 +106,27 @@ class EagerTensor(Tensor):
         return out
 
     def _same_memory(self, view: View) -> EagerTensor:
-        """DETACH or DATA of this tensor. Of a value that is there they take no recording."""
+        """DETACH or DATA of this tensor. Of a value that is there, or has no history to lose, they take no recording."""
         storage = self._storage
         if storage is None:
             val = self._val
-            if val.buf is None or state.capture is not None:
-                return EagerTensor._view(view, self, ())
-            storage = self._storage = Storage(val, self._leaf, self)
-            self._seen = 0
         else:
             val = storage.val if not self._chain else self._val
-            stale = self._chain and (storage.shared is not None or self._seen != storage.version)
-            if stale or val.buf is None or state.capture is not None:
+            if self._chain and (storage.shared is not None or self._seen != storage.version):
                 return EagerTensor._view(view, self, ())
+        if val.buf is not None:
+            read = _without_history(view, val)
+        else:
+            read = val
+            if view is not DETACH or val.info.requires_grad or val.extra is not None or val.overwritten:
+                return EagerTensor._view(view, self, ())
+        if state.capture is not None:
+            return EagerTensor._view(view, self, ())
+        if storage is None:
+            storage = self._storage = Storage(val, self._leaf, self)
+            self._seen = 0
         out = _new(EagerTensor)
-        out._val = read = _without_history(view, val)
+        out._val = read
         out._storage = storage
         out._chain = chain = _DETACHED if view is DETACH and not self._chain else (*self._chain, (view, ()))
         out._seen = storage.version
@@ -378,6 +384,9 @@ class EagerTensor(Tensor):
             raise GradientError(
                 "a tensor that requires grad has no .numpy(), which could not record a gradient; use .detach().numpy()"
             )
+        storage = self._storage
+        if storage is not None and self._chain is _DETACHED and state.capture is None:
+            return share_memory(self, storage)
         return self._array()
 
     def _has_history(self) -> bool:

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from duo import runtime
 from duo.eager import cells
 from duo.eager.flush import ALONE, OVERWRITE_FROM, finish, publish
+from duo.eager.segments import Origin
 from duo.eager.stepwise import may_live
 from duo.eager.trace import END, LEAF, OVERWRITTEN, Node, Trace, Val
 from duo.eager.watch import Epoch
@@ -150,7 +151,9 @@ class KnownStep:
             return optimizer._memory.forget(self.node)
         hyper = []
         for group, macro in self.groups:
-            settings = optimizer._settings(group)
+            settings = group.settings
+            if settings is None or settings.version != group.version or settings.owner is not optimizer.__class__:
+                settings = optimizer._settings(group)
             if settings.macro is not macro:
                 return optimizer._memory.forget(self.node)
             hyper.append(settings.hyper if settings.hyper is not None else optimizer.hyper(group))
@@ -343,7 +346,7 @@ class _Writer:
         moved = ", ".join(f"(m{k}, {buffer}, {val})" for k, (_, val, buffer, _) in enumerate(self.moved))
         lines += [
             *made,
-            "frame = bound.take_frame()",
+            *bound.frame_lines(self.names),
             f"call = Call(known, frame, bound.mark(frame), [{', '.join(results)}], [{moved}])",
             f"if len(entries) != {known.length}: return",
             "entries.append(END)",
@@ -357,14 +360,30 @@ class _Writer:
             "  trace.node = None",
             "  if entries[-1] is END: entries.pop()",
             "  return",
-            "call.land(trace)",
+            "if trace.placed: call.land(trace)",
+            "else:",
+            *[f"  {line}" for line in self._landing(results)],
             "finish(trace)",
-            "bound.keep_frame(frame)",  # last: another call starts by saying that it has not run
+            bound.keep_line,  # last: another call starts by saying that it has not run
             "return True",
         ]
         text = "def step(trace, entries, hyper):\n" + "".join(f"  {line}\n" for line in lines)
         exec(compile(text, "<known step>", "exec"), self.names)
         known.call = self.names.pop("step")  # what it holds goes with it
+
+    def _landing(self, results: list[str]) -> list[str]:
+        """`Call.land`, written out."""
+        known = self.known
+        self.names.update({"OVERWRITTEN": OVERWRITTEN, "Origin": Origin, "statistics": runtime.statistics})
+        lines = []
+        for k, (_, old, buffer, _) in enumerate(self.moved):
+            lines += [f"{old}.stamp = OVERWRITTEN", f"m{k}.buf = {buffer}", f"m{k}.trace = None"]
+        for n, buffer in zip(known.order, results):
+            lines.append(f"e = entries[{n}]")
+            if n in known.outs:
+                lines.append(f"e.extra = Origin(None, {n}, {self.const(known.errors[n], 'x')})")
+            lines += [f"e.buf = {buffer}", "e.trace = None"]
+        return [*lines, f"statistics.overwritten += {known.overwritten}"]
 
 
 __all__ = ["KnownStep", "Memory", "Noted", "structure_of"]

@@ -186,15 +186,22 @@ class CpuBound:
         self, entry: str, arguments: Sequence[str], names: dict[str, Any], refused: str = "", lock: str = ""
     ) -> list[str]:
         """Code that calls an entry with a frame and raises what it reports. `refused`: what to do if it refuses; `lock`: held meanwhile."""
-        names.update({"frames": self._frames, "new_frame": self.new_frame, "fail": self.fail})
+        names["fail"] = self.fail
         call = f"failed = {entry}({', '.join([*arguments, 'frame.ptr'])})"
-        lines = ["try: frame = frames.pop()", "except IndexError: frame = new_frame()"]
+        lines = self.frame_lines(names)
         lines += [call] if not lock else [f"with {lock}:", f"  {call}"]
         lines.append("if failed:")
         if refused:
             lines += [f"  if failed == {-layout.REFUSED}:", f"    {refused}"]
         lines.append("  fail(failed, frame)")
-        return [*lines, f"if frame.nbytes <= {KEPT_FRAME}: frames.append(frame)"]
+        return [*lines, self.keep_line]
+
+    def frame_lines(self, names: dict[str, Any]) -> list[str]:
+        """Code that makes `frame`, as `take_frame` does."""
+        names.update({"frames": self._frames, "new_frame": self.new_frame})
+        return ["try: frame = frames.pop()", "except IndexError: frame = new_frame()"]
+
+    keep_line = f"if frame.nbytes <= {KEPT_FRAME}: frames.append(frame)"  # as `keep_frame` does
 
     def _address(self, k: int, name: str) -> str:
         """The expression for what the entry takes for input k."""

@@ -274,7 +274,9 @@ def test_interrupts_at_every_line_of_a_known_step(counted):
     events, at, count = [0], [-1], 0
 
     def tracer(frame, kind, arg):
-        if not frame.f_globals.get("__name__", "").startswith("duo"):
+        # Not in the runtime: a tracer can raise where no signal does, between the end of a `with` block and the release of its lock, and that
+        # of the allocator is shared.
+        if not frame.f_globals.get("__name__", "").startswith("duo."):
             return None
         events[0] += 1
         if events[0] == at[0]:

@@ -242,6 +242,42 @@ class AdamOptimizer(Optimizer):
         super().__init__(name, (learning_rate, beta1, beta2, epsilon))
 
 
+class AdamWOptimizer(Optimizer):
+    """p -= weight_decay * p, then AdamOptimizer's step: tf.contrib.opt's optimizer and order of arguments. The decay is not multiplied by the
+    learning rate, which torch.optim.AdamW (`duo.optim.AdamW`, whose `minimize` works in graphs too) does."""
+
+    rule = rules.TF_ADAMW
+
+    def __init__(
+        self,
+        weight_decay: Any,
+        learning_rate: Any = 0.001,
+        beta1: Any = 0.9,
+        beta2: Any = 0.999,
+        epsilon: Any = 1e-8,
+        use_locking: bool = False,
+        name: str = "AdamW",
+    ) -> None:
+        super().__init__(name, (learning_rate, beta1, beta2, epsilon, weight_decay))
+
+
+class AdagradOptimizer(Optimizer):
+    """a += g^2; p -= lr * g / sqrt(a), where a begins at `initial_accumulator_value` (Duchi, Hazan & Singer 2011)."""
+
+    rule = rules.TF_ADAGRAD
+
+    def __init__(
+        self, learning_rate: Any, initial_accumulator_value: float = 0.1, use_locking: bool = False, name: str = "Adagrad"
+    ) -> None:
+        if not initial_accumulator_value > 0:
+            raise InvalidArgumentError(f"initial_accumulator_value must be above 0, not {initial_accumulator_value}")
+        super().__init__(name, (learning_rate,))
+        self._start = initial_accumulator_value
+
+    def _initial(self, slot: str, shape: tuple[int, ...], dtype: Any) -> Any:
+        return np.full(shape, self._start, dtype.numpy)
+
+
 class RMSPropOptimizer(Optimizer):
     """s = decay * s + (1 - decay) * g^2; b = momentum * b + lr * g / sqrt(s + epsilon); p -= b. s begins at 1, as TensorFlow's."""
 
@@ -412,7 +448,7 @@ def minimize(optimizer: Any, loss: Any) -> Operation:
 GraphElement._minimizer = staticmethod(minimize)
 
 __all__ = [
-    "AdamOptimizer", "GradientDescentOptimizer", "MomentumOptimizer", "Optimizer", "RMSPropOptimizer", "Saver", "checkpoint_exists",
+    "AdagradOptimizer", "AdamOptimizer", "AdamWOptimizer", "GradientDescentOptimizer", "MomentumOptimizer", "Optimizer", "RMSPropOptimizer", "Saver", "checkpoint_exists",
     "create_global_step", "get_checkpoint_state", "get_global_step", "get_or_create_global_step", "global_step",
     "latest_checkpoint",
 ]  # fmt: skip

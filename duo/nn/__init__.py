@@ -1,11 +1,27 @@
 """Modules with torch.nn's names and meanings; they run in eager and in graph mode."""
 
 from duo.nn import functional, init, utils
-from duo.nn.activations import ELU, GELU, LeakyReLU, LogSoftmax, ReLU, ReLU6, Sigmoid, SiLU, Softmax, Softplus, Tanh
+from duo.nn.activations import (
+    ELU,
+    GELU,
+    Hardtanh,
+    LeakyReLU,
+    LogSoftmax,
+    Mish,
+    PReLU,
+    ReLU,
+    ReLU6,
+    Sigmoid,
+    SiLU,
+    Softmax,
+    Softplus,
+    Tanh,
+)
 from duo.nn.attention import MultiheadAttention
 from duo.nn.containers import ModuleDict, ModuleList, ParameterList, Sequential
 from duo.nn.conv import Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d, ConvTranspose3d
 from duo.nn.layers import (
+    Bilinear,
     Dropout,
     Dropout1d,
     Dropout2d,
@@ -23,6 +39,8 @@ from duo.nn.losses import (
     BCELoss,
     BCEWithLogitsLoss,
     CrossEntropyLoss,
+    HuberLoss,
+    KLDivLoss,
     L1Loss,
     MSELoss,
     NLLLoss,
@@ -78,6 +96,7 @@ __all__ = [
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
+    "Bilinear",
     "Buffer",
     "Conv1d",
     "Conv2d",
@@ -93,10 +112,13 @@ __all__ = [
     "Embedding",
     "Flatten",
     "GroupNorm",
+    "Hardtanh",
+    "HuberLoss",
     "Identity",
     "InstanceNorm1d",
     "InstanceNorm2d",
     "InstanceNorm3d",
+    "KLDivLoss",
     "L1Loss",
     "LayerNorm",
     "LeakyReLU",
@@ -106,11 +128,13 @@ __all__ = [
     "MaxPool1d",
     "MaxPool2d",
     "MaxPool3d",
+    "Mish",
     "Module",
     "ModuleDict",
     "ModuleList",
     "MultiheadAttention",
     "NLLLoss",
+    "PReLU",
     "Parameter",
     "ParameterList",
     "RMSNorm",

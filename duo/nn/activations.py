@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from duo.eager.creation import full
 from duo.nn import functional as F
+from duo.nn.init import constant_
 from duo.nn.module import Module
+from duo.nn.parameter import Parameter
+from duo_ir.errors import ArgumentError
 
 
 class ReLU(Module):
@@ -81,6 +85,52 @@ class SiLU(Module):
 
     def forward(self, input: Any) -> Any:
         return F.silu(input, self.inplace)
+
+
+class Mish(Module):
+    """x * tanh(log(1 + exp(x))) (Misra, 2019)."""
+
+    def __init__(self, inplace: bool = False) -> None:
+        super().__init__()
+        self.inplace = inplace
+
+    def forward(self, input: Any) -> Any:
+        return F.mish(input, self.inplace)
+
+
+class Hardtanh(Module):
+    """x, but not below min_val nor above max_val."""
+
+    def __init__(self, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> None:
+        super().__init__()
+        if not min_val < max_val:
+            raise ArgumentError(f"Hardtanh: min_val {min_val} must be below max_val {max_val}")
+        self.min_val, self.max_val, self.inplace = min_val, max_val, inplace
+
+    def forward(self, input: Any) -> Any:
+        return F.hardtanh(input, self.min_val, self.max_val, self.inplace)
+
+    def extra_repr(self) -> str:
+        return f"min_val={self.min_val}, max_val={self.max_val}"
+
+
+class PReLU(Module):
+    """x where x > 0, else weight * x (He et al., 2015). weight: [num_parameters], one for all or one for each channel (axis 1)."""
+
+    def __init__(self, num_parameters: int = 1, init: float = 0.25, device: Any = None, dtype: Any = None) -> None:
+        super().__init__()
+        self.num_parameters, self.init = num_parameters, init
+        self.weight = Parameter(full((num_parameters,), float(init), dtype=dtype))
+
+    def reset_parameters(self) -> None:
+        """`init` everywhere."""
+        constant_(self.weight, self.init)
+
+    def forward(self, input: Any) -> Any:
+        return F.prelu(input, self.weight)
+
+    def extra_repr(self) -> str:
+        return f"num_parameters={self.num_parameters}"
 
 
 class Tanh(Module):

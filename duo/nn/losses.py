@@ -10,10 +10,13 @@ from duo_ir.errors import ArgumentError
 
 
 class _Loss(Module):
+    reductions: tuple[str, ...] = ("mean", "sum", "none")
+
     def __init__(self, reduction: str = "mean") -> None:
         super().__init__()
-        if reduction not in ("mean", "sum", "none"):
-            raise ArgumentError(f"reduction must be 'mean', 'sum' or 'none', not {reduction!r}")
+        if reduction not in self.reductions:
+            *names, last = map(repr, self.reductions)
+            raise ArgumentError(f"reduction must be {', '.join(names)} or {last}, not {reduction!r}")
         self.reduction = reduction
 
 
@@ -40,6 +43,33 @@ class SmoothL1Loss(_Loss):
 
     def forward(self, input: Any, target: Any) -> Any:
         return F.smooth_l1_loss(input, target, reduction=self.reduction, beta=self.beta)
+
+
+class HuberLoss(_Loss):
+    """d^2 / 2 where d = |input - target| <= delta, else delta * (d - delta/2) (Huber, 1964)."""
+
+    def __init__(self, reduction: str = "mean", delta: float = 1.0) -> None:
+        super().__init__(reduction)
+        if not delta > 0:
+            raise ArgumentError(f"HuberLoss: delta must be above 0, not {delta}")
+        self.delta = delta
+
+    def forward(self, input: Any, target: Any) -> Any:
+        return F.huber_loss(input, target, reduction=self.reduction, delta=self.delta)
+
+
+class KLDivLoss(_Loss):
+    """target * (log(target) - input), with log-probabilities as input: the Kullback-Leibler divergence where `reduction` is 'batchmean',
+    the sum over all elements divided by the size of the first axis. log_target: the target is in logarithms too."""
+
+    reductions = ("mean", "sum", "none", "batchmean")
+
+    def __init__(self, reduction: str = "mean", log_target: bool = False) -> None:
+        super().__init__(reduction)
+        self.log_target = log_target
+
+    def forward(self, input: Any, target: Any) -> Any:
+        return F.kl_div(input, target, reduction=self.reduction, log_target=self.log_target)
 
 
 class _WeightedLoss(_Loss):

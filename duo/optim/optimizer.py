@@ -151,6 +151,10 @@ class Optimizer:
         """Values of `rule.hyper`."""
         return tuple([float(group[name]) for name in self.rule.hyper])
 
+    def initial(self, slot: str) -> float:
+        """What a slot is full of before the first step."""
+        return 0
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drops the gradients (or writes zeros into them)."""
         capture = state.capture
@@ -236,7 +240,7 @@ class Optimizer:
             self._sharing[id(step)] = (step, len(params))
         for p in params:
             slots = {"step": step} if step is not None else {}
-            slots.update((name, full_value(0, p._type)) for name in self.rule.slots(options))
+            slots.update((name, full_value(self.initial(name), p._type)) for name in self.rule.slots(options))
             self.state[p].update(slots)  # all at once: an interrupt finds a parameter started or not
 
     def _update(self, macro: Optimize, group: dict[str, Any], settings: _Settings, params: list[Any]) -> None:

@@ -1,4 +1,4 @@
-"""torch.optim's optimisers: SGD, Adam, AdamW, RMSprop. The formulas are in `rules.py`."""
+"""torch.optim's optimisers: SGD, Adam, AdamW, RMSprop, Adagrad. The formulas are in `rules.py`."""
 
 from __future__ import annotations
 
@@ -162,3 +162,37 @@ class RMSprop(Optimizer):
             weight_decay=group["weight_decay"] != 0,
             maximize=group["maximize"],
         )
+
+
+class Adagrad(Optimizer):
+    """Adagrad: rates fall with the sum of the squared gradients, which starts at `initial_accumulator_value`."""
+
+    rule = rules.ADAGRAD
+
+    def __init__(
+        self,
+        params: Iterable,
+        lr: float = 1e-2,
+        lr_decay: float = 0.0,
+        weight_decay: float = 0.0,
+        initial_accumulator_value: float = 0.0,
+        eps: float = 1e-10,
+        foreach: bool | None = None,
+        *,
+        maximize: bool = False,
+        fused: bool | None = None,
+    ) -> None:
+        super().__init__(
+            params,
+            {"lr": lr, "lr_decay": lr_decay, "eps": eps, "weight_decay": weight_decay,
+             "initial_accumulator_value": initial_accumulator_value, "maximize": maximize},
+        )  # fmt: skip
+
+    def check_group(self, group: dict[str, Any]) -> None:
+        _at_least_zero(group, "lr", "lr_decay", "weight_decay", "initial_accumulator_value", "eps")
+
+    def options(self, group: dict[str, Any]) -> frozenset:
+        return _flags(weight_decay=group["weight_decay"] != 0, maximize=group["maximize"])
+
+    def initial(self, slot: str) -> float:
+        return float(self.defaults["initial_accumulator_value"])

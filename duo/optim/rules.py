@@ -121,6 +121,18 @@ def _rmsprop(
     return ops.sub(p, ops.mul(scaled, _at(h["lr"], p))), out
 
 
+def _adagrad(
+    p: Value, g: Value, slots: Sequence[Value], step: Value, h: Hyper, options: frozenset
+) -> tuple[Value, list[Value]]:
+    """torch.optim.Adagrad (Duchi, Hazan & Singer 2011): s += g*g; p -= lr/(1 + (t - 1)*lr_decay) * g / (sqrt(s) + eps)."""
+    g = _weight_decay(p, g, h, options)
+    total = ops.add(slots[0], ops.mul(g, g))
+    t = _count(step)
+    rate = ops.div(h["lr"], ops.add(_one(t), ops.mul(ops.sub(t, _one(t)), h["lr_decay"])))
+    scaled = ops.div(g, ops.add(ops.sqrt(total), _at(h["eps"], p)))
+    return ops.sub(p, ops.mul(scaled, _at(rate, p))), [total]
+
+
 def _tf_momentum(
     p: Value, g: Value, slots: Sequence[Value], step: Value, h: Hyper, options: frozenset
 ) -> tuple[Value, list[Value]]:
@@ -141,6 +153,21 @@ def _tf_adam(
     root = ops.sqrt(ops.sub(_one(t), ops.pow(h["beta2"], t)))
     rate = ops.div(ops.mul(h["lr"], root), ops.sub(_one(t), ops.pow(h["beta1"], t)))
     return ops.sub(p, ops.mul(ops.div(m, ops.add(ops.sqrt(v), _at(h["eps"], v))), _at(rate, p))), [m, v]
+
+
+def _tf_adamw(
+    p: Value, g: Value, slots: Sequence[Value], step: Value, h: Hyper, options: frozenset
+) -> tuple[Value, list[Value]]:
+    """tf.contrib.opt.AdamWOptimizer: p -= weight_decay*p (not times lr: Loshchilov & Hutter 2019, algorithm 2), then AdamOptimizer's step."""
+    return _tf_adam(ops.sub(p, ops.mul(p, _at(h["weight_decay"], p))), g, slots, step, h, options)
+
+
+def _tf_adagrad(
+    p: Value, g: Value, slots: Sequence[Value], step: Value, h: Hyper, options: frozenset
+) -> tuple[Value, list[Value]]:
+    """tf.train.AdagradOptimizer (Duchi, Hazan & Singer 2011): a += g*g; p -= lr * g / sqrt(a)."""
+    total = ops.add(slots[0], ops.mul(g, g))
+    return ops.sub(p, ops.div(ops.mul(g, _at(h["lr"], p)), ops.sqrt(total))), [total]
 
 
 def _tf_rmsprop(
@@ -181,9 +208,16 @@ RMSPROP = Rule(
     ("lr", "alpha", "eps", "weight_decay", "momentum"),
     _rmsprop,
 )
+ADAGRAD = Rule(
+    "adagrad", _flagged(("", "sum")), ("lr", "lr_decay", "eps", "weight_decay"), _adagrad, counts=True,
+)  # fmt: skip
 TF_SGD = Rule("tf_sgd", _flagged(), ("lr",), lambda p, g, s, t, h, o: (ops.sub(p, ops.mul(g, _at(h["lr"], p))), []))
 TF_MOMENTUM = Rule("tf_momentum", _flagged(("", "Momentum")), ("lr", "momentum"), _tf_momentum)
 TF_ADAM = Rule("tf_adam", _flagged(("", "m"), ("", "v")), ("lr", "beta1", "beta2", "eps"), _tf_adam, counts=True)
+TF_ADAMW = Rule(
+    "tf_adamw", TF_ADAM.slots, ("lr", "beta1", "beta2", "eps", "weight_decay"), _tf_adamw, counts=True,
+)  # fmt: skip
+TF_ADAGRAD = Rule("tf_adagrad", _flagged(("", "accumulator")), ("lr",), _tf_adagrad)
 TF_RMSPROP = Rule(
     "tf_rmsprop",
     _flagged(("", "rms"), ("", "momentum"), ("centered", "mg")),

@@ -45,11 +45,22 @@ def _rmsprop(centered):
     return step
 
 
+def _adamw(p, g, s, t):
+    return _adam(p - 0.01 * p, g, s, t)
+
+
+def _adagrad(p, g, s, t):
+    s["a"] = s.get("a", 0.1) + g * g
+    return p - 0.1 * g / np.sqrt(s["a"])
+
+
 OPTIMIZERS = {
     "sgd": (lambda: tf.train.GradientDescentOptimizer(0.1), lambda p, g, s, t: p - 0.1 * g),
     "momentum": (lambda: tf.train.MomentumOptimizer(0.1, 0.9), _momentum(False)),
     "nesterov": (lambda: tf.train.MomentumOptimizer(0.1, 0.9, use_nesterov=True), _momentum(True)),
     "adam": (lambda: tf.train.AdamOptimizer(0.1), _adam),
+    "adamw": (lambda: tf.train.AdamWOptimizer(0.01, 0.1), _adamw),
+    "adagrad": (lambda: tf.train.AdagradOptimizer(0.1), _adagrad),
     "rmsprop": (lambda: tf.train.RMSPropOptimizer(0.1, momentum=0.5), _rmsprop(False)),
     "centered": (lambda: tf.train.RMSPropOptimizer(0.1, momentum=0.5, centered=True), _rmsprop(True)),
 }
@@ -164,6 +175,7 @@ OPTIM = {
     "adam": lambda p: duo.optim.Adam(p, lr=0.01, weight_decay=0.1),
     "amsgrad": lambda p: duo.optim.Adam(p, lr=0.01, amsgrad=True),
     "adamw": lambda p: duo.optim.AdamW(p, lr=0.01),
+    "adagrad": lambda p: duo.optim.Adagrad(p, lr=0.01, lr_decay=0.1, initial_accumulator_value=0.1),
     "rmsprop": lambda p: duo.optim.RMSprop(p, lr=0.01, momentum=0.9, centered=True),
 }
 

@@ -46,6 +46,10 @@ LAYERS = {
     "gelu": (lambda N: N.GELU(), (4, 6)),
     "gelu_tanh": (lambda N: N.GELU("tanh"), (4, 6)),
     "silu": (lambda N: N.SiLU(), (4, 6)),
+    "mish": (lambda N: N.Mish(), (4, 6)),
+    "hardtanh": (lambda N: N.Hardtanh(-0.4, 0.7), (4, 6)),
+    "prelu": (lambda N: N.PReLU(), (4, 6)),
+    "prelu_channels": (lambda N: N.PReLU(3, 0.1), (2, 3, 4)),
     "tanh": (lambda N: N.Tanh(), (4, 6)),
     "sigmoid": (lambda N: N.Sigmoid(), (4, 6)),
     "softplus": (lambda N: N.Softplus(2.0), (4, 6)),
@@ -68,6 +72,32 @@ def test_layer(name):
         return y, x.grad, [p.grad for p in module.parameters()]
 
     agree(program, torch, 1e-4, 1e-5)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_bilinear(bias):
+    def program(T):
+        module = set_numbers(T.nn.Bilinear(4, 5, 3, bias=bias))
+        a, b = (T.tensor(numbers(2, 6, n, seed=n), requires_grad=True) for n in (4, 5))
+        y = module(a, b)
+        (y * T.tensor(numbers(2, 6, 3, seed=8))).sum().backward()
+        return y, a.grad, b.grad, [p.grad for p in module.parameters()]
+
+    agree(program, torch, 1e-4, 1e-5)
+    a, b = numbers(2, 4), numbers(2, 5, seed=1)
+    module = nn.Bilinear(4, 5, 3, bias=bias)
+    got = module(duo.tensor(a), duo.tensor(b)).detach().numpy()
+    want = np.einsum("ni,oij,nj->no", a, module.weight.detach().numpy(), b)
+    assert np.allclose(got, want + (module.bias.detach().numpy() if bias else 0), rtol=1e-5, atol=1e-6)
+
+
+def test_new_layers_start_as_pytorchs():
+    assert nn.PReLU(3, 0.1).weight.tolist() == duo.full((3,), 0.1).tolist()
+    module = nn.Bilinear(16, 5, 3)
+    for p in module.parameters():
+        assert 0 < p.detach().abs().max().item() <= 0.25  # 1/sqrt(16)
+    assert repr(module) == repr(torch.nn.Bilinear(16, 5, 3))
+    assert repr(nn.Hardtanh()) == repr(torch.nn.Hardtanh()) and repr(nn.PReLU(2)) == repr(torch.nn.PReLU(2))
 
 
 def test_embedding():
@@ -99,6 +129,9 @@ LOSSES = {
     "mse": (lambda T, **k: T.nn.MSELoss(**k), X, TARGET),
     "l1": (lambda T, **k: T.nn.L1Loss(**k), X, TARGET),
     "smooth_l1": (lambda T, **k: T.nn.SmoothL1Loss(beta=0.5, **k), X, TARGET),
+    "huber": (lambda T, **k: T.nn.HuberLoss(delta=0.5, **k), X, TARGET),
+    "kl_div": (lambda T, **k: T.nn.KLDivLoss(**k), np.log(P), P[::-1].copy()),
+    "kl_div_log": (lambda T, **k: T.nn.KLDivLoss(log_target=True, **k), np.log(P), np.log(P[::-1])),
     "cross_entropy": (lambda T, **k: T.nn.CrossEntropyLoss(**k), X, CLASSES),
     "cross_entropy_weight": (lambda T, **k: T.nn.CrossEntropyLoss(weight=T.tensor(P[0]), **k), X, CLASSES),
     "cross_entropy_ignore": (lambda T, **k: T.nn.CrossEntropyLoss(ignore_index=1, **k), X, CLASSES),
@@ -130,8 +163,17 @@ def test_loss(name, reduction):
     agree(program, torch, 1e-4, 1e-5)
 
 
+def test_kl_div_is_a_divergence():
+    p, q = (x / x.sum(1, keepdims=True) for x in (P, P[::-1]))
+    loss = nn.KLDivLoss("batchmean")(duo.tensor(np.log(q)), duo.tensor(p)).item()
+    assert np.isclose(loss, (p * np.log(p / q)).sum(1).mean(), rtol=1e-5)
+    with pytest.raises(ArgumentError, match="'batchmean'"):
+        nn.KLDivLoss("average")
+
+
 def test_bad_arguments():
-    for bad in (lambda: nn.MSELoss("avg"), lambda: nn.Dropout(1.5), lambda: nn.Embedding(3, 2, padding_idx=5)):
+    for bad in (
+        lambda: nn.Hardtanh(1.0, 1.0), lambda: nn.HuberLoss(delta=0.0), lambda: nn.Bilinear(0, 2, 3), lambda: nn.MSELoss("avg"), lambda: nn.Dropout(1.5), lambda: nn.Embedding(3, 2, padding_idx=5)):
         with pytest.raises(ArgumentError):
             bad()
 

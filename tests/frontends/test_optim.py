@@ -29,6 +29,11 @@ OPTIMIZERS = {
     "rmsprop": ("RMSprop", {"lr": 0.01}),
     "rmsprop_centered": ("RMSprop", {"lr": 0.01, "alpha": 0.8, "centered": True, "weight_decay": 0.1}),
     "rmsprop_momentum": ("RMSprop", {"lr": 0.01, "momentum": 0.9, "eps": 1e-4}),
+    "adagrad": ("Adagrad", {"lr": 0.1}),
+    "adagrad_all": (
+        "Adagrad",
+        {"lr": 0.1, "lr_decay": 0.2, "weight_decay": 0.1, "initial_accumulator_value": 0.3, "eps": 1e-3, "maximize": True},
+    ),
     "rmsprop_all": ("RMSprop", {"lr": 0.01, "momentum": 0.5, "centered": True, "maximize": True}),
 }
 

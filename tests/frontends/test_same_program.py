@@ -51,6 +51,7 @@ OPTIMIZERS = {
     "adam": lambda p: duo.optim.Adam(p, lr=0.1),
     "adam, amsgrad, decay": lambda p: duo.optim.Adam(p, lr=0.1, amsgrad=True, weight_decay=0.01),
     "adamw": lambda p: duo.optim.AdamW(p, lr=0.1),
+    "adagrad": lambda p: duo.optim.Adagrad(p, lr=0.1, lr_decay=0.1),
     "rmsprop": lambda p: duo.optim.RMSprop(p, lr=0.1),
     "rmsprop, centered, momentum": lambda p: duo.optim.RMSprop(p, lr=0.1, centered=True, momentum=0.9),
 }

@@ -16,7 +16,8 @@ from typing import Any
 from duo.eager.build import Construction, Watch
 from duo.eager.path import Checks, Path
 from duo.eager.steps import Unable
-from duo.eager.trace import NOTHING, Info, Macro, Node, Trace, Val, commit, hooks, open_trace, places, settle, state
+from duo.eager.trace import Trace, Val, commit, hooks, open_trace, places, settle, state
+from duo.eager.trie import NOTHING, Info, Macro, Node
 from duo_ir.core import Value
 from duo_ir.errors import DuoError, GradientError
 from duo_ir.ops import add, stop_gradient

@@ -10,7 +10,7 @@ from collections.abc import Callable, Container, Iterable, Mapping
 
 from duo.dispatch import distinct
 from duo.eager.infer import scalar_types
-from duo.eager.trace import Info, Macro, Node
+from duo.eager.trie import Info, Macro, Node
 from duo_ir.core import Builder, Function, Loc, Op, Value
 from duo_ir.errors import GradientError
 from duo_ir.opdef import Movement, Reshape

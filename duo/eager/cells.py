@@ -21,7 +21,8 @@ import numpy as np
 from duo.eager.autograd import GradLeaf
 from duo.eager.sharing import Storage
 from duo.eager.tensor import EagerTensor
-from duo.eager.trace import NOTHING, Val
+from duo.eager.trace import Val
+from duo.eager.trie import NOTHING
 from duo.runtime import Buffer
 from duo_backends.cells import CELL_LAYOUT
 

@@ -23,7 +23,8 @@ from duo.eager.locate import relocated
 from duo.eager.segments import Origin, Pullback, Segment, unmarked, version_of
 from duo.eager.steps import Position
 from duo.eager.stepwise import may_live, run
-from duo.eager.trace import END, NOTHING, Info, Macro, Node, Trace, Val, forget, forks, hooks, places, settle, state
+from duo.eager.trace import END, Trace, Val, forget, forks, hooks, places, settle, state
+from duo.eager.trie import NOTHING, Info, Macro, Node
 from duo_ir.core import Value
 from duo_ir.errors import DeviceError, GradientError, TraceError
 

@@ -6,7 +6,8 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from duo.eager.trace import END, GRAD_MODE, commit, state
+from duo.eager.trace import END, commit, state
+from duo.eager.trie import GRAD_MODE
 
 
 def _switch(enabled: bool) -> None:

@@ -12,7 +12,7 @@ from heapq import heappop, heappush
 from typing import Any, NamedTuple
 
 from duo.eager.steps import Pull, Unable, step_of
-from duo.eager.trace import Applied, Node
+from duo.eager.trie import Applied, Node
 
 _LEAF_LIKE = ("leaf", "mark", "optimize")  # as in build.py
 

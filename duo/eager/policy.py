@@ -7,10 +7,11 @@ from typing import Any
 
 
 class Hooks:
-    """What flush.py, a room above this one, plugs in: `flush` closes and runs a trace; `policy`, when set, is asked after every op whether to
-    flush now and whether to raise errors here (DUO_SYNC, DUO_FLUSH)."""
+    """What rooms above this one plug in. flush.py: `flush` closes and runs a trace; `policy`, when set, is asked after every op whether to
+    flush now and whether to raise errors here (DUO_SYNC, DUO_FLUSH). tensor.py: `tensor`, the class of eager tensors."""
 
     flush: Callable[[Any], None]
+    tensor: Any
 
     def __init__(self) -> None:
         self._policy: Callable[[], tuple[bool, bool]] | None = None

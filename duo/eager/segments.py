@@ -16,7 +16,8 @@ import numpy as np
 from duo.eager.autograd import Cotangents, Engine, Inner, number_in, walk_back
 from duo.eager.build import Construction, Watch, freed_error, overwritten_error
 from duo.eager.steps import Position, Unable, outline
-from duo.eager.trace import NOTHING, Info, Macro, Node, Stamp, Trace, Val, commit, open_trace
+from duo.eager.trace import Stamp, Trace, Val, commit, open_trace
+from duo.eager.trie import NOTHING, Info, Macro, Node
 from duo.runtime import from_numpy, runnable
 from duo_ir.core import Loc, Value
 from duo_ir.ops import add

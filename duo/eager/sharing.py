@@ -17,7 +17,8 @@ from duo import runtime
 from duo.eager.autograd import GradLeaf
 from duo.eager.flush import flush
 from duo.eager.segments import unmarked
-from duo.eager.trace import Info, Val, settle, state
+from duo.eager.trace import Val, settle, state
+from duo.eager.trie import Info
 from duo_ir.types import TensorType, bool_
 
 

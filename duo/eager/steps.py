@@ -16,7 +16,7 @@ from duo import runtime
 from duo.dispatch import distinct
 from duo.eager.build import Watch
 from duo.eager.infer import scalar_types
-from duo.eager.trace import Applied, Info, Macro
+from duo.eager.trie import Applied, Info, Macro
 from duo_ir.core import Builder, Function, Op, Value
 from duo_ir.opdef import Movement, Reshape
 from duo_ir.ops import add, stop_gradient

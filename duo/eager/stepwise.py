@@ -17,7 +17,8 @@ from duo.eager.build import Construction, freed_error
 from duo.eager.path import Checks, Path, Visit, forget_path
 from duo.eager.segments import Origin, Segment, unmarked, version_of
 from duo.eager.steps import Unable, ones, step_of, total
-from duo.eager.trace import LEAF, NOTHING, Applied, Info, Node, Note, Trace, Val, places, settle, state
+from duo.eager.trace import Trace, Val, places, settle, state
+from duo.eager.trie import LEAF, NOTHING, Applied, Info, Node, Note
 from duo_ir.core import Loc
 from duo_ir.errors import DuoError
 

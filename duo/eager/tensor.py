@@ -8,28 +8,29 @@ the new base through the chain's write rules and bumps the version; other views 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import numpy as np
 
 from duo import runtime
 from duo.dispatch import View
-from duo.eager.autograd import Engine, GradLeaf, Inner, backward_at_once, call_hooks
+from duo.eager.autograd import GradLeaf, Inner
 from duo.eager.flush import flush
+from duo.eager.gradients import backward
 from duo.eager.hooks import RemovableHook
 from duo.eager.operators import quick_operator
 from duo.eager.printing import format_tensor
 from duo.eager.sharing import Storage, is_shared, share_memory, snapshot, still_shared, write_through
-from duo.eager.trace import Info, Val, alias, record, recorder, settle, state
-from duo.eager.values import as_leaf, material, overwrite
+from duo.eager.trace import Val, alias, hooks, record, recorder, settle, state
+from duo.eager.trie import Info
+from duo.eager.values import as_leaf, conform, filled, material, overwrite
 from duo.functional.indexing import getitem
 from duo.tensor import Tensor
 from duo_ir.core import Value
 from duo_ir.errors import ArgumentError, DTypeError, GradientError, ShapeError, TraceError
 from duo_ir.ops import stop_gradient, straight_through
-from duo_ir.ops.broadcasting import broadcast_to, cast_to
-from duo_ir.types import DType, Shape, TensorType, bool_, dtype
+from duo_ir.types import TensorType, bool_, dtype
 
 _new: Any = object.__new__
 
@@ -71,10 +72,6 @@ def _without_history(view: View, val: Val) -> Val:
     out.info = Info(val.info.type) if val.info.requires_grad else val.info
     out.buf = val.buf
     return out
-
-
-def _conform(new: Value, dtype: DType, shape: Shape) -> Value:
-    return broadcast_to(cast_to(new, dtype), shape)
 
 
 class EagerTensor(Tensor):
@@ -196,7 +193,7 @@ class EagerTensor(Tensor):
         elif new._type is not type_:
             if len(new._type.shape) > len(type_.shape):
                 raise ShapeError(f"cannot write a tensor {new._type} in place into {type_}: it has more axes")
-            new = EagerTensor._apply(_conform, (new,), (type_.dtype, type_.shape))
+            new = EagerTensor._apply(conform, (new,), (type_.dtype, type_.shape))
         based = self._storage is not None and self._storage.leaf is not None
         if state.grad and self.requires_grad and (self._leaf is not None or based):
             what = "a leaf" if self._leaf is not None else "a view of a leaf"
@@ -500,8 +497,7 @@ def _mask(item: Any) -> np.ndarray | None:
 
 def full_value(value: Any, type: TensorType) -> EagerTensor:
     """A tensor of that type filled with a Python number or NumPy scalar."""
-    array = np.full(type.static_shape(), value, type.dtype.numpy)
-    return EagerTensor(material(runtime.from_numpy(array), type))
+    return EagerTensor(filled(value, type))
 
 
 def tensor_of(array: np.ndarray) -> EagerTensor:
@@ -524,128 +520,6 @@ def from_numpy(array: np.ndarray) -> EagerTensor:
     return out
 
 
-# ------------------------------------------------------------------------------------------------------ backward
-def _ones(tensor: EagerTensor) -> EagerTensor:
-    return full_value(1, tensor._type)
+hooks.tensor = EagerTensor
 
-
-def _check_roots(tensors: Sequence[Any], gradients: Sequence[Any]) -> list[tuple[Any, Any]]:
-    roots = []
-    for t, g in zip(tensors, gradients):
-        if g is None and t._type.size != 1:
-            raise GradientError(
-                f"a gradient can be implied for one element only; this tensor is {t._type}: pass gradient=..."
-            )
-        if g is not None:
-            if g._type.shape != t._type.shape:
-                raise ShapeError(f"the gradient given has shape {list(g._type.shape)}, the tensor is {t._type}")
-            if g._type.dtype is not t._type.dtype:
-                g = EagerTensor._apply(_conform, (g,), (t._type.dtype, t._type.shape))
-        if state.capture is None:  # a second reading could record and flush
-            t, g = EagerTensor(t._value()), None if g is None else EagerTensor(g._value())
-        roots.append((t, g))
-    return roots
-
-
-def backward(
-    tensors: Any,
-    gradients: Any = None,
-    retain_graph: bool | None = None,
-    create_graph: bool = False,
-    inputs: Any = None,
-) -> None:
-    """Adds the gradients of sum(tensor * gradient) to `.grad` of the leaves (or of `inputs` only). One tensor or several."""
-    if gradients is None and not create_graph and inputs is None and state.capture is None:  # noqa: SIM102
-        if isinstance(tensors, EagerTensor) and _backward_at_once(tensors, bool(retain_graph)):
-            return
-    tensors = [tensors] if isinstance(tensors, Tensor) else list(tensors)
-    gradients = (
-        [None] * len(tensors)
-        if gradients is None
-        else [gradients]
-        if isinstance(gradients, Tensor)
-        else list(gradients)
-    )
-    if len(gradients) != len(tensors):
-        raise ArgumentError(f"backward got {len(tensors)} tensors and {len(gradients)} gradients")
-    retain = create_graph if retain_graph is None else retain_graph
-    engine = Engine(EagerTensor, (), retain, create_graph)
-    engine.run(_check_roots(tensors, gradients), _ones)
-    given: list[Any] = [inputs] if isinstance(inputs, Tensor) else list(inputs or ())
-    chosen = None if inputs is None else {t._leaf for t in given}
-    for leaf, gradient in engine.cotangents.items():
-        if chosen is None or leaf in chosen:
-            _accumulate(leaf, gradient, create_graph)
-
-
-def _backward_at_once(tensor: EagerTensor, retain: bool) -> bool:
-    """The backward pass that most programs have, from a loss in the open trace; False where it is another."""
-    val = tensor._val if tensor._storage is None else tensor._current()
-    found = backward_at_once(val, retain) if not val.info.type.shape else None
-    if found is None:
-        return False
-    for leaf, _ in found:
-        if leaf.__class__ is not GradLeaf:
-            engine = Engine(EagerTensor, (), retain, False)
-            engine.cotangents = {leaf: EagerTensor(val) for leaf, val in found}
-            engine.go_on()
-            found = [(leaf, gradient._value()) for leaf, gradient in engine.cotangents.items()]
-            break
-    for leaf, val in found:
-        if leaf.grad is None and not leaf.hooks:
-            leaf.grad = EagerTensor(val)
-        else:
-            _accumulate(leaf, EagerTensor(val), False)
-    return True
-
-
-def _accumulate(leaf: GradLeaf, gradient: Any, create_graph: bool) -> None:
-    """Adds the gradient, once the leaf's hooks have seen it, to `.grad`."""
-    gradient = call_hooks(leaf.hooks, gradient)
-    if state.capture is not None:
-        state.capture.read_leaf(leaf)
-    if leaf.grad is None:
-        leaf.grad = EagerTensor(gradient._value())  # a tensor of its own: adding to it later changes nobody else's
-    elif create_graph:
-        leaf.grad = leaf.grad + gradient
-    else:
-        leaf.grad._write((leaf.grad + gradient)._value())
-
-
-def grad(
-    outputs: Any,
-    inputs: Any,
-    grad_outputs: Any = None,
-    retain_graph: bool | None = None,
-    create_graph: bool = False,
-    allow_unused: bool = False,
-) -> tuple:
-    """Gradients of sum(output * grad_output) with respect to each of `inputs`, leaves or not; nothing is added to `.grad`."""
-    outs: list[Any] = [outputs] if isinstance(outputs, Tensor) else list(outputs)
-    ins: list[Any] = [inputs] if isinstance(inputs, Tensor) else list(inputs)
-    grads = (
-        [None] * len(outs)
-        if grad_outputs is None
-        else ([grad_outputs] if isinstance(grad_outputs, Tensor) else list(grad_outputs))
-    )
-    for t in ins:
-        if not t.requires_grad:
-            raise GradientError(
-                f"an input {t._type} of grad does not require grad; call requires_grad_() before using it"
-            )
-    retain = create_graph if retain_graph is None else retain_graph
-    vals = [t._value() for t in ins]
-    engine = Engine(EagerTensor, [v for t, v in zip(ins, vals) if t._leaf is None], retain, create_graph)
-    engine.run(_check_roots(outs, grads), _ones)
-    out = []
-    for t, v in zip(ins, vals):
-        gradient = engine.cotangents.get(t._leaf) if t._leaf is not None else engine.found.get(v)
-        if gradient is None and not allow_unused:
-            raise GradientError(
-                f"an input {t._type} of grad was not used to compute the outputs; pass allow_unused=True for None"
-            )
-        out.append(gradient)
-    return tuple(out)
-
-
-__all__ = ["EagerTensor", "Storage", "backward", "flush", "from_numpy", "grad", "material", "tensor_of"]
+__all__ = ["EagerTensor", "Storage", "flush", "from_numpy", "material", "tensor_of"]

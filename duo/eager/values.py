@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from duo.eager.autograd import GradLeaf
 from duo.eager.segments import Origin
-from duo.eager.trace import MARK, Info, Val, commit, note_overwritten, note_overwritten_here, open_trace, settle, state
-from duo_ir.types import TensorType
+from duo.eager.trace import Val, commit, note_overwritten, note_overwritten_here, open_trace, settle, state
+from duo.eager.trie import MARK, Info
+from duo.runtime import from_numpy
+from duo_ir.core import Value
+from duo_ir.ops.broadcasting import broadcast_to, cast_to
+from duo_ir.types import DType, Shape, TensorType
 
 
 def material(buffer: Any, type: TensorType, requires_grad: bool = False) -> Val:
@@ -17,6 +23,16 @@ def material(buffer: Any, type: TensorType, requires_grad: bool = False) -> Val:
     if state.capture is not None:
         state.capture.made.add(val)
     return val
+
+
+def filled(value: Any, type: TensorType) -> Val:
+    """Every element a Python number or NumPy scalar."""
+    return material(from_numpy(np.full(type.static_shape(), value, type.dtype.numpy)), type)
+
+
+def conform(new: Value, dtype: DType, shape: Shape) -> Value:
+    """A body: `new` cast and broadcast."""
+    return broadcast_to(cast_to(new, dtype), shape)
 
 
 def as_leaf(val: Val, leaf: GradLeaf) -> Val:

@@ -14,8 +14,9 @@ import numpy as np
 
 from duo import runtime
 from duo.eager.tensor import material
-from duo.eager.trace import Info, Val, note_overwritten, settle
+from duo.eager.trace import Val, note_overwritten, settle
 from duo.eager.trace import state as recording
+from duo.eager.trie import Info
 from duo_ir.core import Loc
 from duo_ir.types import DType, TensorType, i64
 

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from typing import Any
 
 from duo.eager.tensor import EagerTensor
-from duo.eager.trace import Info
+from duo.eager.trie import Info
 from duo.jit import guards
 from duo.jit.guards import MISSING, Guard, Unguardable
 from duo.jit.purity import MUTATION, REFLECTION, callable_in_python, known_class, mutates, pure, stateful

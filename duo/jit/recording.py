@@ -11,7 +11,8 @@ from typing import Any
 from duo.eager.autograd import GradLeaf
 from duo.eager.flush import FlushPlan, Program, flush
 from duo.eager.tensor import EagerTensor, Storage
-from duo.eager.trace import Info, Node, Val, state
+from duo.eager.trace import Val, state
+from duo.eager.trie import Info, Node
 from duo.jit import nests
 from duo.jit.capture import Capture
 from duo.jit.guards import IMMUTABLE

@@ -15,7 +15,8 @@ from duo.eager.creation import get_default_dtype
 from duo.eager.flush import _segment, flush
 from duo.eager.segments import Origin
 from duo.eager.tensor import DATA, EagerTensor, Storage
-from duo.eager.trace import END, NOTHING, Info, Trace, Val, alias, settle, state
+from duo.eager.trace import END, Trace, Val, alias, settle, state
+from duo.eager.trie import NOTHING, Info
 from duo.eager.watch import Epoch
 from duo.jit import guards, nests
 from duo.jit.guards import Guard, brief

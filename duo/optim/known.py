@@ -19,7 +19,8 @@ from duo.eager import cells
 from duo.eager.flush import ALONE, OVERWRITE_FROM, finish, publish
 from duo.eager.segments import Origin
 from duo.eager.stepwise import may_live
-from duo.eager.trace import END, LEAF, OVERWRITTEN, Node, Trace, Val
+from duo.eager.trace import END, OVERWRITTEN, Trace, Val
+from duo.eager.trie import LEAF, Node
 from duo.eager.watch import Epoch
 from duo_backends.cells import GRADIENT_READ, NUMBER, OWNED, POINTER, READ, Argument
 

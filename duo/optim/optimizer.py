@@ -16,7 +16,8 @@ from duo.eager.flush import flush
 from duo.eager.mode import enable_grad
 from duo.eager.steps import macro_run
 from duo.eager.tensor import EagerTensor, full_value
-from duo.eager.trace import OVERWRITTEN, Info, Macro, Node, Trace, commit, hooks, note_overwritten, open_trace, state
+from duo.eager.trace import OVERWRITTEN, Trace, commit, hooks, note_overwritten, open_trace, state
+from duo.eager.trie import Info, Macro, Node
 from duo.eager.watch import Group, Slots, WatchedList, changed
 from duo.optim.known import KnownStep, Memory, Noted
 from duo.optim.rules import Rule, apply_rule

@@ -182,6 +182,11 @@ def compile_alone(function: Function, scalars: Collection[int] = ()) -> Any:
     return _make(function, False, scalars, _saved_alone <= MAX_SAVED_ALONE)
 
 
+def interpreted(function: Function) -> Interpreted:
+    """`runnable` by the reference interpreter, for programs that are not worth compiling."""
+    return Interpreted(function, _check_nan)
+
+
 def _make(function: Function, fused: bool, scalars: Collection[int], save: bool = True) -> Any:
     if _use_interpreter or _check_nan:
         return Interpreted(function, _check_nan)

@@ -22,12 +22,14 @@ from duo_ir.opdef import Movement, Reshape
 from duo_ir.ops import add, stop_gradient
 from duo_ir.ops.broadcasting import ones_like
 from duo_ir.transforms.autodiff import reverse
+from duo_ir.transforms.rewrite import dce
 from duo_ir.types import DType, TensorType
 
 # A forward value by position: (-1, parameter number) or (op number, result number).
 Position = tuple[int, int]
 Run = Callable[[Sequence[Any]], list[Any]]
 MAX_STEPS = 1024  # entries whose programs are kept
+TINY = 32  # ops, and elements of a value, up to which interpreting once costs less than compiling
 
 
 class Unable(Exception):
@@ -215,6 +217,7 @@ class Step:
             self.bases = tuple([self._base(emission, emission.ops[i].results[r]) for i, r in self.inner])
         self.run: Run = self._first_run
         self._save: Run | None = None
+        self._parts: dict[tuple[int, ...], Run | None] = {}
 
     def _find_inner(self) -> tuple[Position, ...]:
         """What pullbacks read beside operands and results, most of all when every result has a cotangent."""
@@ -252,6 +255,20 @@ class Step:
         kept = [emission.ops[i].results[r] for i, r in inner]
         function = Function(emission.builder.params, emission.ops, [*emission.results, *kept], "entry")
         return _runner(function, self.numbers)
+
+    def part(self, wanted: tuple[int, ...]) -> Run | None:
+        """What gives the results `wanted` alone, where all that they need is tiny (the state that a random op leaves, not its sample): the reference
+        interpreter, which gives the same bits before a program would be found."""
+        if wanted not in self._parts:
+            emission = _Emission(self.applied, self.every)
+            function = dce(
+                Function(emission.builder.params, emission.ops, [emission.results[j] for j in wanted], "part")
+            )
+            types = [v.type for v in (*function.params, *[r for op in function.ops for r in op.results])]
+            tiny = len(function.ops) <= TINY and all(isinstance(t.size, int) and t.size <= TINY for t in types)
+            plain = not any(op.regions for op in function.ops)
+            self._parts[wanted] = runtime.interpreted(function).run if tiny and plain else None
+        return self._parts[wanted]
 
     def op(self, number: int) -> Op:
         """Op `number` of the entry."""

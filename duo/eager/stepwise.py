@@ -180,6 +180,13 @@ class _Run:
         else:
             inputs = [values[r] for r in reps]
         count = len(node.infos)
+        if count > 1 and first not in self.saves:
+            wanted = tuple([j for j in range(count) if self.needed[first + j]])
+            part = step.part(wanted) if len(wanted) < count else None
+            if part is not None:
+                for j, buffer in zip(wanted, part(inputs)):
+                    values[first + j] = buffer
+                return
         if first in self.saves and step.inner:
             made = step.save(inputs)
             self.inner[first] = made[count:]

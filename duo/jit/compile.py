@@ -138,7 +138,7 @@ class Compiled:
                         if not isinstance(x, guards.IMMUTABLE):
                             observer.see_argument(x)
                     observer.calling = getattr(self._function, "__func__", self._function)
-                    started = observer.start()
+                    started = observer.attend()
                 try:
                     result = self._function(*args, **kwargs)
                 finally:

@@ -22,6 +22,7 @@ from duo.eager.tensor import EagerTensor
 from duo.eager.trie import Info
 from duo.jit import guards
 from duo.jit.guards import MISSING, Guard, Unguardable
+from duo.jit.hooks import Hooks
 from duo.jit.purity import MUTATION, REFLECTION, callable_in_python, known_class, mutates, pure, stateful
 from duo.nn.module import Module
 from duo.optim.optimizer import Optimizer
@@ -37,19 +38,6 @@ class _Mark:
 
 UNKNOWN, NULL, FRESH, PLAIN, MADE = map(_Mark, ("unknown", "null", "fresh", "plain", "made"))
 # PLAIN: an immutable Python value that is not known, FRESH: a container made here, MADE: a function made here.
-_SILENT = ("duo", "duo_ir", "duo_backends", "importlib", "_frozen_importlib", "_frozen_importlib_external", "zipimport")
-_CALLED_BY_DUO = (
-    "numpy",
-    "ml_dtypes",
-    "ctypes",
-    "llvmlite",
-    "functools",
-    "weakref",
-    "abc",
-    "threading",
-    "typing",
-    "dataclasses",
-)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -93,10 +81,11 @@ class _Frame:
         self.stack.append(value)
 
 
-class Observer:
+class Observer(Hooks):
     """Collects guards and culprits while it is on. `outside(tensor)` says whether a tensor's value was there before."""
 
     def __init__(self, root: Any, outside: Callable[[EagerTensor], bool]) -> None:
+        super().__init__()
         self.root = root
         self.outside = outside
         self.guards: dict[tuple, Guard] = {}
@@ -110,18 +99,16 @@ class Observer:
         self.seen: set[tuple] = set()
 
     # ------------------------------------------------------------------------------------------------------ on and off
-    def start(self) -> bool:
-        """False when someone else is tracing (a debugger, coverage, a profiler): nothing is observed then."""
+    def attend(self) -> bool:
+        """`start`. False when someone else is tracing (a debugger, coverage, a profiler): nothing is observed then."""
         if sys.gettrace() is not None or sys.getprofile() is not None:
             self.culprits["a debugger, profiler or coverage tool is tracing this thread"] = None
             return False
-        sys.setprofile(self._profile)
-        sys.settrace(self._enter)
+        self.start()
         return True
 
     def stop(self) -> None:
-        sys.settrace(None)
-        sys.setprofile(None)
+        super().stop()
         self.frames.clear()
         self.fresh.clear()
         self.calling = None
@@ -132,21 +119,10 @@ class Observer:
             self.culprits[what + where] = None
 
     # ------------------------------------------------------------------------------------------------------- the hooks
-    def _enter(self, frame: Any, event: str, arg: Any) -> Any:
-        if event != "call":
-            return None
-        name = frame.f_globals.get("__name__", "")
-        code = frame.f_code
-        if name.split(".", 1)[0] in _SILENT or code.co_filename.startswith("<frozen importlib"):
-            if code is _MODULE_CALL:
-                self._module_call(frame.f_locals.get("self"), frame)
-            return None
-        if frame.f_back not in self.frames and name.split(".", 1)[0] in _CALLED_BY_DUO:
-            return None
-        frame.f_trace_opcodes = True
-        frame.f_trace_lines = False
+    def begin(self, frame: Any) -> None:
         if frame in self.frames:  # a generator goes on
-            return self._step
+            return
+        code = frame.f_code
         function, self.calling = self.calling, None
         if function is None or getattr(function, "__code__", None) is not code:
             function = None
@@ -154,9 +130,16 @@ class Observer:
             self.frames[frame] = self._begin(frame, code, function)
         except Exception as error:
             self.culprit(f"{code.co_qualname if hasattr(code, 'co_qualname') else code.co_name}: {error}", frame)
-        return self._step
 
-    def _module_call(self, module: Any, frame: Any) -> None:
+    def watches(self, frame: Any) -> bool:
+        return frame in self.frames
+
+    def called(self, frame: Any) -> None:
+        shadow = self.frames.get(frame)
+        if shadow is not None:
+            shadow.called = True
+
+    def module_called(self, module: Any, frame: Any) -> None:
         """A module is called: its class's `forward`, whatever function that is, belongs to what the program depends on."""
         self.touch(module)
         for cls in type(module).__mro__:
@@ -230,7 +213,7 @@ class Observer:
             ):
                 self.see(part, frame, "a default argument")
 
-    def _profile(self, frame: Any, event: str, arg: Any) -> None:
+    def profile(self, frame: Any, event: str, arg: Any) -> None:
         if event == "return":
             caller = self.frames.get(frame.f_back)
             if caller is not None:
@@ -255,15 +238,15 @@ class Observer:
             elif not pure(arg):
                 self.culprit(f"a call of {_c_name(arg)}", frame)
 
-    def _step(self, frame: Any, event: str, arg: Any) -> Any:
+    def step(self, frame: Any, event: str) -> None:
         shadow = self.frames.get(frame)
         if shadow is None:
-            return self._step
+            return
         if event == "exception":
             shadow.stack.clear()
             shadow.after = None
         if event != "opcode":
-            return self._step
+            return
         offset = frame.f_lasti
         try:
             if shadow.after is not None:
@@ -281,7 +264,6 @@ class Observer:
             shadow.stack.clear()
             shadow.after = None
             self.culprit(f"{type(error).__name__}: {error}", frame)
-        return self._step
 
     # ----------------------------------------------------------------------------------------------------- observations
     def _add(self, guard: Guard, *key: Any) -> None:
@@ -596,5 +578,4 @@ def _where(frame: Any) -> str:
 
 
 _GENERIC_READS = (object.__getattribute__, types.SimpleNamespace.__getattribute__)
-_MODULE_CALL = Module.__call__.__code__
 _HANDLERS: dict[str, Callable[[Observer, _Frame, Any, Any], None]] = {}

@@ -283,3 +283,20 @@ def test_random_programs(monkeypatch, seed):
         return Random(seed, 12 + 3 * (seed % 15)).run()
 
     agree(monkeypatch, program)
+
+
+def test_a_draw_that_nobody_keeps_compiles_nothing(monkeypatch):
+    def program():
+        duo.manual_seed(3)
+        for shape in ((5, 7), (11,), (3, 3, 3)):
+            duo.rand(*shape)
+            duo.randn(*shape)
+        return duo.get_rng_state()
+
+    agree(monkeypatch, program)
+    duo.synchronize()
+    tracing.forget()
+    runtime.clear_cache()
+    before = runtime.statistics.compiled
+    state = program()._array()
+    assert runtime.statistics.compiled == before and state[1] == 2 * (9 + 3 + 7)

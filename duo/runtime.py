@@ -166,7 +166,8 @@ def hoist(function: Function, constants: Iterable[int], scalars: Collection[int]
     """`runnable` of a Function in two; None where little depends on the parameters numbered `constants` alone."""
     if _use_interpreter or _check_nan:
         return None
-    split = importlib.import_module("duo_ir.transforms.hoist").hoist(_pipeline().simplify(function), constants)
+    simple = _pipeline().simplify(function)
+    split = importlib.import_module("duo_ir.transforms.hoist").hoist(simple, constants, backend().panel_columns)
     if split is None:
         return None
     return Hoisted(runnable(split.prologue), runnable(split.main, scalars=scalars), split.constants)

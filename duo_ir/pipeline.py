@@ -3,7 +3,7 @@
     differentiate   frontends expand gradients while they build, so a Function arrives with its derivatives in it
     batch           likewise what `vmap` asks for                                         transforms/batch.py
     simplify        canonical forms, folding, common subexpressions, dead code          transforms/simplify.py
-    hoist           what depends on constant parameters apart, where the caller asks      transforms/hoist.py
+    hoist           what depends on constant parameters apart, where the caller asks      transforms/hoist.py, panels.py
     layout          around convolutions: transposes cancel                              transforms/layout.py
     fuse            values that need memory, their loops, and which loops are one kernel  kernels/fuse.py
     plan            slots, lifetimes, donations, control flow                             kernels/plan.py

@@ -13,10 +13,12 @@ import numpy as np
 from duo_backends.cpu import jit
 from duo_backends.cpu.cache import DiskCache
 from duo_backends.cpu.code import KernelCode, Target
+from duo_backends.cpu.conv_plan import panel_columns
 from duo_backends.cpu.emit import compile_kernel
 from duo_backends.cpu.executable import CpuExecutable
 from duo_backends.cpu.memory import Buffer, allocate
 from duo_backends.cpu.table import LoadedKernel
+from duo_ir.core import Op
 from duo_ir.kernels.kernel import Kernel
 from duo_ir.kernels.program import Cond, Program, Step, While
 from duo_ir.types import DType
@@ -97,6 +99,11 @@ class CpuBackend:
     def assembly(self, kernel: Kernel) -> str:
         """The kernel's machine code as assembler text."""
         return jit.assembly(self.emit(kernel).text, self.machine)
+
+    def panel_columns(self, op: Op) -> int | None:
+        """Output channels that a kernel of this convolution works on at a time; None where it would not read panels of so many."""
+        _, *places, n = op.result.type.static_shape()
+        return panel_columns((1, *places)[-2], places[-1], n, op.result.type.dtype, self.target)
 
     def allocate(self, nbytes: int) -> Buffer:
         return allocate(nbytes)

@@ -280,7 +280,7 @@ class _Images:
                         place = self._sums_of(sums, position, number, tile)
                         name = self._micro_kernel(rows)
                         f.emit(
-                            f"call void @{name}(ptr {a}, ptr {b}, ptr {self.table}, i64 {count}, ptr {place}, i1 {add})"
+                            f"call void @{name}(ptr {a}, ptr {b}, ptr {self.table}, i64 {count}, ptr {place}, i1 {add}, i64 0)"
                         )
             if plan.may_be_long:
                 with f.when(self.long):

@@ -1,8 +1,9 @@
 """Convolution from tiles of result positions: an implicit matrix product with rows (image, position), columns channels, K (taps, channels).
 
 A unit is some result rows of one image and group, and some column panels. It copies what it reads of x to a *slab* (padded with zeros,
-widened, channels contiguous) unless x can be read in place, packs w panel by panel unless a phase before has packed all of it for
-all units, and lets micro-kernels (`conv_tile.py`) sum over runs of both. After the last block the body runs on each tile.
+widened, channels contiguous) unless x can be read in place or a phase before has filled one for several units, packs w panel by panel unless
+it lies in panels or a phase before has packed all of it for all units, and lets micro-kernels (`conv_tile.py`) sum over runs of both. After
+the last block the body runs on each tile.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from duo_backends.cpu.convert import convert
 from duo_backends.cpu.gemm_plan import CHUNK_BLOCKS
 from duo_backends.cpu.gemm_tile import BLOCK
 from duo_backends.cpu.llvm import Function, Module, mangle, memory_type, register_type, vector
+from duo_ir.types import evaluate
 
 
 class _Tile(NamedTuple):
@@ -40,6 +42,9 @@ def emit_pixels(module: Module, target: Target, plan: Plan, name: str) -> tuple[
     if plan.resident:
         pixels.emit_packing()
         phases.insert(0, Phase(f"{name}_pack", lambda sizes: plan.panels * plan.groups if plan.units(sizes) else 0))
+    if plan.shares_slab:
+        pixels.emit_filling()
+        phases.insert(0, Phase(f"{name}_fill", lambda sizes: evaluate(plan.kernel.images, sizes) * plan.slab_high))
     if plan.chunks > 1:
         pixels.emit_combination()
         phases.append(Phase(f"{name}_combine", plan.units))
@@ -67,24 +72,27 @@ class _Pixels:
         self._begin(self.name)
         f = self.f
         mine = f.add(self.shared_bytes, f.mul("%tid", str(plan.own_bytes), f.top), f.top)
-        self.slab = f.gep("i8", "%scratch", mine, f.top)
+        own = f.gep("i8", "%scratch", mine, f.top)
+        if not plan.shares_slab:
+            self.slab = own
         if not plan.resident:
-            self.packed = f.gep("i8", self.slab, str(plan.slab_bytes), f.top)
-        self.sums = f.gep("i8", self.slab, str(plan.own_bytes - plan.own_sums_bytes), f.top)
+            self.packed = f.gep("i8", own, str(0 if plan.shares_slab else plan.slab_bytes), f.top)
+        self.sums = f.gep("i8", own, str(plan.own_bytes - plan.own_sums_bytes), f.top)
         with f.loop("%begin", "%end") as unit:
             self._unit(unit.index)
         f.finish()
 
     def _begin(self, name: str) -> None:
-        """A function of a phase; the scratch that threads share is first: packed weights, then the sums of chunks."""
+        """A function of a phase; the scratch that threads share is first: packed weights, slabs, then the sums of chunks."""
         plan, kernel = self.plan, self.kernel
         f = self.f = Function(self.module, f"define void @{name}({SIGNATURE}) #0")
         emitter = Emitter(f, self.target, kernel.args, pointers_of(f, kernel), kernel.dims)
         self.dim = emitter.dim
         self.units = f.mul(self.dim(kernel.images), str(plan.image_units), f.top)
         self.packed = "%scratch"
-        self.chunk_sums = f.gep("i8", "%scratch", str(plan.shared_packed_bytes), f.top)
-        self.shared_bytes: str = str(plan.shared_packed_bytes)
+        self.slab = f.gep("i8", "%scratch", str(plan.shared_packed_bytes), f.top)
+        self.shared_bytes: str = str(plan.shared_packed_bytes + plan.shared_slab_bytes)
+        self.chunk_sums = f.gep("i8", "%scratch", self.shared_bytes, f.top)
         if plan.chunks > 1:
             sums = f.mul(self.units, str(plan.chunks * plan.sums_bytes), f.top)
             self.shared_bytes = f.add(self.shared_bytes, sums, f.top)
@@ -173,7 +181,12 @@ class _Pixels:
         image_step, group_step = self.kernel.a.at.strides[0], self.kernel.a.at.strides[-2]
         at = f.add(f.mul(self.image, self.dim(image_step)), f.mul(self.group, self.dim(group_step)))
         self.x_unit = f.gep(memory_type(self.a_type), self.x, at)
-        if plan.in_place:
+        if plan.shares_slab:
+            lines = f.add(
+                f.mul(self.image, str(plan.slab_bytes)), f.mul(self.h0, str(plan.axes[1].step * plan.line_bytes))
+            )
+            self.a = f.gep("i8", self.slab, lines)
+        elif plan.in_place:
             place = "0"
             for axis, q in zip(plan.axes, (self.d, self.h0, "0")):
                 place = f.add(place, f.mul(f.add(str(axis.offset), f.mul(q, str(axis.stride))), str(axis.x_step)))
@@ -210,10 +223,11 @@ class _Pixels:
         if plan.chunks > 1:
             begin = f.mul(self.chunk, str(CHUNK_BLOCKS))
             end = f.min(f.add(begin, str(CHUNK_BLOCKS)), end)
-        if self.packer.turns and not plan.resident:
+        packs = not (plan.resident or plan.laid_out)
+        if self.packer.turns and packs:
             self._pack_panel(panel, vectors)
         with f.loop(begin, end) as block:
-            if not (plan.resident or self.packer.turns):
+            if packs and not self.packer.turns:
                 self._pack_block(panel, block.index, vectors)
             b = self._packed_block(panel, block.index, vectors)
             runs, count = self._runs_of(block.index)
@@ -222,14 +236,21 @@ class _Pixels:
             for tile in self._tiles():
                 sums = self._sums_of(tile, panel)
                 name = self._micro_kernel(tile.high, tile.wide, vectors)
-                f.emit(
-                    f"call void @{name}(ptr {self._a_of(tile)}, ptr {b}, ptr {runs}, i64 {count}, ptr {sums}, i1 {add})"
-                )
+                operands = f"ptr {self._a_of(tile)}, ptr {b}, ptr {runs}, i64 {count}, ptr {sums}, i1 {add}"
+                f.emit(f"call void @{name}({operands}, i64 {self._ahead(tile, vectors)})")
                 if plan.blocks == 1:
                     self._finish(tile, panel, vectors, sums)
                 elif plan.chunks == 1:
                     with f.when(last):
                         self._finish(tile, panel, vectors, sums)
+
+    def _ahead(self, tile: _Tile, vectors: int) -> str:
+        """How far from a row of w in place the tile fetches: the next block's, of which each of the first tiles takes one vector."""
+        f, plan = self.f, self.plan
+        if not plan.laid_out:
+            return "0"
+        vector_bytes = plan.lanes * self.size
+        return f.add(str(BLOCK * vectors * vector_bytes), f.mul(f.rem(tile.number, str(vectors)), str(vector_bytes)))
 
     def _sums_of(self, tile: _Tile, panel: str) -> str:
         f, plan = self.f, self.plan
@@ -275,7 +296,8 @@ class _Pixels:
         steps: tuple[int, ...] = ()
         if plan.k <= MOST_UNROLLED:
             steps = tuple([run.a + i * self.size for run in plan.runs[0] for i in range(run.length)])
-        tile = RunTile(plan.row_offsets(high, wide), vectors, plan.compute, self.size, steps, plan.blocks > 1)
+        offsets = plan.row_offsets(high, wide)
+        tile = RunTile(offsets, vectors, plan.compute, self.size, steps, plan.blocks > 1, plan.laid_out)
         return self._function(tile, "tile", lambda name: emit_run_kernel(self.module, self.target, name, tile))
 
     def _finish(self, tile: _Tile, panel: str, vectors: int, sums: str) -> None:
@@ -285,19 +307,25 @@ class _Pixels:
             "epilogue",
             lambda name: emit_epilogue(self.module, self.target, name, self.kernel, plan.compute, plan.lanes),
         )
-        column = f.mul(panel, str(plan.panel))
-        columns = f.min(f.sub(str(plan.n), column), str(vectors * plan.lanes))
         row = vectors * plan.lanes * self.size
+        if plan.laid_out:
+            group, column, columns = panel, "0", str(plan.panel)
+        else:
+            group, column = self.group, f.mul(panel, str(plan.panel))
+            columns = f.min(f.sub(str(plan.n), column), str(vectors * plan.lanes))
         f.emit(
             f"call void @{name}(ptr %args, ptr %dims, ptr %status, i64 {self.image}, i64 {self.d}, i64 {f.add(self.h0, tile.h)}, "
-            f"i64 {tile.w}, i64 {self.group}, i64 {column}, i64 {columns}, i64 {tile.high}, i64 {tile.wide}, ptr {sums}, i64 {row})"
+            f"i64 {tile.w}, i64 {group}, i64 {column}, i64 {columns}, i64 {tile.high}, i64 {tile.wide}, ptr {sums}, i64 {row})"
         )
 
     # ---------------------------------------------------------------------------------------------------- packing w
     def _packed_block(self, panel: str, block: str, vectors: int) -> str:
-        """Where a block of a panel is packed: panels one after the other, K block after K block."""
+        """Where a block of a panel is, packed or in place: panels one after the other, K block after K block."""
         f, plan = self.f, self.plan
         at = "0"
+        if plan.laid_out:
+            at = f.add(f.mul(panel, str(plan.k * plan.k_row)), f.mul(block, str(BLOCK * plan.k_row)))
+            return f.gep("i8", self.w, at)
         if plan.resident:
             at = f.mul(f.add(f.mul(self.group, str(plan.panels)), panel), str(plan.k * plan.k_row))
         if plan.resident or self.packer.turns:
@@ -337,8 +365,28 @@ class _Pixels:
         f.finish()
 
     # ------------------------------------------------------------------------------------------------------ the slab
+    def emit_filling(self) -> None:
+        """The first phase where units share slabs: a unit is one line of an image."""
+        plan = self.plan
+        self._begin(f"{self.name}_fill")
+        f = self.f
+        self.d = self.h0 = "0"
+        slabs = self.slab
+        with f.loop("%begin", "%end") as unit:
+            image, row = f.div(unit.index, str(plan.slab_high)), f.rem(unit.index, str(plan.slab_high))
+            self.x_unit = f.gep(memory_type(self.a_type), self.x, f.mul(image, self.dim(self.kernel.a.at.strides[0])))
+            self.slab = f.gep("i8", slabs, f.mul(image, str(plan.slab_bytes)))
+            with f.loop("0", str(plan.axes[0].taps)) as tap:
+                self._fill_line(tap.index, row)
+        f.finish()
+
     def _fill_slab(self) -> None:
-        """Line by line: zeros outside x; the end of each step may spill into what comes after it."""
+        f, plan = self.f, self.plan
+        with f.loop("0", str(plan.axes[0].taps)) as tap, f.loop("0", str(plan.slab_high)) as row:
+            self._fill_line(tap.index, row.index)
+
+    def _fill_line(self, tap: str, row: str) -> None:
+        """One line: zeros outside x; the end of each step may spill into what comes after it."""
         f, plan = self.f, self.plan
         d, h, w = plan.axes
         _, line, pixel = plan.a_steps
@@ -346,26 +394,25 @@ class _Pixels:
         covered = w.covered(w.count)
         first = min(covered, max(0, (spacing - 1 - w.offset) // spacing))
         last = max(first, min(covered, (w.bound - 1 - w.offset) // spacing + 1))
-        with f.loop("0", str(d.taps)) as tap, f.loop("0", str(plan.slab_high)) as row:
-            p_d = f.add(f.add(str(d.offset), f.mul(self.d, str(d.stride))), f.mul(tap.index, str(d.dilation)))
-            p_h = f.add(str(h.offset), f.mul(self.h0, str(h.stride)))
-            p_h = f.add(p_h, f.mul(row.index, str(h.stride if h.taps == 1 else 1)))
-            number = f.add(f.mul(tap.index, str(plan.slab_high)), row.index)
-            to = f.gep("i8", self.slab, f.mul(number, str(line * self.size)))
-            conditions = [f.op(f"icmp ult i64 {p}, {axis.bound}") for p, axis in ((p_d, d), (p_h, h))]
-            inside = f.op(f"and i1 {conditions[0]}, {conditions[1]}")
-            with f.when(inside):
-                self._zeros(to, first * pixel)
-                at = f.add(f.mul(p_d, str(d.x_step)), f.mul(p_h, str(h.x_step)))
-                from_ = f.gep(
-                    memory_type(self.a_type), self.x_unit, f.add(at, str((w.offset + first * spacing) * w.x_step))
-                )
-                self._copy_positions(
-                    from_, f.gep("i8", to, str(first * pixel * self.size)), last - first, spacing * w.x_step
-                )
-                self._zeros(f.gep("i8", to, str(last * pixel * self.size)), (covered - last) * pixel)
-            with f.when(f.op(f"xor i1 {inside}, true")):
-                self._zeros(to, covered * pixel)
+        p_d = f.add(f.add(str(d.offset), f.mul(self.d, str(d.stride))), f.mul(tap, str(d.dilation)))
+        p_h = f.add(str(h.offset), f.mul(self.h0, str(h.stride)))
+        p_h = f.add(p_h, f.mul(row, str(h.stride if h.taps == 1 else 1)))
+        number = f.add(f.mul(tap, str(plan.slab_high)), row)
+        to = f.gep("i8", self.slab, f.mul(number, str(line * self.size)))
+        conditions = [f.op(f"icmp ult i64 {p}, {axis.bound}") for p, axis in ((p_d, d), (p_h, h))]
+        inside = f.op(f"and i1 {conditions[0]}, {conditions[1]}")
+        with f.when(inside):
+            self._zeros(to, first * pixel)
+            at = f.add(f.mul(p_d, str(d.x_step)), f.mul(p_h, str(h.x_step)))
+            from_ = f.gep(
+                memory_type(self.a_type), self.x_unit, f.add(at, str((w.offset + first * spacing) * w.x_step))
+            )
+            self._copy_positions(
+                from_, f.gep("i8", to, str(first * pixel * self.size)), last - first, spacing * w.x_step
+            )
+            self._zeros(f.gep("i8", to, str(last * pixel * self.size)), (covered - last) * pixel)
+        with f.when(f.op(f"xor i1 {inside}, true")):
+            self._zeros(to, covered * pixel)
 
     def _zeros(self, to: str, count: int) -> None:
         f, plan = self.f, self.plan

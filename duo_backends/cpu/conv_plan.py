@@ -1,22 +1,24 @@
 """What the convolution kernel does with given sizes and strides: tile shape, where it reads x, packing, work units, scratch.
 
 The rows of a tile are a rectangle of result positions, at constant distances from each other in memory, so that one micro-kernel serves
-all tiles of a shape. None of this changes a bit. `conv_pixels.py` emits what a `Plan` says.
+all tiles of a shape. Weights that lie in memory as the panels that a micro-kernel reads (`duo_ir/transforms/panels.py`) arrive as groups
+that read the same channels of x: here each is a panel. None of this changes a bit. `conv_pixels.py` emits what a `Plan` says.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from duo_backends.cpu.code import Target
 from duo_backends.cpu.gemm_plan import CHUNK_BLOCKS, SEQUENTIAL_K
 from duo_backends.cpu.gemm_tile import BLOCK, compute_dtype, lanes_of, max_rows, registers_of, tile_cost
 from duo_ir.kernels.kernel import ConvKernel, Window
-from duo_ir.types import DType, evaluate
+from duo_ir.types import DimLike, DType, evaluate
 
 MOST_ROWS = 14  # of a tile
+MOST_VECTORS = 4
 SLAB_BYTES = 1 << 18  # the part of x that a unit works on stays in the second-level cache
 SHARED_BYTES = 1 << 20  # packed weights up to here are shared by all units, beyond if they are read
 REREAD = 8  # so many times: threads would otherwise fetch from each other's caches what they could pack themselves
@@ -78,7 +80,8 @@ class Plan:
     unit_panels: int
     in_place: bool
     pixel: int  # elements from one position to the next in the slab
-    resident: bool
+    resident: bool  # w is packed once for all units,
+    laid_out: bool  # or lies in panels already: the kernel's groups
 
     # ------------------------------------------------------------------------------------------------------- sizes
     @property
@@ -88,13 +91,13 @@ class Plan:
 
     @property
     def n(self) -> int:
-        assert isinstance(self.kernel.n, int)
-        return self.kernel.n
+        """Columns of a group; of all panels where the groups are panels."""
+        n = _int(self.kernel.n)
+        return n * _int(self.kernel.groups) if self.laid_out else n
 
     @property
     def groups(self) -> int:
-        assert isinstance(self.kernel.groups, int)
-        return self.kernel.groups
+        return 1 if self.laid_out else _int(self.kernel.groups)
 
     @property
     def k(self) -> int:
@@ -145,12 +148,26 @@ class Plan:
             d, h, w = self.axes
             return d.x_step, h.x_step, w.x_step
         line = self.axes[2].covered(self.axes[2].count) * self.pixel
+        if self.shares_slab and self.pixel % self.lanes:
+            line += self.lanes  # a line that another thread fills does not write into the next
         return self.slab_high * line, line, self.pixel
+
+    @property
+    def shares_slab(self) -> bool:
+        """Whether a phase before fills one slab for each image: several units read the same part of x."""
+        one = self.groups == 1 and self.axes[0].count == 1
+        few = isinstance(self.kernel.images, int) and self.kernel.images < UNITS
+        return not self.in_place and one and few and self.column_units > 1 and self.chunks == 1
 
     @property
     def slab_high(self) -> int:
         """Lines of the slab."""
-        return self.axes[1].covered(self.block_high)
+        return self.axes[1].covered(self.axes[1].count if self.shares_slab else self.block_high)
+
+    @property
+    def line_bytes(self) -> int:
+        """From one line of x to the next, where tiles read it."""
+        return self.a_steps[1] * self.compute.itemsize
 
     @property
     def slab_bytes(self) -> int:
@@ -209,9 +226,13 @@ class Plan:
         return _round(self.panels * self.groups * self.k * self.k_row) if self.resident else 0
 
     @property
+    def shared_slab_bytes(self) -> int:
+        return _int(self.kernel.images) * self.slab_bytes if self.shares_slab else 0
+
+    @property
     def own_packed_bytes(self) -> int:
         """Of one panel, which some ways of packing do at once."""
-        return 0 if self.resident else _round(self.k * self.k_row)
+        return 0 if self.resident or self.laid_out else _round(self.k * self.k_row)
 
     @property
     def own_sums_bytes(self) -> int:
@@ -234,7 +255,8 @@ class Plan:
     @property
     def own_bytes(self) -> int:
         """Scratch of one thread: slab, packed weights, sums."""
-        return self.slab_bytes + self.own_packed_bytes + self.own_sums_bytes
+        slab = 0 if self.shares_slab else self.slab_bytes
+        return slab + self.own_packed_bytes + self.own_sums_bytes
 
     @property
     def image_units(self) -> int:
@@ -242,9 +264,9 @@ class Plan:
         return self.groups * self.axes[0].count * self.row_units * self.column_units
 
     def scratch(self, sizes: Mapping[str, int], threads: int) -> int:
-        """Packed weights and the sums of all chunks, then each thread's own part."""
+        """Packed weights, slabs and the sums of all chunks, then each thread's own part."""
         chunks = self.units(sizes) * self.chunks * self.sums_bytes if self.chunks > 1 else 0
-        return self.shared_packed_bytes + chunks + threads * self.own_bytes
+        return self.shared_packed_bytes + self.shared_slab_bytes + chunks + threads * self.own_bytes
 
     def units(self, sizes: Mapping[str, int]) -> int:
         return evaluate(self.kernel.images, sizes) * self.image_units
@@ -299,6 +321,10 @@ def make_plan(kernel: ConvKernel, target: Target) -> Plan | None:
     if k == 0 or 0 in (n, groups, d.count, h.count, w.count) or (n == 1 and groups > 1):
         return None
     vectors, high, wide = _tile(h.count, w.count, -(-n // lanes), registers)
+    laid_out = _laid_out(kernel, compute, lanes) and (groups > 1 or vectors * lanes == n)
+    if laid_out:
+        vectors, high, wide = _tile(h.count, w.count, n // lanes, registers, [n // lanes])
+        groups, n = 1, n * groups
     in_place = (
         kernel.args[kernel.a.buffer].dtype is compute
         and kernel.a.at.strides[-1] == 1
@@ -306,21 +332,51 @@ def make_plan(kernel: ConvKernel, target: Target) -> Plan | None:
         and (w.stride * w.x_step * compute.itemsize) % 4096 != 0
     )  # fmt: skip
     pixel = c if (w.step * c * compute.itemsize) % 4096 != 0 else c + lanes
-    block, panels = _unit(kernel, compute, (d, h, w), high, k, vectors * lanes, pixel)
+    block, panels = _unit(kernel.images, groups, n, compute, (d, h, w), high, k, vectors * lanes, pixel)
     units = (kernel.images if isinstance(kernel.images, int) else UNITS) * d.count * -(-h.count // block)
     columns = -(-n // (vectors * lanes)) * vectors * lanes
     packed = columns * groups * k * compute.itemsize
-    resident = units > 1 and packed <= (MOST_SHARED if units >= REREAD else SHARED_BYTES)
-    plan = Plan(kernel, compute, lanes, (d, h, w), vectors, high, wide, block, panels, in_place, pixel, resident)
+    resident = not laid_out and units > 1 and packed <= (MOST_SHARED if units >= REREAD else SHARED_BYTES)
+    plan = Plan(
+        kernel, compute, lanes, (d, h, w), vectors, high, wide, block, panels, in_place, pixel, resident, laid_out
+    )
     if d.taps * h.taps * w.taps > MOST_RUNS and sum(len(runs) for runs in plan.runs) > MOST_RUNS:
         return None
     return plan
 
 
-def _tile(high: int, wide: int, column_vectors: int, registers: int) -> tuple[int, int, int]:
-    """(vectors, result rows, positions along a row) of the fastest tile."""
+def _laid_out(kernel: ConvKernel, compute: DType, lanes: int) -> bool:
+    """Whether groups read the same channels of x and lie in memory as panels: [group][taps, channels][columns], whole vectors."""
+    n = _int(kernel.n)
+    if (kernel.groups != 1 and kernel.a.at.strides[-2] != 0) or n % lanes or n // lanes > MOST_VECTORS:
+        return False
+    sizes = [_int(s) for s in (kernel.groups, *[w.taps for w in kernel.windows], kernel.c, n)]
+    *taps, group, c, column = [_int(s) for s in kernel.b.at.strides]
+    step = 1
+    for size, found in zip(reversed(sizes), reversed([group, *taps, c, column])):
+        if size > 1 and found != step:
+            return False
+        step *= size
+    return kernel.args[kernel.b.buffer].dtype is compute
+
+
+def panel_columns(high: int, wide: int, n: int, dtype: DType, target: Target) -> int | None:
+    """Columns of the panels in which a convolution to high x wide positions and n channels best reads weights; None where panels
+    would not be full."""
+    compute = compute_dtype(dtype)
+    lanes = lanes_of(target, compute)
+    if n % lanes or dtype is not compute:
+        return None
+    full = [v for v in range(1, MOST_VECTORS + 1) if n % (v * lanes) == 0]
+    return _tile(high, wide, n // lanes, registers_of(target), full)[0] * lanes
+
+
+def _tile(
+    high: int, wide: int, column_vectors: int, registers: int, widths: Sequence[int] = range(1, MOST_VECTORS + 1)
+) -> tuple[int, int, int]:
+    """(vectors, result rows, positions along a row) of the fastest tile, of those with as many vectors as `widths` says."""
     best: tuple[float, int, int, int] | None = None
-    for vectors in range(1, min(4, column_vectors) + 1):
+    for vectors in [v for v in widths if v <= column_vectors]:
         most = min(max_rows(vectors, registers), MOST_ROWS)
         if wide >= most:
             th, tw = 1, -(-wide // -(-wide // most))
@@ -342,18 +398,18 @@ def _tile(high: int, wide: int, column_vectors: int, registers: int) -> tuple[in
 
 
 def _unit(
-    kernel: ConvKernel, compute: DType, axes: tuple[Axis, Axis, Axis], tile_high: int, k: int, panel: int, pixel: int
-) -> tuple[int, int]:
+    images: DimLike, groups: int, n: int, compute: DType, axes: tuple[Axis, Axis, Axis], tile_high: int, k: int, panel: int,
+    pixel: int,
+) -> tuple[int, int]:  # fmt: skip
     """(result rows, panels) of a unit: what the cache holds of x and all columns, cut while there are few units with much work."""
     d, h, w = axes
-    n, groups = _int(kernel.n), _int(kernel.groups)
     line = d.taps * w.covered(w.count) * pixel * compute.itemsize
     high = h.count
     while high > tile_high and h.covered(high) * line > SLAB_BYTES:
         high = -(-high // 2)
     high = min(h.count, -(-high // tile_high) * tile_high)
     panels = all_panels = -(-n // panel)
-    outer = (kernel.images if isinstance(kernel.images, int) else UNITS) * groups * d.count
+    outer = (images if isinstance(images, int) else UNITS) * groups * d.count
     while outer * -(-h.count // high) * -(-all_panels // panels) < UNITS:
         if high * w.count * min(n, panels * panel) * k < 2 * UNIT_WORK:
             break

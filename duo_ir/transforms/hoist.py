@@ -3,8 +3,8 @@
 A Function is split in two. The prologue makes, from the constant parameters alone, the values that the rest reads: weights laid out as
 a product reads them, small computations on state (the scale of a batch norm). The main Function takes them as further
 parameters. It is the same ops on the same values, so bits stay. Nothing is hoisted that is larger than what it is made of, as a broadcast is: what
-it views is. Reading through a view costs a kernel nothing, except a product whose rows become long; convolutions pack their weights as fast
-from where they are.
+it views is. Reading through a view costs a kernel nothing, except a product whose rows become long. What products and convolutions read in
+panels is hoisted (`panels.py`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from duo_ir.opdef import (
     Reduction,
     Reshape,
 )
-from duo_ir.transforms.panels import in_panels
+from duo_ir.transforms.panels import Columns, in_panels
 from duo_ir.transforms.rewrite import dce, with_operands
 from duo_ir.types import evaluate
 
@@ -40,14 +40,14 @@ class Hoisted(NamedTuple):
     constants: tuple[int, ...]  # that the prologue reads, of those asked for
 
 
-def hoist(function: Function, constants: Iterable[int]) -> Hoisted | None:
+def hoist(function: Function, constants: Iterable[int], columns: Columns | None = None) -> Hoisted | None:
     """`function`, simplified before and of static types, split at what depends on the parameters numbered `constants` alone. None where
-    products read less than `WORTH` bytes of it."""
+    products and convolutions read less than `WORTH` bytes of it. `columns`: how wide a convolution's panels are; without, it has none."""
     numbers = sorted(set(constants))
     if function.dims:
         return None
     params = [function.params[i] for i in numbers]
-    function, panels = in_panels(function, _sources(function, params))
+    function, panels = in_panels(function, _sources(function, params), columns)
     cut = _Cut(function, _sources(function, params), panels)
     if cut.in_products < WORTH:
         return None
@@ -70,7 +70,7 @@ def _sources(function: Function, constants: list[Value]) -> Sources:
 
 
 class _Cut:
-    """`values`: what is hoisted, in order; `in_products`: how many bytes of it products read."""
+    """`values`: what is hoisted, in order; `in_products`: how many bytes of it products and convolutions read."""
 
     def __init__(self, function: Function, sources: Sources, panels: list[Value]) -> None:
         self.sources, self.panels = sources, set(panels)
@@ -97,7 +97,8 @@ class _Cut:
             hoisted = False
         elif isinstance(op.definition.kind, (Movement, Reshape)):
             wide = product and v.type.rank > 0 and evaluate(v.type.shape[-1], {}) >= WIDE
-            hoisted = (wide or v in self.panels) and self._is_moved(v) and _nbytes(v) <= _nbytes(op.operands[0])
+            hoisted = v in self.panels or wide
+            hoisted = hoisted and self._is_moved(v) and _nbytes(v) <= _nbytes(op.operands[0])
         else:
             hoisted = True
         if not hoisted:
@@ -106,7 +107,7 @@ class _Cut:
                 self.place(x, viewed)
             return
         self.values[v] = None
-        if product:
+        if product or v in self.panels:
             self.in_products += _nbytes(v)
 
     def _is_moved(self, v: Value) -> bool:

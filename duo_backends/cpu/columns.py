@@ -1,8 +1,9 @@
 """Loop kernels whose vectors run along an outer axis while inner axes are walked one by one: sums over columns.
 
 A work unit is a strip of the last outer axis (for one point of the others). Each column's accumulators, 16 of them where
-the order is the contract's and one where it is free, lie in this thread's scratch, small enough to stay in L1; so do the
-finished results, which later stages read back. The bits are those of `rows.py`.
+the order is the contract's and one where it is free, lie in this thread's scratch, small enough to stay in L1 or L2; so do the
+finished results, which later stages read back. Rows that go to the same accumulators are taken several at a time, so that those pass
+through registers once for all of them and memory is read in several long streams. The bits are those of `rows.py`.
 """
 
 from __future__ import annotations

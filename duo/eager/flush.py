@@ -106,6 +106,7 @@ class Program:
         rows = [j for j in sorted(self.runnable.givable) if params[j].type.nbytes >= OVERWRITE_FROM]
         self.givable = ([], []) if self.alive else (rows, [plan.inputs[j][0] for j in rows])
         self.updates = _updates(plan, live) if rows else []
+        self.given: tuple[int, ...] = ()  # inputs that nobody could read any more the last time
 
 
 def _updates(plan: FlushPlan, live: tuple[int, ...]) -> list[tuple[int, int]]:
@@ -286,7 +287,7 @@ def _execute(trace: Trace, plan: FlushPlan, live: tuple[int, ...], program: Prog
     for e, k in plan.inputs:
         entry = entries[e]
         inputs.append(entry.buf if k is None else entry.scalars[k])  # type: ignore[index]
-    given = _unreadable(trace, program, inputs) if overwrite and program.givable[0] else None
+    given = program.given = _unreadable(trace, program, inputs) if overwrite and program.givable[0] else ()
     if not given:
         publish(trace, plan, program, program.run(inputs))
         return

@@ -106,6 +106,10 @@ def _forked() -> None:
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forked)
 
+_new: Any = object.__new__
+_getframe = sys._getframe
+_RLock: Any = type(threading.RLock())  # its class: `threading.RLock` is a function around it
+
 
 class Trace:
     """A program under recording. Entry 0 stands for the root."""
@@ -127,12 +131,18 @@ class Trace:
     )
 
     def __init__(self, grad: bool) -> None:
-        self.entries: list[Val] = [Val(self, 0, _ROOTS[grad], NOTHING)]
+        root = _new(Val)
+        root.trace = self
+        root.index = 0
+        root.node = _ROOTS[grad]
+        root.info = NOTHING
+        root.buf = root.scalars = root.extra = root.stamp = None
+        self.entries: list[Val] = [root]
         self.leaves: dict[Val, int] = {}  # a value from outside -> its number here
         self.leaf_numbers: dict[Any, int] = {}  # a GradLeaf -> number of its latest entry
         self.links: dict[int, int] = {}  # an entry of a leaf that was here before -> number of the entry before
         self.hooked: list[int] = []  # values with hooks, other than leaves
-        self.lock = threading.RLock()
+        self.lock = _RLock()
         self.born = forks[0]
         self.node: Node | None = None  # set when closed
         self.done = False
@@ -388,8 +398,6 @@ def recorder(kind: Any = None) -> Callable[..., Any]:
 
 
 _record = recorder()
-_new: Any = object.__new__
-_getframe = sys._getframe
 
 
 def recorded(trace: Trace, node: Node, vals: list[Val], frame: Any, near: Any = None) -> None:

@@ -245,6 +245,8 @@ class _Writer:
             if given < 0 or not alone or given in owned or given in moved:
                 return None
             (owned if bound.may_overwrite(output, given) else moved)[given] = output
+        if any(k not in owned and known.plan.inputs[k][0] < known.length for k in program.given):
+            return None  # something else is overwritten too, which would take memory of its own: an average of the parameters, say
         if not self._sources(steps, mine, owned, moved):
             return None
         self._write(owned)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import duo
-from duo import nn
+from duo import nn, runtime
 from duo.eager.trace import hooks
 from duo.optim.known import KnownStep, Memory
 from duo_ir.errors import GradientError
@@ -229,6 +229,30 @@ def test_values_stay_where_they_are(counted):
     job.step()
     assert counted.taken == 1
     assert [(id(t._val), t._val.buf.ptr) for t in tensors] == before
+
+
+def test_what_is_updated_beside_the_step_is_overwritten_as_before(recorded):
+    """A moving average of activations: where its old value can be read by nobody, the step leaves it its memory or is recorded."""
+
+    def overwritten():
+        duo.manual_seed(0)
+        weight = duo.randn(96, 96).requires_grad_()
+        optimizer, average, x, out = duo.optim.SGD([weight], lr=0.1), duo.zeros(96, 96), duo.randn(96, 96), []
+        for _ in range(9):
+            optimizer.zero_grad()
+            y = (x @ weight).tanh()
+            y.square().mean().backward()
+            with duo.no_grad():
+                average.mul_(0.9).add_(y.detach())
+            del y
+            before = runtime.statistics.overwritten
+            optimizer.step()
+            out.append(runtime.statistics.overwritten - before)
+        return out[3:]
+
+    with recorded():
+        expected = overwritten()
+    assert overwritten() == expected
 
 
 def test_a_graph_from_before_says_that_it_was_overwritten():

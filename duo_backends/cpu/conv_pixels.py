@@ -23,6 +23,8 @@ from duo_backends.cpu.gemm_tile import BLOCK
 from duo_backends.cpu.llvm import Function, Module, mangle, memory_type, register_type, vector
 from duo_ir.types import evaluate
 
+MOST_INTERLEAVED = 4  # channels of an image that come in planes
+
 
 class _Tile(NamedTuple):
     """SSA names: its number in the unit, first row from the unit's, first position along a row; and its shape."""
@@ -438,7 +440,11 @@ class _Pixels:
                 self._copy(source, f.gep("i8", to, f.mul(position.index, str(plan.pixel * self.size))), plan.c)
             return
         element = register_type(plan.compute)
-        with f.loop("0", str(plan.c)) as c, f.loop("0", str(count)) as position:
+        whole = 0
+        if step == 1 and plan.pixel == plan.c <= MOST_INTERLEAVED and self.a_type is plan.compute:
+            whole = count // plan.lanes * plan.lanes
+            self._interleave(from_, to, whole, channel)
+        with f.loop("0", str(plan.c)) as c, f.loop(str(whole), str(count)) as position:
             source = f.gep(
                 "i8", from_, f.add(f.mul(c.index, str(channel * item)), f.mul(position.index, str(step * item)))
             )
@@ -446,6 +452,30 @@ class _Pixels:
             value = convert(f, self.target, value, self.a_type, plan.compute, 1, None)
             at = f.add(f.mul(position.index, str(plan.pixel)), c.index)
             f.emit(f"store {element} {value}, ptr {f.gep('i8', to, f.mul(at, str(self.size)))}, align {self.size}")
+
+    def _interleave(self, from_: str, to: str, count: int, channel: int) -> None:
+        """`count` positions, whole vectors, of the few channels of an image that lie `channel` elements apart in x."""
+        f, plan, lanes, channels = self.f, self.plan, self.plan.lanes, self.plan.c
+        type_ = vector(lanes, register_type(plan.compute))
+        with f.loop("0", str(count), lanes) as loop:
+            at = f.gep("i8", from_, f.mul(loop.index, str(self.size)))
+            planes = [
+                f.op(f"load {type_}, ptr {f.gep('i8', at, str(c * channel * self.size))}, align {self.size}")
+                for c in range(channels)
+            ]
+            place = f.gep("i8", to, f.mul(loop.index, str(channels * self.size)))
+            for part in range(channels):
+                # Lane by lane: the position and channel of element part * lanes + lane; one more channel put in at a time.
+                where = [divmod(part * lanes + lane, channels) for lane in range(lanes)]
+                value, picked = planes[0], [position for position, _ in where]
+                for c in range(1, channels):
+                    picked = [lanes + where[i][0] if where[i][1] == c else picked[i] for i in range(lanes)]
+                    mask = ", ".join(f"i32 {i}" for i in picked)
+                    value = f.op(f"shufflevector {type_} {value}, {type_} {planes[c]}, <{lanes} x i32> <{mask}>")
+                    picked = list(range(lanes))
+                f.emit(
+                    f"store {type_} {value}, ptr {f.gep('i8', place, str(part * lanes * self.size))}, align {self.size}"
+                )
 
     def _copy(self, from_: str, to: str, count: int) -> None:
         """`count` contiguous elements, in whole vectors: the last writes zeros beyond."""

@@ -168,6 +168,15 @@ def test_first_layers() -> None:
         c.check(function_of(gradient, *types), arrays, [a[:3] for a in arrays])
 
 
+@pytest.mark.parametrize("channels", [1, 2, 3, 4, 5])
+def test_planes_of_an_image(channels: int) -> None:
+    """Channels first in memory: few are interleaved in registers, more go one by one; widths around a vector."""
+    for width, dtype in ((15, f32), (16, f32), (37, f32), (19, f64), (21, f16)):
+        attrs = attributes(2, padding=_PAD, strides=(2, 2))
+        arrays = operands((2, channels, 5, width), (3, 3, channels, 20), dtype)
+        c.check(lambda x, w, a=attrs: ops.conv(nd.transpose(x, (0, 2, 3, 1)), w, **a), arrays, fusions=[True])
+
+
 def test_special_values() -> None:
     """Padding takes part: infinity times a padding tap is NaN, and -0.0 stays where a sum underflows."""
     rng = np.random.default_rng(3)

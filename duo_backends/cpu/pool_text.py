@@ -3,7 +3,8 @@
 One caller at a time owns the pool (`@duo.lock`); its task is a phase of a kernel, cut into chunks that threads claim by
 raising `next` or lowering `end` in `claim` (epoch, end and next in one word, so that a thread that slept through a task cannot
 claim from it with what it read of another): even threads from the front, odd ones from the back, so that each call finds most
-of a chunk's memory in the cache of the core that used it last. The caller works too and waits only until every chunk is done, not for threads that
+of a chunk's memory in the cache of the core that used it last. In every second run (`turn`) each half of the chunks is gone through
+the other way round: of memory that is a little too large for a cache, what was read last is read first. The caller works too and waits only until every chunk is done, not for threads that
 are still waking up. A sleeper announces itself in `sleepers` (or `waiting`) *before* it looks at its word a last
 time, and a waker changes the word before it looks for sleepers, all sequentially consistent: no wake-up is lost.
 Workers start on first use, which is also how they come back after fork.
@@ -84,6 +85,7 @@ _TASK = """
 %duo.task.t = type { ptr, ptr, ptr, i64, i64, ptr, ptr, i64 }
 @duo.task = internal global %duo.task.t zeroinitializer, align 128
 @duo.claim = internal global i64 0, align 128
+@duo.turn = internal global i64 0, align 128
 @duo.done = internal global i32 0, align 128
 @duo.waiting = internal global i32 0, align 128
 @duo.sleepers = internal global i32 0, align 128
@@ -119,11 +121,20 @@ try:
   %ok = extractvalue { i64, i1 } %got, 1
   br i1 %ok, label %work, label %look
 work:
-  %b0 = mul i64 %units, %chunk
+  %turn = load i64, ptr @duo.turn
+  %back = trunc i64 %turn to i1
+  %half = lshr i64 %chunks, 1
+  %low = icmp ult i64 %chunk, %half
+  %low.ends = sub i64 %half, 1
+  %high.ends = add i64 %low.ends, %chunks
+  %ends = select i1 %low, i64 %low.ends, i64 %high.ends
+  %mirrored = sub i64 %ends, %chunk
+  %place = select i1 %back, i64 %mirrored, i64 %chunk
+  %b0 = mul i64 %units, %place
   %begin = udiv i64 %b0, %chunks
   %e0 = add i64 %b0, %units
   %end = udiv i64 %e0, %chunks
-  %line = shl i64 %chunk, 6
+  %line = shl i64 %place, 6
   %status = getelementptr i8, ptr %words, i64 %line
   call void %fn(ptr %args, ptr %dims, i64 %begin, i64 %end, i64 %tid, ptr %scratch, ptr %status)
   %d = atomicrmw add ptr @duo.done, i32 1 seq_cst

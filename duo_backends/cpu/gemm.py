@@ -26,6 +26,8 @@ from duo_ir.errors import ArgumentError
 from duo_ir.kernels.kernel import Access, ContractKernel
 from duo_ir.types import DimLike, DType, evaluate, product
 
+_FORESEEN_ROWS = 256  # rows of A from which on each tile asks for the next one's
+
 
 def compile_contract(kernel: ContractKernel, target: Target) -> KernelCode:
     """One phase; units are rectangles of the result. Raises ArgumentError for operands with guards or index operands."""
@@ -113,9 +115,9 @@ class _Driver:
             spread = b_column * b.itemsize if isinstance(b_column, int) else None
         ahead = plan.b_ahead if spread == 0 and not packed_b else 0
         asks = ask_every(plan, self.streams)
-        tiles = plan.segments[0].count if len(plan.segments) == 1 else None
-        # packed tiles are near; in others a row is too short for the hardware to foresee the next one
-        a_ahead = spread == 0 and tiles != 1 and not plan.pack_a and self.kernel.a.at.strides[-1] == 1 and row_bytes > 0
+        # packed tiles and few rows are near; in other tiles a row is too short for the hardware to foresee the next one
+        many = not isinstance(self.kernel.m, int) or self.kernel.m >= _FORESEEN_ROWS
+        a_ahead = many and spread == 0 and not plan.pack_a and self.kernel.a.at.strides[-1] == 1 and row_bytes > 0
         tile = Tile(rows, vectors, a, row_bytes, b, b_vector, plan.compute, spread, not plan.one_block, ahead, asks, a_ahead)
         emit = emit_rows_kernel if spread != 0 else emit_micro_kernel
         return self._function(tile, "tile", lambda name: emit(self.module, self.target, name, tile))

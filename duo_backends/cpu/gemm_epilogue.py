@@ -16,7 +16,7 @@ from duo_ir.kernels.kernel import Access, ContractKernel
 from duo_ir.types import product
 
 _NEAREST, _APART = 2, 4  # k steps from one line to the next that is asked for, at least and at most
-_FAR = 1 << 18  # bytes of a result that is written without being looked at, from which it is not near
+_FAR = 1 << 19  # bytes of a result that is written without being looked at, from which it is not near
 
 
 def pointers(f: Function, kernel: ContractKernel) -> list[str]:

@@ -3,6 +3,7 @@ trip through text of every Function that a test of the IR builds."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,6 +26,13 @@ MOST_PER_TEST = 30  # functions taken through text, of those a test builds
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="write golden files instead of comparing with them")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Says by what the CUDA tests reach their emulated GPU."""
+    if any("test_cuda_" in report.nodeid for report in terminalreporter.stats.get("passed", ())):
+        pycuda = os.environ.get("DUO_TEST_PYCUDA") == "1" or importlib.util.find_spec("pycuda") is not None
+        terminalreporter.write_line(f"CUDA tests: emulated GPU through {'PyCUDA' if pycuda else 'ctypes (no PyCUDA here)'}")
 
 
 @pytest.fixture

@@ -6,12 +6,13 @@ import ctypes
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
+from duo_backends.binding import kernels_of
+from duo_backends.cache import DiskCache, disk_cache
 from duo_backends.cpu import jit
-from duo_backends.cpu.cache import DiskCache
 from duo_backends.cpu.code import KernelCode, Target
 from duo_backends.cpu.conv_plan import panel_columns
 from duo_backends.cpu.emit import compile_kernel
@@ -20,7 +21,7 @@ from duo_backends.cpu.memory import Buffer, allocate
 from duo_backends.cpu.table import LoadedKernel
 from duo_ir.core import Op
 from duo_ir.kernels.kernel import Kernel
-from duo_ir.kernels.program import Cond, Program, Step, While
+from duo_ir.kernels.program import Program
 from duo_ir.types import DType
 
 KERNEL_LIMIT = 8192  # loaded kernels kept for programs to come
@@ -57,7 +58,7 @@ class CpuBackend:
     @property
     def disk(self) -> DiskCache:
         """Where object code is kept between processes."""
-        return jit.disk_cache()
+        return disk_cache()
 
     @property
     def code_statistics(self) -> jit.Statistics:
@@ -125,16 +126,3 @@ class CpuBackend:
 
     def synchronize(self) -> None:
         """Programs have finished when `run` returns: nothing to wait for."""
-
-
-def kernels_of(program: Program) -> Iterator[Kernel]:
-    """All kernels of a program and of those nested in it."""
-    for item in program.items:
-        if isinstance(item, Step):
-            yield item.kernel
-        elif isinstance(item, Cond):
-            yield from kernels_of(item.then)
-            yield from kernels_of(item.orelse)
-        elif isinstance(item, While):
-            yield from kernels_of(item.test)
-            yield from kernels_of(item.body)

@@ -22,6 +22,7 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 
 from duo_backends.base import Scalar
+from duo_backends.calls import choose_donors, index_error, rounded
 from duo_backends.cells import ARRAY, NUMBER, POINTER, Argument
 from duo_backends.cpu import profile
 from duo_backends.cpu import runner_text as layout
@@ -30,7 +31,7 @@ from duo_backends.cpu.pool_text import CHUNKS_PER_THREAD, STATUS_BYTES
 from duo_backends.cpu.runner import native
 from duo_backends.cpu.threads import get_num_threads, on_change
 from duo_ir.errors import ArgumentError, DeviceError, IndexOutOfRange
-from duo_ir.types import DType, TensorType, evaluate
+from duo_ir.types import TensorType, evaluate
 
 KEPT_FRAME = 1 << 20  # bytes up to which a bound program keeps its frames
 SMALL_FRAME = 1 << 14  # programs of templates are many: a larger frame is kept by the last LARGE_FRAMES of them only
@@ -142,7 +143,9 @@ class CpuBound:
         self._frames: list[Buffer] = _FromSecondCall() if program.templates else []
         self._measure()
         if not program.templates and self._geometry[-1] >= BIG:
-            allocator.wanted = 0  # a program as a whole, whose frame takes the place of what ran before it, op by op perhaps
+            allocator.wanted = (
+                0  # a program as a whole, whose frame takes the place of what ran before it, op by op perhaps
+            )
         self.run = self._make_run()
         on_change(self)
         profile.register(self)
@@ -211,7 +214,7 @@ class CpuBound:
 
     def _bits(self, value: object, k: int) -> int:
         """The bits of an f16 or bf16 scalar input."""
-        return int(_rounded(value, self.program.inputs[k].dtype).view(np.uint16))
+        return int(rounded(value, self.program.inputs[k].dtype).view(np.uint16))
 
     def begin(
         self,
@@ -226,7 +229,9 @@ class CpuBound:
         if donors is None:
             if len(self._donors) >= DONATION_LIMIT:
                 self._donors.clear()
-            donors = self._donors[key] = self._choose_donors(donated, preferred)
+            donors = self._donors[key] = choose_donors(
+                self._donations, self.program.results, len(self.program.inputs), donated, preferred
+            )
         heirs = dict(donors)
         if heirs:
             uses = Counter(map(id, inputs))
@@ -252,16 +257,6 @@ class CpuBound:
             if k not in self._scalars and (not isinstance(x, Buffer) or x.nbytes < nbytes):
                 raise ArgumentError(f"input {k}, {self.program.inputs[k]}, needs a buffer of {nbytes} bytes, not {x!r}")
 
-    def _choose_donors(self, donated: Collection[int], preferred: Sequence[tuple[int, int]]) -> dict[int, int]:
-        """Output number -> the given-away input that it overwrites, where the program allows it."""
-        donors: dict[int, int] = {}
-        count, allowed = len(self.program.inputs), set(self._donations)
-        first = [(self.program.results[k] - count, given) for k, given in preferred]
-        for output, given in [*[pair for pair in first if pair in allowed], *self._donations]:
-            if output not in donors and given in donated and given not in donors.values():
-                donors[output] = given
-        return donors
-
     def _results(self, inputs: Sequence[Buffer | Scalar], outputs: list[Buffer]) -> list[Buffer]:
         count = len(self.program.inputs)
         out = []
@@ -269,7 +264,7 @@ class CpuBound:
             if slot >= count:
                 out.append(outputs[slot - count])
             elif slot in self._scalars:
-                array = _rounded(inputs[slot], self.program.inputs[slot].dtype)
+                array = rounded(inputs[slot], self.program.inputs[slot].dtype)
                 buffer = allocate(array.nbytes)
                 ctypes.memmove(buffer.ptr, array.ctypes.data, array.nbytes)
                 out.append(buffer)
@@ -291,12 +286,7 @@ class CpuBound:
         assert note is not None
         status = ctypes.c_int64.from_address(frame.ptr + 16).value
         site, index, bound = (ctypes.c_int64 * 3).from_address(status)
-        sites = note.sites
-        what = sites[site - 1] if 0 < site <= len(sites) else "an indexed access"
-        if "{index}" in what:
-            return IndexOutOfRange(what.replace("{index}", str(index)))
-        where = f"{note.where}: " if note.where else ""
-        return IndexOutOfRange(f"{where}{what}: index {index} is out of range for an axis of size {bound}")
+        return index_error(note, site, index, bound)
 
     # ---------------------------------------------------------------------------------------------- plan and frames
     def _make_plan(self) -> np.ndarray:
@@ -451,12 +441,6 @@ def array_data() -> int | None:
         return None
     found = [ctypes.c_size_t.from_address(id(a) + at).value for a in arrays]
     return at if found == [a.ctypes.data for a in arrays] else None
-
-
-def _rounded(value: object, dtype: DType) -> np.ndarray:
-    """A Python number as a 0-d array."""
-    with np.errstate(over="ignore"):
-        return np.asarray(value, dtype.numpy)
 
 
 @lru_cache(maxsize=1024)

@@ -16,11 +16,10 @@ import platform
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, lru_cache
-from pathlib import Path
+from functools import cache
 from typing import Any
 
-from duo_backends.cpu.cache import DiskCache, default_directory
+from duo_backends.cache import disk_cache
 from duo_backends.cpu.code import Target
 from duo_backends.cpu.objects import OWN_LOADER, Unsupported, load_objects
 from duo_backends.cpu.system import system
@@ -122,16 +121,6 @@ def _has(host: Mapping[str, bool], features: str) -> bool:
 
 
 # ------------------------------------------------------------------------------------------------------- compiling
-@lru_cache(maxsize=8)
-def _disk(directory: Path | None) -> DiskCache:
-    return DiskCache(directory)
-
-
-def disk_cache() -> DiskCache:
-    """The cache in the folder that DUO_CACHE_DIR names now."""
-    return _disk(default_directory())
-
-
 def _target_machine(m: Machine, jit: bool) -> Any:
     # Position-independent code in the small model also serves files made ahead of time.
     return (

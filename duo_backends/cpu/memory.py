@@ -13,36 +13,17 @@ import functools
 import os
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from duo_backends.blocks import MemoryStatistics, OutOfMemory, class_size
 from duo_backends.cpu.system import system
-from duo_ir.errors import ArgumentError, DeviceError
+from duo_ir.errors import ArgumentError
 from duo_ir.types import DType
 
-ALIGNMENT = 64
 BIG = 1 << 20
 _SLAB = 4 << 20  # smaller blocks are cut from slabs of this size, which are kept
-
-
-class OutOfMemory(DeviceError, MemoryError):
-    """The system has no memory for a buffer."""
-
-
-@dataclass(frozen=True)
-class MemoryStatistics:
-    """Bytes, counted in whole blocks: taken from the system, of those in free lists, and the most ever taken."""
-
-    reserved: int
-    cached: int
-    peak: int
-
-    @property
-    def allocated(self) -> int:
-        """Bytes in live buffers (and slabs' remainders)."""
-        return self.reserved - self.cached
 
 
 class _Class:
@@ -267,15 +248,6 @@ class Allocator:
 
     def _renew_lock(self) -> None:
         self._lock = threading.RLock()  # the parent's other threads may have held it
-
-
-def class_size(nbytes: int) -> int:
-    """Size of the block that serves a request: at least `nbytes`, at most an eighth more above 512 bytes, and whole
-    pages from 1 MiB on."""
-    if nbytes <= 512:
-        return max(-(-nbytes // ALIGNMENT) * ALIGNMENT, ALIGNMENT)
-    step = 1 << ((nbytes - 1).bit_length() - 4)
-    return -(-nbytes // step) * step
 
 
 def fill_zero(buffer: Buffer) -> None:

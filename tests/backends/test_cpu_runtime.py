@@ -11,9 +11,10 @@ import threading
 import numpy as np
 import pytest
 
-from duo_backends.cpu import jit, table
+from duo_backends import flat
+from duo_backends.cache import DiskCache
+from duo_backends.cpu import jit
 from duo_backends.cpu.backend import CpuBackend
-from duo_backends.cpu.cache import DiskCache
 from duo_backends.cpu.code import SIGNATURE, KernelCode, Phase, no_scratch
 from duo_backends.cpu.memory import Buffer
 from duo_backends.cpu.threads import get_num_threads, set_num_threads
@@ -235,7 +236,7 @@ def test_arena_is_reused(backend):
 def test_pack_keeps_lifetimes_apart(seed):
     rng = np.random.default_rng(seed)
     spans = [(int(rng.integers(0, 3000)), int(a), int(a + rng.integers(0, 9))) for a in rng.integers(0, 30, 60)]
-    offsets, total = table.pack(spans)
+    offsets, total = flat.pack(spans)
     for i, (n, a, b) in enumerate(spans):
         assert offsets[i] % 64 == 0 and offsets[i] + n <= total
         for j, (m, c, d) in enumerate(spans[:i]):
@@ -251,10 +252,10 @@ def test_pack_finds_the_smallest_arena_of_several_orders():
         spans = [(64 * int(rng.integers(1, 9)), int(a), int(a + rng.integers(0, 6))) for a in rng.integers(0, 12, 14)]
         spans = [(n << 14, a, b) for n, a, b in spans]
         size, first, last = (np.array(column) for column in zip(*spans))
-        total, least = table.pack(spans)[1], table.largest_live_set(size, first, last)
+        total, least = flat.pack(spans)[1], flat.largest_live_set(size, first, last)
         assert least == max(sum(n for n, a, b in spans if a <= t <= b) for t in range(18))
         largest = sorted(range(len(spans)), key=lambda i: (-size[i], first[i]))
-        alone = int((table._placed(largest, size, first, last) + size).max())
+        alone = int((flat._placed(largest, size, first, last) + size).max())
         assert least <= total <= alone
         best += total < alone
     assert best > 3

@@ -10,8 +10,9 @@ import threading
 import numpy as np
 import pytest
 
+from duo_backends.blocks import ALIGNMENT, OutOfMemory, class_size
 from duo_backends.cpu import memory
-from duo_backends.cpu.memory import ALIGNMENT, BIG, Allocator, Buffer, OutOfMemory, class_size
+from duo_backends.cpu.memory import BIG, Allocator, Buffer
 from duo_ir.errors import ArgumentError
 from duo_ir.types import DTYPES, bf16, f32
 

@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from duo_backends.cache import disk_cache
 from duo_backends.cpu import fingerprint as fingerprints
-from duo_backends.cpu import jit, saved
+from duo_backends.cpu import saved
 from duo_backends.cpu.backend import CpuBackend
 from duo_ir import pipeline
 from duo_ir.core import Builder, Loc
@@ -140,9 +141,9 @@ def test_a_missing_or_damaged_part_counts_as_absent(tmp_path):
                 assert outputs(found, inputs()) == outputs(compiled(function), inputs())
             path.write_bytes(kept)
     assert saved.load(function, True, SCALARS) is not None
-    names = json.loads(jit.disk_cache().get(saved._key(function, True, SCALARS)))["objects"]
+    names = json.loads(disk_cache().get(saved._key(function, True, SCALARS)))["objects"]
     for name, _ in names:
-        jit.disk_cache()._path(name).unlink()
+        disk_cache()._path(name).unlink()
         assert saved.load(function, True, SCALARS) is None
         saved.store(function, True, SCALARS, compiled(function))
 

@@ -34,7 +34,15 @@ FLOORS: dict[str, list[list[str]]] = {
         ["duo_ir.pipeline"],
     ],
     "duo_backends": [
-        ["duo_backends.base", "duo_backends.cells"],
+        [
+            "duo_backends.base",
+            "duo_backends.binding",
+            "duo_backends.blocks",
+            "duo_backends.cache",
+            "duo_backends.calls",
+            "duo_backends.cells",
+            "duo_backends.flat",
+        ],
         ["duo_backends.cpu", "duo_backends.cuda"],
         ["duo_backends.aot"],
     ],

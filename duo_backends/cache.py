@@ -12,6 +12,7 @@ import hashlib
 import os
 import sys
 import tempfile
+from functools import lru_cache
 from pathlib import Path
 
 MAGIC = b"duo object 1\n"
@@ -128,6 +129,16 @@ class DiskCache:
     def _path(self, key: str) -> Path:
         assert self.directory is not None
         return self.directory / key[:2] / f"{key[2:]}.o"
+
+
+@lru_cache(maxsize=8)
+def _disk(directory: Path | None) -> DiskCache:
+    return DiskCache(directory)
+
+
+def disk_cache() -> DiskCache:
+    """The cache in the folder that DUO_CACHE_DIR names now."""
+    return _disk(default_directory())
 
 
 def _is_private(directory: Path) -> bool:

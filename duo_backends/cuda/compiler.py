@@ -1,0 +1,165 @@
+"""CUDA C to machine code of a GPU: NVRTC by ctypes where its library is, else nvcc. Neither needs a GPU.
+
+What comes out is kept on disk like the CPU's object code (`duo_backends/cache.py`), under the hash of the source, the flags, the architecture
+and the compiler's version. Every source is compiled with the flags that the numerics contract asks for.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol
+
+from duo_backends.cache import DiskCache
+from duo_ir.errors import DeviceError, DuoError
+
+FLAGS = ("-fmad=false", "-ftz=false", "-prec-div=true", "-prec-sqrt=true", "--std=c++17")
+WAY_OUT = (
+    "install NVRTC by `pip install 'duo[gpu]'` (the wheel nvidia-cuda-nvrtc), or the CUDA toolkit, and set CUDA_HOME if it is not in "
+    "/usr/local/cuda"
+)
+
+
+class CompileError(DuoError, RuntimeError):
+    """The CUDA compiler refused a source: a fault of duo, which says what to report."""
+
+
+class Compiler(Protocol):
+    """Makes machine code of CUDA C. `version` names the compiler and its release."""
+
+    @property
+    def version(self) -> str: ...
+
+    def compile(self, source: str, arch: int) -> bytes:
+        """A cubin for compute capability `arch` (times ten). Raises CompileError."""
+        ...
+
+
+def compile_cached(source: str, arch: int, compiler: Compiler, disk: DiskCache) -> bytes:
+    """The cubin of `source`, from disk where an earlier process has made it."""
+    parts = ["cubin", compiler.version, str(arch), *FLAGS, source]
+    key = hashlib.sha256("\0".join(parts).encode()).hexdigest()
+    found = disk.get(key)
+    if found is None:
+        found = compiler.compile(source, arch)
+        disk.put(key, found)
+    return found
+
+
+@functools.cache
+def find_compiler() -> Compiler:
+    """NVRTC, else nvcc. Raises DeviceError where there is neither."""
+    for path in _nvrtc_libraries():
+        try:
+            return Nvrtc(path)
+        except OSError:
+            continue
+    nvcc = find_nvcc()
+    if nvcc is not None:
+        return Nvcc(nvcc)
+    raise DeviceError(f"compiling for a GPU needs NVRTC (libnvrtc) or nvcc, and neither is found: {WAY_OUT}")
+
+
+def _failed(tool: str, arch: int, log: str) -> CompileError:
+    return CompileError(
+        f"{tool} does not compile CUDA C that duo made for sm_{arch}; please report this:\n{log[:4000]}"
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------------- NVRTC
+def _nvrtc_libraries() -> Iterator[str]:
+    """Where libnvrtc may be: the wheels of NVIDIA, the CUDA toolkit, the system's path."""
+    spec = importlib.util.find_spec("nvidia")
+    folders = list(spec.submodule_search_locations or ()) if spec else []
+    for folder in folders:
+        for place in ("cu*/lib", "cuda_nvrtc/lib", "cu*/bin", "cuda_nvrtc/bin"):
+            yield from _newest(Path(folder), place)
+    for root in _toolkits():
+        yield from _newest(root, "lib64")
+        yield from _newest(root, "lib")
+    yield from ("libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so")
+
+
+def _newest(root: Path, place: str) -> list[str]:
+    pattern = "nvrtc64_*.dll" if os.name == "nt" else "libnvrtc.so*"
+    found = [p for p in root.glob(f"{place}/{pattern}") if "alt" not in p.name]
+    return [str(p) for p in sorted(found, reverse=True)]
+
+
+def _toolkits() -> Iterator[Path]:
+    for name in ("CUDA_HOME", "CUDA_PATH", "CUDA_ROOT"):
+        if os.environ.get(name):
+            yield Path(os.environ[name])
+    yield Path("/usr/local/cuda")
+
+
+class Nvrtc:
+    """NVIDIA's run-time compiler, a library. Raises OSError when it does not load."""
+
+    def __init__(self, path: str) -> None:
+        self._library = ctypes.CDLL(path)
+        major, minor = ctypes.c_int(), ctypes.c_int()
+        self._library.nvrtcVersion(ctypes.byref(major), ctypes.byref(minor))
+        self.version = f"nvrtc {major.value}.{minor.value}"
+
+    def compile(self, source: str, arch: int) -> bytes:
+        library, program = self._library, ctypes.c_void_p()
+        library.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"duo.cu", 0, None, None)
+        try:
+            flags = [f"--gpu-architecture=sm_{arch}".encode(), *[flag.encode() for flag in FLAGS]]
+            if library.nvrtcCompileProgram(program, len(flags), (ctypes.c_char_p * len(flags))(*flags)):
+                raise _failed(self.version, arch, self._read(program, "ProgramLog").decode(errors="replace"))
+            return self._read(program, "CUBIN")
+        finally:
+            library.nvrtcDestroyProgram(ctypes.byref(program))
+
+    def _read(self, program: ctypes.c_void_p, what: str) -> bytes:
+        size = ctypes.c_size_t()
+        getattr(self._library, f"nvrtcGet{what}Size")(program, ctypes.byref(size))
+        buffer = ctypes.create_string_buffer(size.value)
+        getattr(self._library, f"nvrtcGet{what}")(program, buffer)
+        return buffer.raw[: size.value]
+
+
+# -------------------------------------------------------------------------------------------------------------------- nvcc
+def find_nvcc() -> str | None:
+    """The path of nvcc: on PATH, or in the toolkit."""
+    on_path = shutil.which("nvcc")
+    if on_path:
+        return on_path
+    name = "nvcc.exe" if sys.platform == "win32" else "nvcc"
+    return next((str(root / "bin" / name) for root in _toolkits() if (root / "bin" / name).exists()), None)
+
+
+class Nvcc:
+    """The compiler driver of the CUDA toolkit."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    @functools.cached_property
+    def version(self) -> str:
+        done = subprocess.run([self.path, "--version"], capture_output=True, text=True)
+        return "nvcc " + (done.stdout.strip().splitlines() or ["of an unknown release"])[-1]
+
+    def compile(self, source: str, arch: int) -> bytes:
+        with tempfile.TemporaryDirectory() as folder:
+            text, out = Path(folder) / "duo.cu", Path(folder) / "duo.cubin"
+            text.write_text(source)
+            command = [self.path, "--cubin", f"-arch=sm_{arch}", *FLAGS, "-o", str(out), str(text)]
+            try:
+                done = subprocess.run(command, capture_output=True, text=True)
+            except OSError as error:
+                raise DeviceError(f"nvcc does not run: {error}; {WAY_OUT}") from None
+            if done.returncode or not out.exists():
+                raise _failed(self.version, arch, done.stderr)
+            return out.read_bytes()

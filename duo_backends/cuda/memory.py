@@ -2,7 +2,8 @@
 
 All of duo's work on a device runs in order on one stream. So a block that a buffer gives back may serve the next request at once: whatever
 the new owner does comes after all that the old one started. The pool takes memory when it is asked for some, never beforehand; small blocks
-are cut from slabs. When the device has none left, free blocks go back to it and the request is tried again.
+are cut from slabs. Of the free blocks that fit, the one of the lowest address is taken, so that a program that is run again and again finds its
+buffers where they were, and its CUDA graphs fit. When the device has none left, free blocks go back to it and the request is tried again.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from __future__ import annotations
 import ctypes
 import threading
 from collections import deque
+from collections.abc import Callable
+from heapq import heappop, heappush
 from typing import Any
 
 import numpy as np
@@ -29,14 +32,14 @@ class DeviceBuffer:
 
     __slots__ = ("__weakref__", "_home", "nbytes", "ptr", "shared")
 
-    def __init__(self, ptr: int, nbytes: int, home: Any) -> None:
+    def __init__(self, ptr: int, nbytes: int, home: list[int]) -> None:
         self.ptr, self.nbytes, self._home = ptr, nbytes, home
         self.shared = False  # whether others see the memory
 
-    def __del__(self) -> None:
+    def __del__(self, push: Callable[[list[int], int], None] = heappush) -> None:
         try:
-            self._home.append(self.ptr)
-        except AttributeError:  # an interrupt came while it was being made, or it borrows
+            push(self._home, self.ptr)
+        except AttributeError:  # an interrupt came while it was being made
             pass
 
     def __repr__(self) -> str:
@@ -54,7 +57,7 @@ class Pool:
 
     def __init__(self, driver: Driver, limit: int | None = None, exact: bool = False) -> None:
         self.driver, self.limit, self.exact = driver, limit, exact
-        self._free: dict[int, deque[int]] = {}  # class -> addresses; append and pop need no lock
+        self._free: dict[int, list[int]] = {}  # class -> heap of addresses; one push or pop needs no lock
         self._lock = threading.RLock()
         self._reserved = self._peak = 0
         self._slab = (0, 0)  # next free address, end
@@ -67,9 +70,9 @@ class Pool:
         free = self._free.get(size)
         if free is None:
             with self._lock:
-                free = self._free.setdefault(size, deque())
+                free = self._free.setdefault(size, [])
         try:
-            return DeviceBuffer(free.pop(), nbytes, free)
+            return DeviceBuffer(heappop(free), nbytes, free)
         except IndexError:
             return DeviceBuffer(self._fresh(size, nbytes), nbytes, free)
 
@@ -87,7 +90,7 @@ class Pool:
             for size, free in self._free.items():
                 while size >= SMALL or self.exact:
                     try:
-                        ptr = free.pop()
+                        ptr = heappop(free)
                     except IndexError:
                         break
                     self.driver.free(ptr)

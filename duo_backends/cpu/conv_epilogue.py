@@ -1,6 +1,9 @@
-"""The end of a convolution's tile: sums rounded to the result's dtype, the kernel's body, its stores."""
+"""The end of a convolution's tile: sums rounded to the result's dtype, the kernel's body, its stores. And what has tiles: functions made when
+they are first called."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 from duo_backends.cpu.body import Emitter, Scope, Value
 from duo_backends.cpu.code import Target
@@ -61,3 +64,27 @@ def emit_epilogue(module: Module, target: Target, name: str, kernel: ConvKernel,
             count = emitter.splat_scalar(rest, "i64", lanes)
             strip(full, f.op(f"icmp slt {vector(lanes, 'i64')} <{numbers}>, {count}"))
     f.finish()
+
+
+class TileEmitter:
+    """What emits a convolution from tiles: its helper functions, each emitted once."""
+
+    def __init__(
+        self, module: Module, target: Target, kernel: ConvKernel, compute: DType, lanes: int, name: str
+    ) -> None:
+        self.module, self.target, self.kernel, self.name = module, target, kernel, name
+        self.compute, self.lanes, self.size = compute, lanes, compute.itemsize
+        self.made: dict[object, str] = {}
+
+    def _function(self, key: object, kind: str, emit: Callable[[str], None]) -> str:
+        """The name of a function, emitted when it is first asked for."""
+        if key not in self.made:
+            self.made[key] = f"{self.name}_{kind}{len(self.made)}"
+            emit(self.made[key])
+        return self.made[key]
+
+    def _epilogue(self) -> str:
+        def emit(name: str) -> None:
+            emit_epilogue(self.module, self.target, name, self.kernel, self.compute, self.lanes)
+
+        return self._function("epilogue", "epilogue", emit)

@@ -9,12 +9,13 @@ neighbour (numerics contract, rule 2).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from duo_backends.cpu.body import Emitter
 from duo_backends.cpu.code import SIGNATURE, Phase, Target
-from duo_backends.cpu.conv_epilogue import emit_epilogue, pointers_of
+from duo_backends.cpu.conv_epilogue import TileEmitter, pointers_of
+from duo_backends.cpu.conv_plan import MOST_ROWS, MOST_VECTORS, UNITS, ColumnPanels, round_up
 from duo_backends.cpu.conv_tile import RUN_WORDS, RunTile, emit_run_kernel
 from duo_backends.cpu.gemm_pack import emit_copy
 from duo_backends.cpu.gemm_plan import CHUNK_BLOCKS, SEQUENTIAL_K
@@ -25,13 +26,10 @@ from duo_ir.types import DimLike, DType, evaluate, product
 
 SUMS_BYTES = 3 << 16  # of a unit, so that it stays in the second-level cache beside w and x
 PACKED_BYTES = 1 << 17  # of w for one block
-UNITS = 8
-MOST_ROWS = 14
-_ALIGN = 64
 
 
 @dataclass(frozen=True)
-class ImagePlan:
+class ImagePlan(ColumnPanels):
     kernel: ConvKernel
     compute: DType
     lanes: int
@@ -47,16 +45,6 @@ class ImagePlan:
         return self.kernel.images
 
     @property
-    def n(self) -> int:
-        assert isinstance(self.kernel.n, int)
-        return self.kernel.n
-
-    @property
-    def groups(self) -> int:
-        assert isinstance(self.kernel.groups, int)
-        return self.kernel.groups
-
-    @property
     def counts(self) -> tuple[int, ...]:
         return tuple([w.count for w in self.kernel.windows if isinstance(w.count, int)])
 
@@ -69,28 +57,12 @@ class ImagePlan:
         return self.kernel.c * product([w.taps for w in self.kernel.windows])
 
     @property
-    def panel(self) -> int:
-        return self.vectors * self.lanes
-
-    @property
-    def panels(self) -> int:
-        return -(-self.n // self.panel)
-
-    @property
-    def column_units(self) -> int:
-        return -(-self.panels // self.unit_panels)
-
-    @property
     def position_units(self) -> int:
         return -(-self.positions // self.unit_positions)
 
     @property
     def image_units(self) -> int:
         return -(-self.images // self.unit_images)
-
-    @property
-    def k_row(self) -> int:
-        return self.panel * self.compute.itemsize
 
     @property
     def tiles(self) -> int:
@@ -107,15 +79,15 @@ class ImagePlan:
 
     @property
     def sums_bytes(self) -> int:
-        return _round(self.unit_positions * self.tiles * self.unit_panels * self.tile_bytes)
+        return round_up(self.unit_positions * self.tiles * self.unit_panels * self.tile_bytes)
 
     @property
     def packed_bytes(self) -> int:
-        return _round(self.unit_panels * BLOCK * self.k_row)
+        return round_up(self.unit_panels * BLOCK * self.k_row)
 
     @property
     def zero_bytes(self) -> int:
-        return _round(self.images * self.compute.itemsize)
+        return round_up(self.images * self.compute.itemsize)
 
     @property
     def table_bytes(self) -> int:
@@ -131,10 +103,6 @@ class ImagePlan:
 
     def units(self, sizes: Mapping[str, int]) -> int:
         return self.groups * self.position_units * self.image_units * self.column_units
-
-
-def _round(size: int) -> int:
-    return -(-size // _ALIGN) * _ALIGN
 
 
 def make_image_plan(kernel: ConvKernel, target: Target) -> ImagePlan | None:
@@ -154,7 +122,7 @@ def make_image_plan(kernel: ConvKernel, target: Target) -> ImagePlan | None:
         return None
     column_vectors = -(-n // lanes)
     best: tuple[float, int, int] | None = None
-    for vectors in range(1, min(4, column_vectors) + 1):
+    for vectors in range(1, min(MOST_VECTORS, column_vectors) + 1):
         most = min(max_rows(vectors, registers), MOST_ROWS)
         tiles = -(-images // most)
         rows = -(-images // tiles)
@@ -194,18 +162,11 @@ def emit_images(module: Module, target: Target, plan: ImagePlan, name: str) -> t
     return (Phase(name, plan.units),)
 
 
-class _Images:
+class _Images(TileEmitter):
     def __init__(self, module: Module, target: Target, plan: ImagePlan, name: str) -> None:
-        self.module, self.target, self.plan, self.name = module, target, plan, name
-        self.kernel, self.size = plan.kernel, plan.compute.itemsize
+        super().__init__(module, target, plan.kernel, plan.compute, plan.lanes, name)
+        self.plan = plan
         self.type = vector(plan.lanes, register_type(plan.compute))
-        self.made: dict[object, str] = {}
-
-    def _function(self, key: object, kind: str, emit: Callable[[str], None]) -> str:
-        if key not in self.made:
-            self.made[key] = f"{self.name}_{kind}{len(self.made)}"
-            emit(self.made[key])
-        return self.made[key]
 
     # -------------------------------------------------------------------------------------------------------- main
     def emit(self) -> None:
@@ -328,11 +289,7 @@ class _Images:
     def _finish(self, q: list[str], panel: str, image: str, rows: int, sums: str) -> None:
         """The epilogue, image by image: its rows are positions."""
         f, plan = self.f, self.plan
-        name = self._function(
-            "epilogue",
-            "epilogue",
-            lambda name: emit_epilogue(self.module, self.target, name, self.kernel, plan.compute, plan.lanes),
-        )
+        name = self._epilogue()
         column = f.mul(panel, str(plan.panel))
         columns = f.min(f.sub(str(plan.n), column), str(plan.panel))
         d, h, w = (*["0"] * (3 - len(q)), *q)

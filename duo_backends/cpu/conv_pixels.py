@@ -8,12 +8,12 @@ the last block the body runs on each tile.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from duo_backends.cpu.body import Emitter
 from duo_backends.cpu.code import SIGNATURE, Phase, Target
-from duo_backends.cpu.conv_epilogue import emit_epilogue, pointers_of
+from duo_backends.cpu.conv_epilogue import TileEmitter, pointers_of
 from duo_backends.cpu.conv_pack import WeightPacker
 from duo_backends.cpu.conv_plan import Plan
 from duo_backends.cpu.conv_tile import MOST_UNROLLED, RUN_WORDS, RunTile, emit_run_kernel
@@ -53,20 +53,13 @@ def emit_pixels(module: Module, target: Target, plan: Plan, name: str) -> tuple[
     return tuple(phases)
 
 
-class _Pixels:
+class _Pixels(TileEmitter):
     def __init__(self, module: Module, target: Target, plan: Plan, name: str) -> None:
-        self.module, self.target, self.plan, self.name = module, target, plan, name
-        self.kernel, self.size = plan.kernel, plan.compute.itemsize
+        super().__init__(module, target, plan.kernel, plan.compute, plan.lanes, name)
+        self.plan = plan
         self.a_type = self.kernel.args[self.kernel.a.buffer].dtype
         self.b_type = self.kernel.args[self.kernel.b.buffer].dtype
-        self.made: dict[object, str] = {}
         self.packer = WeightPacker(module, target, plan, self.b_type, self._function)
-
-    def _function(self, key: object, kind: str, emit: Callable[[str], None]) -> str:
-        if key not in self.made:
-            self.made[key] = f"{self.name}_{kind}{len(self.made)}"
-            emit(self.made[key])
-        return self.made[key]
 
     # -------------------------------------------------------------------------------------------------------- main
     def emit(self) -> None:
@@ -304,11 +297,7 @@ class _Pixels:
 
     def _finish(self, tile: _Tile, panel: str, vectors: int, sums: str) -> None:
         f, plan = self.f, self.plan
-        name = self._function(
-            "epilogue",
-            "epilogue",
-            lambda name: emit_epilogue(self.module, self.target, name, self.kernel, plan.compute, plan.lanes),
-        )
+        name = self._epilogue()
         row = vectors * plan.lanes * self.size
         if plan.laid_out:
             group, column, columns = panel, "0", str(plan.panel)

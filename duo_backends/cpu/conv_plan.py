@@ -67,8 +67,45 @@ class Run:
     length: int
 
 
+class ColumnPanels:
+    """What plans have in common: columns are computed in panels of some vectors, several panels to a unit."""
+
+    kernel: ConvKernel
+    compute: DType
+    lanes: int
+    vectors: int  # of a column panel
+    unit_panels: int
+
+    @property
+    def n(self) -> int:
+        """Columns of a group."""
+        return _int(self.kernel.n)
+
+    @property
+    def groups(self) -> int:
+        return _int(self.kernel.groups)
+
+    @property
+    def panel(self) -> int:
+        """Columns of a panel."""
+        return self.vectors * self.lanes
+
+    @property
+    def panels(self) -> int:
+        return -(-self.n // self.panel)
+
+    @property
+    def column_units(self) -> int:
+        return -(-self.panels // self.unit_panels)
+
+    @property
+    def k_row(self) -> int:
+        """Bytes of one k step of packed w."""
+        return self.panel * self.compute.itemsize
+
+
 @dataclass(frozen=True)
-class Plan:
+class Plan(ColumnPanels):
     kernel: ConvKernel
     compute: DType
     lanes: int
@@ -113,22 +150,9 @@ class Plan:
         return -(-self.blocks // CHUNK_BLOCKS) if self.k > SEQUENTIAL_K else 1
 
     @property
-    def panel(self) -> int:
-        """Columns of a panel."""
-        return self.vectors * self.lanes
-
-    @property
-    def panels(self) -> int:
-        return -(-self.n // self.panel)
-
-    @property
     def tail_vectors(self) -> int:
         """Vectors of the last panel."""
         return -(-(self.n - (self.panels - 1) * self.panel) // self.lanes)
-
-    @property
-    def column_units(self) -> int:
-        return -(-self.panels // self.unit_panels)
 
     @property
     def row_units(self) -> int:
@@ -174,7 +198,9 @@ class Plan:
         """Its depth axis holds one slice per tap."""
         if self.in_place:
             return 0
-        return _round(self.axes[0].taps * self.a_steps[0] * self.compute.itemsize + self.lanes * self.compute.itemsize)
+        return round_up(
+            self.axes[0].taps * self.a_steps[0] * self.compute.itemsize + self.lanes * self.compute.itemsize
+        )
 
     def row_offsets(self, high: int, wide: int) -> tuple[int, ...]:
         """Bytes from a tile's first row to each."""
@@ -217,13 +243,8 @@ class Plan:
         return _int(group), _int(c), _int(n)
 
     @property
-    def k_row(self) -> int:
-        """Bytes of one k step of packed w."""
-        return self.panel * self.compute.itemsize
-
-    @property
     def shared_packed_bytes(self) -> int:
-        return _round(self.panels * self.groups * self.k * self.k_row) if self.resident else 0
+        return round_up(self.panels * self.groups * self.k * self.k_row) if self.resident else 0
 
     @property
     def shared_slab_bytes(self) -> int:
@@ -232,7 +253,7 @@ class Plan:
     @property
     def own_packed_bytes(self) -> int:
         """Of one panel, which some ways of packing do at once."""
-        return 0 if self.resident or self.laid_out else _round(self.k * self.k_row)
+        return 0 if self.resident or self.laid_out else round_up(self.k * self.k_row)
 
     @property
     def own_sums_bytes(self) -> int:
@@ -250,7 +271,7 @@ class Plan:
     def sums_bytes(self) -> int:
         """Of the tiles of one panel; of all panels of a unit where chunks are combined afterwards; of one tile with one block."""
         tiles = 1 if self.blocks == 1 else self.unit_tiles * (self.unit_panels if self.chunks > 1 else 1)
-        return _round(self.tile_bytes * tiles)
+        return round_up(self.tile_bytes * tiles)
 
     @property
     def own_bytes(self) -> int:
@@ -283,7 +304,7 @@ def _places(counts: list[int]) -> list[tuple[int, ...]]:
     return out
 
 
-def _round(size: int) -> int:
+def round_up(size: int) -> int:
     return -(-size // _ALIGN) * _ALIGN
 
 

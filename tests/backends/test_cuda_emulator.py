@@ -125,8 +125,9 @@ class Gpu:
     def run(self, name: str, blocks: int, threads: int, *arguments: int, shared: int = 0) -> None:
         function = self.driver.function(self.module, name, shared)
         packed = struct.pack(f"{len(arguments)}q", *arguments)
-        self.driver.launch(function, blocks, threads, packed, shared, self.stream)
-        self.driver.synchronize(self.stream)
+        with self.driver:
+            self.driver.launch(function, blocks, threads, packed, shared, self.stream)
+            self.driver.synchronize(self.stream)
 
 
 @pytest.fixture

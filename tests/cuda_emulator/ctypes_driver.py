@@ -54,7 +54,7 @@ class CtypesDriver:
         self._local.depth = depth + 1
         return self
 
-    def __exit__(self, *exc: object) -> None:
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         self._local.depth -= 1
         if self._local.depth == 0:
             self.call("cuCtxPopCurrent_v2", None)

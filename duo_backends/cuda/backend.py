@@ -1,0 +1,162 @@
+"""The CUDA backend: kernels through the emitters and NVRTC or nvcc, cached in memory and on disk; buffers from a pool; one stream.
+
+Nothing of CUDA is touched before the first program or buffer asks for it.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Collection, Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from duo_backends.binding import kernels_of
+from duo_backends.cache import DiskCache, disk_cache
+from duo_backends.cuda.bound import SCALARS_NAME, SCALARS_TEXT, Runtime
+from duo_backends.cuda.code import GpuTarget, KernelCode
+from duo_backends.cuda.compiler import Compiler, compile_cached, find_compiler
+from duo_backends.cuda.driver import Driver, PycudaDriver
+from duo_backends.cuda.emit import compile_kernel, source
+from duo_backends.cuda.executable import CudaExecutable
+from duo_backends.cuda.memory import DeviceBuffer, Pool
+from duo_backends.cuda.work import LoadedKernel
+from duo_ir.errors import ArgumentError
+from duo_ir.kernels.kernel import Kernel
+from duo_ir.kernels.program import Program
+from duo_ir.types import DType
+
+KERNEL_LIMIT = 8192  # loaded kernels kept for programs to come
+MOST_SHARED = 96 << 10  # bytes of dynamic shared memory that kernels are emitted for, where the device has as many
+
+
+class CudaBackend:
+    """Runs programs on GPU number `device`. `memory_limit`: the most bytes that it takes there; `fast`: whether tensor cores may be used.
+    `driver`, `compiler` and `exact` (every buffer an allocation of just its size) are for tests. `compile_count` counts kernels that
+    went through the emitter, `loaded_count` those found loaded."""
+
+    name = "cuda"
+
+    def __init__(
+        self,
+        device: int = 0,
+        *,
+        memory_limit: int | None = None,
+        fast: bool = False,
+        driver: Driver | None = None,
+        compiler: Compiler | None = None,
+        exact: bool = False,
+    ) -> None:
+        self._device, self._memory_limit, self._fast, self._exact = device, memory_limit, fast, exact
+        self._given_driver, self._given_compiler = driver, compiler
+        self._kernels: OrderedDict[Kernel, LoadedKernel] = OrderedDict()
+        self._lock = threading.Lock()
+        self.compile_count = 0
+        self.loaded_count = 0
+
+    @cached_property
+    def driver(self) -> Driver:
+        """The device. Raises DeviceError where there is none, or PyCUDA is missing."""
+        return self._given_driver or PycudaDriver(self._device)
+
+    @cached_property
+    def compiler(self) -> Compiler:
+        """What makes machine code. Raises DeviceError where there is no CUDA compiler."""
+        return self._given_compiler or find_compiler()
+
+    @cached_property
+    def runtime(self) -> Runtime:
+        """The stream, the memory, and what waits to be checked."""
+        return Runtime(self.driver, Pool(self.driver, self._memory_limit, self._exact), self._scalars)
+
+    @cached_property
+    def target(self) -> GpuTarget:
+        """What kernels are emitted for."""
+        p = self.driver.properties
+        return GpuTarget(p.arch, p.multiprocessors, self._fast, min(MOST_SHARED, p.shared))
+
+    @property
+    def disk(self) -> DiskCache:
+        """Where machine code is kept between processes."""
+        return disk_cache()
+
+    def compile(self, program: Program, scalars: Collection[int] = ()) -> CudaExecutable:
+        """Machine code for every kernel of `program` that is not loaded yet, in one compilation. `scalars`: numbers of 0-d inputs that
+        will be Python numbers."""
+        wanted = dict.fromkeys(kernels_of(program))
+        with self._lock:
+            found = {k: self._kernels[k] for k in wanted if k in self._kernels}
+            for kernel in found:
+                self._kernels.move_to_end(kernel)
+            self.loaded_count += len(found)
+        missing = [kernel for kernel in wanted if kernel not in found]
+        if missing:
+            found.update(zip(missing, self._load([self.emit(kernel) for kernel in missing])))
+            with self._lock:
+                self.compile_count += len(missing)
+                self._kernels.update((k, found[k]) for k in missing)
+                while len(self._kernels) > KERNEL_LIMIT:
+                    self._kernels.popitem(last=False)
+        return CudaExecutable(program, found, self.runtime, scalars)
+
+    def emit(self, kernel: Kernel) -> KernelCode:
+        """The kernel's CUDA C for this device."""
+        return compile_kernel(kernel, self.target)
+
+    def _load(self, codes: Sequence[KernelCode]) -> list[LoadedKernel]:
+        module = self._module(source(codes))
+        with self.driver:
+            return [
+                LoadedKernel(
+                    code,
+                    tuple(
+                        [self.driver.function(module, launch.symbol, self.target.shared) for launch in code.launches]
+                    ),
+                    module,
+                )
+                for code in codes
+            ]
+
+    def _module(self, text: str) -> Any:
+        cubin = compile_cached(text, self.driver.properties.arch, self.compiler, self.disk)
+        with self.driver:
+            return self.driver.load(cubin)
+
+    def _scalars(self) -> Any:
+        return self._scalars_loaded[0]
+
+    @cached_property
+    def _scalars_loaded(self) -> tuple[Any, Any]:
+        module = self._module(SCALARS_TEXT)
+        with self.driver:
+            return self.driver.function(module, SCALARS_NAME), module
+
+    def allocate(self, nbytes: int) -> DeviceBuffer:
+        """A buffer with undefined contents. Raises OutOfMemory."""
+        return self.runtime.pool.allocate(nbytes)
+
+    def from_numpy(self, array: np.ndarray, copy: bool = True) -> DeviceBuffer:
+        """See `duo_backends.base.Backend`; the device cannot address host memory, so it is always a copy."""
+        array = np.ascontiguousarray(array)
+        runtime = self.runtime
+        buffer = runtime.pool.allocate(array.nbytes)
+        with runtime.lock, runtime.driver:
+            runtime.transfers.upload(buffer.ptr, array)
+        return buffer
+
+    def to_numpy(self, buffer: DeviceBuffer, dtype: DType, shape: Sequence[int], copy: bool = True) -> np.ndarray:
+        """See `duo_backends.base.Backend`; always a copy. Waits, and raises IndexOutOfRange for a run whose check failed."""
+        out = np.empty(shape, dtype.numpy)
+        if out.nbytes > buffer.nbytes:
+            raise ArgumentError(f"{buffer.nbytes} bytes do not hold {dtype.name} of shape {tuple(shape)}")
+        runtime = self.runtime
+        with runtime.lock, runtime.driver:
+            runtime.synchronize()
+            runtime.transfers.download(out, buffer.ptr)
+        return out
+
+    def synchronize(self) -> None:
+        """Waits until everything started is done. Raises IndexOutOfRange for a run whose check failed."""
+        self.runtime.synchronize()

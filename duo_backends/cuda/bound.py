@@ -1,0 +1,375 @@
+"""Programs with all sizes known, ready to run on the GPU: `CudaBound`, over what all programs of a device share, its `Runtime`.
+
+A run hands its work to the stream and returns; nothing waits, except to read a bool that decides what comes next. An index that is out of
+range is noticed when somebody waits (`Runtime.synchronize`, or reading a buffer), at once under DUO_SYNC=1, and before a result overwrites an
+input, which then stays whole. A block of work that comes a second time with the same addresses is captured as a CUDA graph and
+replayed from then on. Numbers given as Python numbers go to the device as arguments of a launch before the program, so graphs keep.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import struct
+import threading
+from collections import Counter, OrderedDict, deque
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from duo_backends.base import Scalar
+from duo_backends.binding import Signature, byte_count
+from duo_backends.calls import choose_donors, index_error, rounded
+from duo_backends.cuda.driver import Driver, Pinned
+from duo_backends.cuda.memory import DeviceBuffer, Pool, Transfers
+from duo_backends.cuda.work import STATUS_STRIDE, Launch, Table, Work
+from duo_backends.flat import round_up
+from duo_ir.errors import ArgumentError, IndexOutOfRange
+
+GRAPH_LEAST = 3  # launches and copies from which a block is worth a graph
+PLACEMENTS = 16  # sets of addresses that a bound program remembers words and graphs for
+WAITING = 64  # runs whose checks nobody has looked at yet
+SCALARS = 16  # numbers that one launch brings to the device
+SCALARS_NAME = "duo_scalars"
+SCALARS_TEXT = (
+    f'extern "C" __global__ void {SCALARS_NAME}(long long *to, {", ".join(f"long long v{k}" for k in range(SCALARS))}) {{\n'
+    + "".join(f"  to[{k}] = v{k};\n" for k in range(SCALARS))
+    + "}\n"
+)
+
+
+@dataclass(frozen=True)
+class _Check:
+    """The status words of a run, on their way to the host."""
+
+    event: Any
+    words: Pinned
+    table: Table
+
+
+class Runtime:
+    """What the programs of one device share: its driver, stream and pool, and the checks that nobody has looked at. `lock` is held while
+    work is handed to the stream."""
+
+    def __init__(self, driver: Driver, pool: Pool, scalars: Callable[[], Any]) -> None:
+        self.driver, self.pool = driver, pool
+        self.lock = threading.RLock()
+        self.launches = self.replays = 0  # launches by themselves, and graphs
+        self._scalars = scalars  # loads the function of SCALARS_TEXT
+        self._waiting: deque[_Check] = deque()
+        self._failed: IndexOutOfRange | None = None
+        self._idle: list[Pinned] = []
+        with driver:
+            self.stream = driver.stream()
+            self.transfers = Transfers(driver, self.stream)
+
+    def synchronize(self) -> None:
+        """Waits for all that was started. Raises IndexOutOfRange for the first run whose check failed and nobody has heard of yet."""
+        with self.lock, self.driver:
+            self.driver.synchronize(self.stream)
+            while self._waiting:
+                self._look(self._waiting.popleft())
+            failed, self._failed = self._failed, None
+        if failed is not None:
+            raise failed
+
+    def put_scalars(self, ptr: int, words: Sequence[int]) -> None:
+        """Numbers, as their bits, to the device; the memory holds whole launches of SCALARS of them."""
+        function = self._scalars()
+        for start in range(0, len(words), SCALARS):
+            part = [*words[start : start + SCALARS], *[0] * SCALARS][:SCALARS]
+            packed = struct.pack(f"{1 + SCALARS}q", ptr + 8 * start, *part)
+            self.driver.launch(function, 1, 1, packed, 0, self.stream)
+
+    def start_check(self, ptr: int, table: Table) -> None:
+        """Sends for a run's status words."""
+        while self._waiting and (len(self._waiting) >= WAITING or self.driver.ready(self._waiting[0].event)):
+            self._look(self._waiting.popleft())
+        self._waiting.append(self._fetch(ptr, table))
+
+    def check_now(self, ptr: int, table: Table) -> None:
+        """Waits for a run's status words. Raises IndexOutOfRange."""
+        check = self._fetch(ptr, table)
+        failed = self._error(check)
+        if failed is not None:
+            raise failed
+
+    def read_bool(self, ptr: int) -> bool:
+        """The bool at an address, when all that was started has run."""
+        block = self._block(1)
+        self.driver.to_host(block.ptr, ptr, 1, self.stream)
+        self.driver.synchronize(self.stream)
+        value = ctypes.c_ubyte.from_address(block.ptr).value
+        self._idle.append(block)
+        return value != 0
+
+    def _fetch(self, ptr: int, table: Table) -> _Check:
+        block = self._block(table.status)
+        self.driver.to_host(block.ptr, ptr, table.status, self.stream)
+        event = self.driver.event()
+        self.driver.record(event, self.stream)
+        return _Check(event, block, table)
+
+    def _look(self, check: _Check) -> None:
+        failed = self._error(check)
+        self._failed = self._failed or failed
+
+    def _error(self, check: _Check) -> IndexOutOfRange | None:
+        self.driver.wait(check.event)
+        found = None
+        for n, note in enumerate(check.table.notes):
+            _, point, site, index, bound = (ctypes.c_int64 * 5).from_address(check.words.ptr + STATUS_STRIDE * n)
+            if point:
+                found = index_error(note, site, index, bound)
+                break
+        self._idle.append(check.words)
+        return found
+
+    def _block(self, nbytes: int) -> Pinned:
+        for n, block in enumerate(self._idle):
+            if block.nbytes >= nbytes:
+                return self._idle.pop(n)
+        return self.driver.pinned(max(nbytes, 1024))
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A program as `CudaBound` needs it. `keep`: what its code's memory belongs to."""
+
+    signature: Signature
+    table: Table
+    keep: object
+
+
+class _Placement:
+    """A call's words for one set of addresses, and a graph for each block (None: not seen yet; True: seen once)."""
+
+    __slots__ = ("graphs", "memory", "words")
+
+    def __init__(self, words: np.ndarray, blocks: int) -> None:
+        self.words = words
+        self.memory = words.data.cast("B") if len(words) else memoryview(b"")
+        self.graphs: list[Any] = [None] * blocks
+
+
+class _Frame:
+    """Device memory of one run beside its buffers: numbers, status words, temporaries, scratch. `bases` are those of the call's words."""
+
+    __slots__ = ("bases", "blocks", "scalars", "status")
+
+    def __init__(self, bound: CudaBound, arguments: Sequence[int]) -> None:
+        pool, table = bound.runtime.pool, bound.table
+        sizes = [bound.scalar_bytes, table.status, table.arena, table.scratch]
+        if pool.exact:
+            self.blocks = [pool.allocate(n) for n in (*sizes, *table.own)]
+            self.scalars, self.status, arena, scratch, *own = [block.ptr for block in self.blocks]
+        else:
+            total = sum(map(round_up, sizes))
+            self.blocks = [pool.allocate(total)] if total else []
+            start = self.blocks[0].ptr if total else 0
+            ends = np.cumsum([0, *map(round_up, sizes)])
+            self.scalars, self.status, arena, scratch = [start + int(end) for end in ends[:4]]
+            own = []
+        given = [
+            self.scalars + 8 * bound.scalar_at[k] if k in bound.scalar_at else ptr for k, ptr in enumerate(arguments)
+        ]
+        self.bases = (0, arena, scratch, self.status, *given, *own)
+
+
+class Call:
+    """One run that may overwrite inputs: `results` lists its buffers beforehand, `done` tells whether all its work has been handed over, so that
+    they will hold the results for whoever reads them."""
+
+    __slots__ = ("_bound", "_donating", "_inputs", "_outputs", "done", "results")
+
+    def __init__(
+        self,
+        bound: CudaBound,
+        inputs: Sequence[DeviceBuffer | Scalar],
+        outputs: list[DeviceBuffer],
+        results: list[DeviceBuffer],
+        donating: bool,
+    ) -> None:
+        self._bound, self._inputs, self._outputs, self._donating = bound, inputs, outputs, donating
+        self.results = results
+        self.done = False
+
+    def run(self) -> list[DeviceBuffer]:
+        """Hands the work over and gives `results`."""
+        self._bound.issue(self._inputs, self._outputs, self._donating)
+        self.done = True
+        return self.results
+
+    def close(self) -> None:
+        """It has run and nobody will ask again."""
+        self._inputs = ()
+
+
+class CudaBound:
+    """A program ready to run. `run` may be called from several threads; what they start runs in the order in which they come."""
+
+    def __init__(self, program: Prepared, runtime: Runtime) -> None:
+        self.program, self.table, self.runtime = program.signature, program.table, runtime
+        self._keep = program.keep
+        self.givable = frozenset([given for _, given in self.program.donations])
+        self.scalar_at = {k: n for n, k in enumerate(sorted(self.program.scalars))}
+        self.scalar_bytes = 8 * SCALARS * -(-len(self.scalar_at) // SCALARS)
+        self._in_bytes = [byte_count(t) for t in self.program.inputs]
+        self._out_bytes = [byte_count(t) for t in self.program.outputs]
+        self._placements: OrderedDict[tuple[int, ...], _Placement] = OrderedDict()
+
+    # --------------------------------------------------------------------------------------------------------- running
+    def run(self, inputs: Sequence[DeviceBuffer | Scalar], donated: Collection[int] = ()) -> list[DeviceBuffer]:
+        """See `duo_backends.base.Bound.run`; IndexOutOfRange comes when somebody waits."""
+        return self.begin(inputs, donated).run()
+
+    def begin(
+        self,
+        inputs: Sequence[DeviceBuffer | Scalar],
+        donated: Collection[int] = (),
+        preferred: Sequence[tuple[int, int]] = (),
+    ) -> Call:
+        """See `duo_backends.base.Bound.begin`."""
+        self.check_inputs(inputs)
+        heirs: dict[int, int] = {}
+        if donated:
+            uses = Counter(map(id, inputs))
+            given_away = choose_donors(
+                self.program.donations, self.program.results, len(self.program.inputs), donated, preferred
+            )
+            for output, given in given_away.items():
+                buffer = inputs[given]
+                assert isinstance(buffer, DeviceBuffer)
+                if buffer.donatable and uses[id(buffer)] == 1:  # nobody else sees its memory
+                    heirs[output] = given
+        pool = self.runtime.pool
+        outputs: list[DeviceBuffer] = [
+            inputs[heirs[k]] if k in heirs else pool.allocate(n)  # type: ignore[misc]
+            for k, n in enumerate(self._out_bytes)
+        ]
+        return Call(self, inputs, outputs, self._results(inputs, outputs), bool(heirs))
+
+    def check_inputs(self, inputs: Sequence[DeviceBuffer | Scalar]) -> None:
+        """Raises ArgumentError when there are too few inputs, or one is no buffer of this device or too small."""
+        if len(inputs) != len(self._in_bytes):
+            raise ArgumentError(f"the program takes {len(self._in_bytes)} inputs, not {len(inputs)}")
+        for k, (x, nbytes) in enumerate(zip(inputs, self._in_bytes)):
+            if k not in self.scalar_at and (x.__class__ is not DeviceBuffer or x.nbytes < nbytes):  # type: ignore[union-attr]
+                raise ArgumentError(
+                    f"input {k}, {self.program.inputs[k]}, needs a buffer of {nbytes} bytes on the GPU, not {x!r}"
+                )
+
+    def _results(self, inputs: Sequence[DeviceBuffer | Scalar], outputs: list[DeviceBuffer]) -> list[DeviceBuffer]:
+        count = len(self.program.inputs)
+        out: list[DeviceBuffer] = []
+        for slot in self.program.results:
+            if slot >= count:
+                out.append(outputs[slot - count])
+            elif slot in self.scalar_at:
+                array = rounded(inputs[slot], self.program.inputs[slot].dtype)
+                buffer = self.runtime.pool.allocate(array.nbytes)
+                with self.runtime.lock, self.runtime.driver:
+                    self.runtime.transfers.upload(buffer.ptr, array)
+                out.append(buffer)
+            else:
+                out.append(inputs[slot])  # type: ignore[arg-type]
+        return out
+
+    def _scalar_words(self, inputs: Sequence[DeviceBuffer | Scalar]) -> list[int]:
+        """The bits of the inputs that are Python numbers."""
+        words = []
+        for k in self.scalar_at:
+            dtype = self.program.inputs[k].dtype
+            try:
+                array = rounded(inputs[k], dtype)
+            except (OverflowError, TypeError, ValueError):
+                raise ArgumentError(f"input {k}, {inputs[k]!r}, does not fit {dtype.name}") from None
+            words.append(int.from_bytes(array.tobytes().ljust(8, b"\0"), "little", signed=True))
+        return words
+
+    # -------------------------------------------------------------------------------------------------- handing work over
+    def issue(self, inputs: Sequence[DeviceBuffer | Scalar], outputs: list[DeviceBuffer], donating: bool) -> None:
+        """Gives all work to the stream. `donating`: outputs may be inputs, so checks come first. Raises IndexOutOfRange where it has
+        to wait, or under DUO_SYNC=1."""
+        words = self._scalar_words(inputs)
+        addresses = [x.ptr if isinstance(x, DeviceBuffer) else 0 for x in (*inputs, *outputs)]
+        runtime, table = self.runtime, self.table
+        with runtime.lock, runtime.driver:
+            frame = _Frame(
+                self, addresses
+            )  # its blocks go back to the pool at the end: what comes later comes later on the stream
+            placement = self._placement(frame)
+            if words:
+                runtime.put_scalars(frame.scalars, words)
+            if table.status:
+                runtime.driver.fill(frame.status, 0, table.status, runtime.stream)
+            number = 0
+            while True:
+                self._hand_over(number, placement)
+                end = table.blocks[number].end
+                number += 1
+                if end.kind == "end":
+                    break
+                if end.kind == "jump":
+                    number = end.target
+                elif table.status and (end.kind == "branch" or donating):
+                    runtime.check_now(frame.status, table)
+                if end.kind == "branch" and not runtime.read_bool(int(placement.words[end.word])):
+                    number = end.target
+            if table.status:
+                runtime.start_check(frame.status, table)
+        if os.environ.get("DUO_SYNC") == "1":
+            runtime.synchronize()
+
+    def _placement(self, frame: _Frame) -> _Placement:
+        found = self._placements.get(frame.bases)
+        if found is not None:
+            self._placements.move_to_end(frame.bases)
+            return found
+        words = np.array(frame.bases, np.int64)[self.table.bases] + self.table.offsets
+        found = self._placements[frame.bases] = _Placement(words, len(self.table.blocks))
+        if len(self._placements) > PLACEMENTS:
+            self._placements.popitem(last=False)
+        return found
+
+    def _hand_over(self, number: int, placement: _Placement) -> None:
+        """A block's work: by itself the first time, then as a graph."""
+        work, runtime = self.table.blocks[number].work, self.runtime
+        graph = placement.graphs[number]
+        if len(work) < GRAPH_LEAST or graph is False:
+            self._launch(work, placement)
+        elif graph is None:
+            self._launch(work, placement)
+            placement.graphs[number] = True
+        else:
+            if graph is True:
+                graph = placement.graphs[number] = self._capture(work, placement)
+            if graph is False:
+                self._launch(work, placement)
+                return
+            runtime.driver.replay(graph, runtime.stream)
+            runtime.replays += 1
+
+    def _capture(self, work: Sequence[Work], placement: _Placement) -> Any:
+        """A graph of the work; False where the driver does not make one."""
+        driver, stream = self.runtime.driver, self.runtime.stream
+        driver.begin_capture(stream)
+        graph = None
+        try:
+            self._launch(work, placement)
+        finally:
+            graph = driver.end_capture(stream)  # in any case: a stream that captures runs nothing
+        return graph or False
+
+    def _launch(self, work: Sequence[Work], placement: _Placement) -> None:
+        driver, stream, memory = self.runtime.driver, self.runtime.stream, placement.memory
+        for item in work:
+            if isinstance(item, Launch):
+                packed = memory[8 * item.first : 8 * item.last]
+                driver.launch(item.function, item.blocks, item.threads, packed, item.shared, stream)
+            else:
+                words = placement.words
+                driver.copy(int(words[item.target]), int(words[item.source]), item.nbytes, stream)
+        self.runtime.launches += len(work)

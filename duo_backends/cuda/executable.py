@@ -1,0 +1,25 @@
+"""Compiled programs on the GPU, for any sizes: `CudaExecutable` holds a program and its loaded kernels, `bind` makes it ready to run."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+from duo_backends.binding import SizedExecutable, signature
+from duo_backends.cuda.bound import CudaBound, Prepared, Runtime
+from duo_backends.cuda.work import LoadedKernel, build_table
+from duo_ir.kernels.kernel import Kernel
+from duo_ir.kernels.program import Program
+
+
+class CudaExecutable(SizedExecutable[CudaBound]):
+    """A program and its loaded kernels on a device. `scalars`: numbers of the inputs that are given as Python numbers."""
+
+    def __init__(
+        self, program: Program, kernels: Mapping[Kernel, LoadedKernel], runtime: Runtime, scalars: Collection[int] = ()
+    ) -> None:
+        super().__init__(program, scalars)
+        self.kernels, self._runtime = kernels, runtime
+
+    def make_bound(self, sizes: Mapping[str, int]) -> CudaBound:
+        table = build_table(self.program, self.kernels, sizes, share=not self._runtime.pool.exact)
+        return CudaBound(Prepared(signature(self.program, sizes, self.scalars), table, self.kernels), self._runtime)

@@ -200,6 +200,7 @@ def _compile(function: Function, fused: bool, scalars: Collection[int], save: bo
     if found is not None:
         statistics.from_disk += 1
         return found
+    importlib.import_module("duo_backends.cpu.runner").prepare()
     made = _pipeline().compile(function, backend(), fusion=fused, scalars=scalars).bind({})
     if save:
         saved.store(function, fused, scalars, made)

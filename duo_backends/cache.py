@@ -64,6 +64,10 @@ class DiskCache:
             pass
         return payload
 
+    def has(self, key: str) -> bool:
+        """Whether there is an entry, which may turn out to be damaged."""
+        return self.directory is not None and self._path(key).exists()
+
     def put(self, key: str, payload: bytes) -> None:
         """Stores `payload`; does nothing when the folder cannot be written."""
         if self.directory is None:

@@ -6,7 +6,7 @@ import ctypes
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import numpy as np
 
@@ -85,9 +85,14 @@ class CpuBackend:
         return CpuExecutable(program, found, scalars)
 
     def _load(self, kernels: Sequence[Kernel]) -> list[LoadedKernel]:
-        codes = [self.emit(kernel) for kernel in kernels]
-        modules = [(code.text, [phase.symbol for phase in code.phases]) for code in codes]
-        libraries = jit.build_many(modules, jit.machine(self._cpu))
+        codes: list[KernelCode] = []
+
+        def modules() -> Iterator[tuple[str, list[str]]]:
+            for kernel in kernels:
+                codes.append(self.emit(kernel))
+                yield codes[-1].text, [phase.symbol for phase in codes[-1].phases]
+
+        libraries = jit.build_many(modules(), jit.machine(self._cpu))
         return [
             LoadedKernel(code, tuple([library.addresses[phase.symbol] for phase in code.phases]), library)
             for code, library in zip(codes, libraries)

@@ -15,7 +15,7 @@ import duo_backends
 import duo_ir
 from duo_backends.cpu.objects import OWN_LOADER
 
-FORMAT = 1  # of the entries of `saved.py`
+FORMAT = 2  # of the entries of `saved.py`
 _STARTED = time.time()
 
 

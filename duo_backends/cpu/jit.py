@@ -13,11 +13,13 @@ import hashlib
 import itertools
 import os
 import platform
+import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any
+from queue import SimpleQueue
+from typing import Any, TypeVar
 
 from duo_backends.cache import disk_cache
 from duo_backends.cpu.code import Target
@@ -25,6 +27,7 @@ from duo_backends.cpu.objects import OWN_LOADER, Unsupported, load_objects
 from duo_backends.cpu.system import system
 from duo_ir.errors import ArgumentError, DeviceError
 
+SWITCH_SECONDS = 2e-4  # how long a thread keeps the interpreter while LLVM works in others
 REVISION = "1"  # part of every cache key: change it when options of code generation change
 _BASE = "+cx16,+popcnt,+sahf,+sse3,+sse4.1,+sse4.2,+ssse3"
 _AVX2 = f"{_BASE},+avx,+avx2,+bmi,+bmi2,+f16c,+fma,+lzcnt,+movbe"
@@ -32,9 +35,14 @@ _AVX512 = f"{_AVX2},+avx512f,+avx512bw,+avx512cd,+avx512dq,+avx512vl"
 # x86-64 psABI micro-architecture levels: their features and the widest vectors, in bytes.
 LEVELS = {"x86-64-v2": (_BASE, 16), "x86-64-v3": (_AVX2, 32), "x86-64-v4": (_AVX512, 64)}
 
-_lock = threading.RLock()  # held while LLVM works, and across fork, so that a child finds LLVM's own locks free
+X = TypeVar("X")
+Y = TypeVar("Y")
+# Held while LLVM works, and across fork, so that a child finds LLVM's own locks free.
+_lock = threading.RLock()
+_early = threading.Lock()
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
+    for _held in (_lock, _early):
+        os.register_at_fork(before=_held.acquire, after_in_parent=_held.release, after_in_child=_held.release)
 
 
 @dataclass(frozen=True)
@@ -186,48 +194,96 @@ def _emit(target_machine: Any, module: Any) -> bytes:
         ffi.lib.LLVMPY_DisposeMemoryBuffer(buffer)
 
 
-def object_codes(texts: Sequence[str], m: Machine) -> list[bytes]:
-    """Object code of each module, from disk where it is there, else generated on several threads."""
+def object_codes(texts: Iterable[str], m: Machine) -> list[bytes]:
+    """Object code of each module, from disk where it is there, else generated on several threads, while further texts are being made."""
+    return [code for _, code in _made(texts, m)]
+
+
+def _made(texts: Iterable[str], m: Machine) -> list[tuple[str, bytes]]:
+    """(key, object code) of each module."""
     disk = disk_cache()
+
+    def make(text: str) -> tuple[str, bytes, bool]:
+        key = cache_key(text, m)
+        code = disk.get(key)
+        known = code is not None
+        if code is None:
+            code = _generate(text, m)
+            disk.put(key, code)
+        return key, code, known
+
+    # A thread that comes back from LLVM needs the interpreter for microseconds; it must not wait 5 ms for it while texts are being made.
+    interval = sys.getswitchinterval()
     with _lock:
-        keys = [cache_key(text, m) for text in texts]
-        found = [disk.get(key) for key in keys]
-        missing = [i for i, code in enumerate(found) if code is None]
-        statistics.from_disk += len(texts) - len(missing)
-        statistics.compiled += len(missing)
-        made = _in_threads(lambda i: _generate(texts[i], m), missing)
-        for i, code in zip(missing, made):
-            found[i] = code
-            disk.put(keys[i], code)
-    if missing:
+        try:
+            sys.setswitchinterval(min(interval, SWITCH_SECONDS))
+            made = _in_threads(make, texts)
+        finally:
+            sys.setswitchinterval(interval)
+        from_disk = sum(known for *_, known in made)
+        statistics.from_disk += from_disk
+        statistics.compiled += len(made) - from_disk
+    if from_disk < len(made):
         system.return_heap()
-    return [code for code in found if code is not None]
+    return [(key, code) for key, code, _ in made]
 
 
-def _in_threads(work: Callable[[int], bytes], items: Sequence[int]) -> list[bytes]:
-    """work(item) of every item, in order, on several threads; raises the first error. An interrupt waits until all have ended, and finds no
-    thread of its own inside LLVM: the main thread only waits. (`concurrent.futures` takes milliseconds to load.)"""
-    out: list[Any] = [None] * len(items)
-    left = iter(enumerate(items))
+class Early:
+    """Object code of one module for this machine, generated in a thread of its own while the caller goes on."""
+
+    def __init__(self, text: str) -> None:
+        self._code: bytes | None = None
+        self._text, self._machine = text, machine("native")
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            with _early:
+                self._code = _generate(self._text, self._machine)
+                statistics.compiled += 1
+        except DeviceError:
+            pass  # whoever generates it again is told
+
+    def code(self) -> bytes | None:
+        """Waits for it. None where there is none: an error, or the thread was left behind in a parent process."""
+        self._thread.join()
+        return self._code
+
+
+def _in_threads(work: Callable[[X], Y], items: Iterable[X]) -> list[Y]:
+    """work(item) of every item, in order, on several threads, which start while the items are still coming; raises the first error. An interrupt
+    waits until all have ended, and finds no thread of its own inside LLVM: the main thread only waits. (`concurrent.futures` takes milliseconds
+    to load.)"""
+    out: dict[int, Any] = {}
+    left: SimpleQueue[tuple[int, X] | None] = SimpleQueue()  # None: there is no more
     interrupts: list[BaseException] = []
 
     def run() -> None:  # a thread that runs this counts as alive; one whose start was interrupted finds nothing to do
-        for k, item in left:
+        while (task := left.get()) is not None:
+            k, item = task
             if interrupts:
-                return
+                continue
             try:
                 out[k] = work(item)
             except BaseException as error:
                 out[k] = error
+        left.put(None)  # for the others
 
-    threads = [threading.Thread(target=run) for _ in range(min(len(items), os.cpu_count() or 1, 8))]
+    threads: list[threading.Thread] = []
     try:
-        for thread in threads:
-            thread.start()
+        for k, item in enumerate(items):
+            left.put((k, item))
+            if len(threads) < min(os.cpu_count() or 1, 8):
+                threads.append(threading.Thread(target=run))
+                threads[-1].start()
     except BaseException as error:
         interrupts.append(error)
-    while any(thread.is_alive() for thread in threads):
+    closed = False
+    while not closed or any(thread.is_alive() for thread in threads):
         try:
+            left.put(None)
+            closed = True
             for thread in threads:
                 if thread.is_alive():
                     thread.join()
@@ -235,10 +291,11 @@ def _in_threads(work: Callable[[int], bytes], items: Sequence[int]) -> list[byte
             interrupts.append(error)
     if interrupts:
         raise interrupts[0]
-    for result in out:
+    results = [out[k] for k in sorted(out)]
+    for result in results:
         if isinstance(result, BaseException):
             raise result
-    return out
+    return results
 
 
 # --------------------------------------------------------------------------------------------------------- loading
@@ -291,22 +348,36 @@ def build(text: str, symbols: Sequence[str], m: Machine, imports: Mapping[str, i
     return load(object_codes([text], m)[0], symbols, imports)
 
 
-def build_many(modules: Sequence[tuple[str, Sequence[str]]], m: Machine) -> list[Library]:
-    """As `build`, for several (text, symbols) at once."""
-    texts = [text for text, _ in modules]
-    codes = object_codes(texts, m)
-    libraries = load_many([(code, symbols) for code, (_, symbols) in zip(codes, modules)])
-    return [replace(library, key=cache_key(text, m)) for library, text in zip(libraries, texts)]
+def build_many(modules: Iterable[tuple[str, Sequence[str]]], m: Machine) -> list[Library]:
+    """As `build`, for several (text, symbols), which may still be coming."""
+    symbols: list[Sequence[str]] = []
+
+    def texts() -> Iterator[str]:
+        for text, names in modules:
+            symbols.append(names)
+            yield text
+
+    made = _made(texts(), m)
+    libraries = load_many([(code, names) for (_, code), names in zip(made, symbols)])
+    return [replace(library, key=key) for library, (key, _) in zip(libraries, made)]
 
 
-def build_for_host(text: str, symbols: Sequence[str], fingerprint: str | None, imports: Mapping[str, int]) -> Library:
-    """`build` for this machine. With a `fingerprint` of it and of the code generator, object code that an earlier process made loads
-    without LLVM."""
-    if fingerprint is None:
-        return build(text, symbols, machine("native"), imports)
-    key = hashlib.sha256("\0".join(("host", fingerprint, text)).encode()).hexdigest()
-    code = disk_cache().get(key)
+def host_key(text: str, fingerprint: str) -> str:
+    """The name of the object code of `text` for this machine, where `fingerprint` tells of it and of the code generator."""
+    return hashlib.sha256("\0".join(("host", fingerprint, text)).encode()).hexdigest()
+
+
+def build_for_host(
+    text: str, symbols: Sequence[str], fingerprint: str | None, imports: Mapping[str, int], code: bytes | None
+) -> Library:
+    """`build` for this machine, of `code` if it has been made. With a `fingerprint`, object code that an earlier process made loads without LLVM."""
+    key = None if fingerprint is None else host_key(text, fingerprint)
+    if code is None and key is not None:
+        code = disk_cache().get(key)
+        if code is not None:
+            return load(code, symbols, imports)
     if code is None:
         code = object_codes([text], machine("native"))[0]
+    if key is not None:
         disk_cache().put(key, code)
     return load(code, symbols, imports)

@@ -12,9 +12,10 @@ import platform
 import threading
 from collections.abc import Callable
 
+from duo_backends.cache import disk_cache
 from duo_backends.cpu import pool_text, runner_text, threads
 from duo_backends.cpu.fingerprint import fingerprint
-from duo_backends.cpu.jit import Library, build_for_host
+from duo_backends.cpu.jit import Early, Library, build_for_host, host_key
 from duo_backends.cpu.system import system
 
 _METH_FASTCALL = 0x80  # Include/methodobject.h
@@ -33,16 +34,15 @@ class Native:
     """The loaded runtime. The control functions release the GIL."""
 
     def __init__(self) -> None:
-        arch = {"AMD64": "x86_64", "arm64": "aarch64"}.get(platform.machine(), platform.machine())
-        text = pool_text.pool_text(arch, system.wait_text(), system.SIG_SETMASK)
-        text += system.clock_text() + runner_text.runner_text()
         symbols = (*pool_text.SYMBOLS, *runner_text.SYMBOLS)
         # Addresses taken from the running interpreter: its symbols need not be visible to a linker.
         imports = {
             name: ctypes.cast(getattr(ctypes.pythonapi, name), ctypes.c_void_p).value or 0
             for name in runner_text.PYTHON
         }
-        self.library: Library = build_for_host(text, symbols, fingerprint(), imports)
+        self.library: Library = build_for_host(
+            _text(), symbols, fingerprint(), imports, None if _making is None else _making.code()
+        )
         addresses = self.library.addresses
         number = ctypes.CFUNCTYPE(None, ctypes.c_int64)
         self.resize = ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64)(addresses["duo_resize"])
@@ -66,18 +66,35 @@ class Native:
         return self._new(ctypes.addressof(self._method), plan, None, None)
 
 
+def _text() -> str:
+    arch = {"AMD64": "x86_64", "arm64": "aarch64"}.get(platform.machine(), platform.machine())
+    text = pool_text.pool_text(arch, system.wait_text(), system.SIG_SETMASK)
+    return text + system.clock_text() + runner_text.runner_text()
+
+
+def prepare() -> None:
+    """Begins to generate the runtime's object code if it is not on disk. For someone who has other work to do before `native` is called."""
+    global _making
+    if _native is not None or _making is not None:
+        return
+    text, host = _text(), fingerprint()
+    if host is None or not disk_cache().has(host_key(text, host)):
+        _making = Early(text)
+
+
+_making: Early | None = None
 _native: Native | None = None
 _lock = threading.Lock()
 
 
 def native() -> Native:
     """The runtime, loaded at the first call."""
-    global _native
+    global _making, _native
     if _native is not None:
         return _native
     with _lock:
         if _native is None:
             made = Native()
             threads.attach(made)
-            _native = made
+            _native, _making = made, None
     return _native

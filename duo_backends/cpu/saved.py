@@ -8,6 +8,7 @@ the Function at hand.
 
 from __future__ import annotations
 
+import bisect
 import functools
 import hashlib
 import json
@@ -27,6 +28,9 @@ from duo_backends.cpu.runner_text import CODE_WORDS, PHASE
 from duo_ir.core import Function, Op
 from duo_ir.types import TensorType, dtype
 
+_THREADS = sorted(
+    {*range(1, 9), 12, 16, 24, 32, 48, 64, 96, 128, MAX_THREADS}
+)  # numbers of threads that scratch is kept for
 _COPY = -1  # in place of a kernel's phase: the runner's own copy
 
 
@@ -57,7 +61,7 @@ def load(function: Function, fused: bool, scalars: Collection[int]) -> CpuBound 
     table = Table(
         code, dims, entry["places"], entry["arena"], entry["cost"], entry["parallel"], entry["loops"],
         [notes[k] if k >= 0 else None for k in entry["rows"]],
-        lambda threads: scratch[threads - 1],
+        lambda threads: scratch[bisect.bisect_left(_THREADS, threads)],
     )  # fmt: skip
     prepared = Prepared(
         tuple([p.type for p in function.params]),
@@ -110,12 +114,15 @@ def store(function: Function, fused: bool, scalars: Collection[int], bound: CpuB
             distinct[id(note)] = len(notes)
             notes.append(_fields(note, lines))
         rows.append(-1 if note is None else distinct[id(note)])
+    scratch = [table.scratch(n) for n in _THREADS]
+    if scratch != sorted(scratch):
+        return  # what suffices for more threads would not for fewer
     entry = {
         "objects": [[name, symbols] for name, symbols in objects.items()],
         "phases": [[order[name], symbol] for name, symbol in phases],
         "code": code.ravel().tolist(), "dims": table.dims.tolist(), "places": table.places, "arena": table.arena,
         "cost": table.cost, "parallel": table.parallel, "loops": table.loops, "rows": rows, "notes": notes,
-        "scratch": [table.scratch(n) for n in range(1, MAX_THREADS + 1)],
+        "scratch": scratch,
         "outputs": [str(t) for t in program.outputs], "results": program.results, "donations": program.donations,
         "safe": sorted(program.safe), "templates": program.templates,
     }  # fmt: skip

@@ -604,3 +604,32 @@ for _ in range(20): bound.run([buffer(np.zeros(100000))])
 """
     done = subprocess.run([sys.executable, "-c", script], timeout=60, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_code_is_generated_while_texts_are_still_coming():
+    import sys
+
+    def texts():
+        for k in range(5):
+            started.append(k)
+            yield f"define i64 @coming{k}() {{\n  ret i64 {k + 4711}\n}}\n"
+
+    started: list[int] = []
+    interval = sys.getswitchinterval()
+    codes = jit.object_codes(texts(), jit.machine())
+    assert started == list(range(5)) and len(set(codes)) == 5
+    assert codes == jit.object_codes([*texts()], jit.machine())
+    assert sys.getswitchinterval() == interval
+
+
+def test_texts_that_cannot_be_made_and_code_that_cannot_be_generated_raise():
+    def texts():
+        yield "define i64 @before() {\n  ret i64 4812\n}\n"
+        raise KeyError("text")
+
+    with pytest.raises(KeyError, match="text"):
+        jit.object_codes(texts(), jit.machine())
+    early = jit.Early("define void @f() { nonsense }")
+    assert early.code() is None
+    early = jit.Early("define i64 @early() {\n  ret i64 4911\n}\n")
+    assert early.code() == jit.object_codes(["define i64 @early() {\n  ret i64 4911\n}\n"], jit.machine("native"))[0]

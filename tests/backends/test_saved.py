@@ -76,6 +76,7 @@ def test_a_stored_program_gives_the_same():
     assert found.givable == bound.givable and found.program.results == bound.program.results
     for n in (1, 2, 3, 64, 256):
         assert found.table.scratch(n) == bound.table.scratch(n)
+    assert all(found.table.scratch(n) >= bound.table.scratch(n) for n in range(1, 257))
     for ours, theirs in zip(found.table.notes, bound.table.notes, strict=True):
         assert (ours is None) == (theirs is None)
         if ours is not None:

@@ -107,13 +107,12 @@ class CudaBackend:
 
     def _load(self, codes: Sequence[KernelCode]) -> list[LoadedKernel]:
         module = self._module(source(codes))
+        most = self.driver.properties.shared  # what a launch may ask for
         with self.driver:
             return [
                 LoadedKernel(
                     code,
-                    tuple(
-                        [self.driver.function(module, launch.symbol, self.target.shared) for launch in code.launches]
-                    ),
+                    tuple([self.driver.function(module, launch.symbol, most) for launch in code.launches]),
                     module,
                 )
                 for code in codes

@@ -110,6 +110,12 @@ template <class T> EMU T atomicCAS(T *p, T expected, T v) { T old = *p; if (old 
 EMU_MATH1(fabs) EMU_MATH1(sqrt) EMU_MATH1(floor) EMU_MATH1(ceil) EMU_MATH1(trunc) EMU_MATH1(rint)
 extern "C" double copysign(double, double);
 extern "C" float copysignf(float, float);
+EMU float fmaxf(float a, float b) { return __builtin_fmaxf(a, b); }
+EMU float fminf(float a, float b) { return __builtin_fminf(a, b); }
+EMU float fmax(float a, float b) { return __builtin_fmaxf(a, b); }
+EMU float fmin(float a, float b) { return __builtin_fminf(a, b); }
+EMU double fmax(double a, double b) { return __builtin_fmax(a, b); }
+EMU double fmin(double a, double b) { return __builtin_fmin(a, b); }
 EMU float __fmaf_rn(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 EMU double __fma_rn(double a, double b, double c) { return __builtin_fma(a, b, c); }
 EMU float fmaf(float a, float b, float c) { return __builtin_fmaf(a, b, c); }

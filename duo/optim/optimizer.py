@@ -344,14 +344,10 @@ def take_update(tensor: Any, val: Any) -> None:
     """Makes `val`, which a step computed from the tensor's value, the tensor's value."""
     if state.capture is not None:
         state.capture.write(tensor)
-    old = tensor._val
-    if old.stamp is None:
-        old.stamp = OVERWRITTEN
-    else:
-        note_overwritten(old)
+    old, storage = tensor._val, tensor._storage
     if tensor._leaf is not None:
         val.extra = tensor._leaf
-    storage = tensor._storage
+    # The old value is marked after it was replaced: an interrupt in between must not leave the tensor with a value that no gradient may read.
     if storage is None:
         tensor._val = val
     elif storage.shared is None and not tensor._chain:
@@ -360,3 +356,7 @@ def take_update(tensor: Any, val: Any) -> None:
         tensor._seen = storage.version
     else:
         tensor._write(val)
+    if old.stamp is None:
+        old.stamp = OVERWRITTEN
+    else:
+        note_overwritten(old)

@@ -259,6 +259,31 @@ class Optimizer:
         # Reading a tensor may record and flush: all are read before the first gets its number.
         read = [t._val if t._storage is None else t._current() for t in tensors]
         read_step = step._value() if step is not None else None
+        trace = open_trace()
+        try:
+            trace, vals = self._commit(macro, hyper, tensors, read, step, read_step)
+            if state.capture is not None:
+                state.capture.hyper[vals[0].index] = (self, group)
+            if self._memory.notes is not None:
+                self._memory.notes.append(Noted(trace, group, macro, params, tensors, step, vals[0].node))
+            start = 0
+            if step is not None:
+                self._advance(step, params, vals[0])
+                start = 1
+            width = 2 + len(names)
+            updated = params if not names else [t for k, t in enumerate(tensors) if k % width != 1]
+            for tensor, val in zip(updated, vals[start:]):
+                take_update(tensor, val)
+        except BaseException:
+            # An interrupt: not all that the trace calls updated is. What is recorded next would read values that the trace calls overwritten.
+            if state.capture is None:
+                flush(trace)
+            raise
+
+    def _commit(
+        self, macro: Optimize, hyper: tuple, tensors: list[Any], read: list[Any], step: Any, read_step: Any
+    ) -> tuple[Trace, list[Any]]:
+        """The entry of the step, of values that were read already: the trace that it is in, and its values."""
         while True:
             trace = open_trace()
             leaves = trace.leaves
@@ -270,19 +295,7 @@ class Optimizer:
                 continue
             vals = commit(trace, (macro, count, tuple(numbers)), hyper)
             if vals is not None:
-                break
-        if state.capture is not None:
-            state.capture.hyper[vals[0].index] = (self, group)
-        if self._memory.notes is not None:
-            self._memory.notes.append(Noted(trace, group, macro, params, tensors, step, vals[0].node))
-        start = 0
-        if step is not None:
-            self._advance(step, params, vals[0])
-            start = 1
-        width = 2 + len(names)
-        updated = params if not names else [t for k, t in enumerate(tensors) if k % width != 1]
-        for tensor, val in zip(updated, vals[start:]):
-            take_update(tensor, val)
+                return trace, vals
 
     def _advance(self, step: Any, params: list[Any], val: Any) -> None:
         _, sharers = self._sharing.get(id(step), (step, 0))

@@ -15,6 +15,7 @@ import threading
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -160,18 +161,14 @@ class _Frame:
     __slots__ = ("bases", "blocks", "scalars", "status")
 
     def __init__(self, bound: CudaBound, arguments: Sequence[int]) -> None:
-        pool, table = bound.runtime.pool, bound.table
-        sizes = [bound.scalar_bytes, table.status, table.arena, table.scratch]
+        pool = bound.runtime.pool
+        self.blocks = [pool.allocate(nbytes) for nbytes in bound.frame_blocks]
+        starts = [block.ptr for block in self.blocks]
         if pool.exact:
-            self.blocks = [pool.allocate(n) for n in (*sizes, *table.own)]
-            self.scalars, self.status, arena, scratch, *own = [block.ptr for block in self.blocks]
+            self.scalars, self.status, arena, scratch, *own = starts
         else:
-            total = sum(map(round_up, sizes))
-            self.blocks = [pool.allocate(total)] if total else []
-            start = self.blocks[0].ptr if total else 0
-            ends = np.cumsum([0, *map(round_up, sizes)])
-            self.scalars, self.status, arena, scratch = [start + int(end) for end in ends[:4]]
-            own = []
+            start, own = starts[0], []
+            self.scalars, self.status, arena, scratch = [start + offset for offset in bound.frame_offsets]
         given = [
             self.scalars + 8 * bound.scalar_at[k] if k in bound.scalar_at else ptr for k, ptr in enumerate(arguments)
         ]
@@ -218,6 +215,10 @@ class CudaBound:
         self.scalar_bytes = 8 * SCALARS * -(-len(self.scalar_at) // SCALARS)
         self._in_bytes = [byte_count(t) for t in self.program.inputs]
         self._out_bytes = [byte_count(t) for t in self.program.outputs]
+        sizes = [self.scalar_bytes, self.table.status, self.table.arena, self.table.scratch]
+        ends = list(accumulate(map(round_up, sizes), initial=0))
+        self.frame_blocks = [*sizes, *self.table.own] if runtime.pool.exact else [ends.pop()]
+        self.frame_offsets = ends
         self._placements: OrderedDict[tuple[int, ...], _Placement] = OrderedDict()
 
     # --------------------------------------------------------------------------------------------------------- running

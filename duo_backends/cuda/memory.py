@@ -58,23 +58,34 @@ class Pool:
     def __init__(self, driver: Driver, limit: int | None = None, exact: bool = False) -> None:
         self.driver, self.limit, self.exact = driver, limit, exact
         self._free: dict[int, list[int]] = {}  # class -> heap of addresses; one push or pop needs no lock
+        self._by_nbytes: dict[int, list[int]] = {}  # every size asked for -> its class
         self._lock = threading.RLock()
         self._reserved = self._peak = 0
         self._slab = (0, 0)  # next free address, end
 
     def allocate(self, nbytes: int) -> DeviceBuffer:
         """A buffer with undefined contents. Raises OutOfMemory, ArgumentError for a negative size."""
-        if nbytes < 0:
-            raise ArgumentError(f"a buffer cannot have {nbytes} bytes")
-        size = max(nbytes, 1) if self.exact else class_size(max(nbytes, _ALIGNMENT))
-        free = self._free.get(size)
+        free = self._by_nbytes.get(nbytes)
         if free is None:
-            with self._lock:
-                free = self._free.setdefault(size, [])
+            free = self._class_of(nbytes)
         try:
             return DeviceBuffer(heappop(free), nbytes, free)
         except IndexError:
-            return DeviceBuffer(self._fresh(size, nbytes), nbytes, free)
+            return DeviceBuffer(self._fresh(nbytes), nbytes, free)
+
+    def _size(self, nbytes: int) -> int:
+        return max(nbytes, 1) if self.exact else class_size(max(nbytes, _ALIGNMENT))
+
+    def _class_of(self, nbytes: int) -> list[int]:
+        """The free blocks that serve `nbytes`."""
+        if nbytes < 0:
+            raise ArgumentError(f"a buffer cannot have {nbytes} bytes")
+        with self._lock:
+            free = self._free.setdefault(self._size(nbytes), [])
+            if len(self._by_nbytes) > 8192:
+                self._by_nbytes = {}
+            self._by_nbytes[nbytes] = free
+        return free
 
     @property
     def statistics(self) -> MemoryStatistics:
@@ -98,7 +109,8 @@ class Pool:
             self._reserved -= given
         return given
 
-    def _fresh(self, size: int, nbytes: int) -> int:
+    def _fresh(self, nbytes: int) -> int:
+        size = self._size(nbytes)
         with self._lock:
             if size >= SMALL or self.exact:
                 return self._take(size, nbytes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,6 +11,9 @@ from typing import Any
 import conformance as c
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ir_programs import programs
 
 from duo_backends.cuda import bound as bounds
 from duo_backends.cuda.backend import CudaBackend
@@ -19,9 +23,9 @@ from duo_ir.errors import ArgumentError, DeviceError, IndexOutOfRange
 from duo_ir.kernels.evaluate import evaluate
 from duo_ir.ops import broadcasting as nd
 from duo_ir.pipeline import lower
-from duo_ir.types import Dim, TensorType, bool_, f16, f32, f64, i64
+from duo_ir.types import Dim, TensorType, bf16, bool_, f16, f32, f64, i64
 from tests.cuda_emulator import build
-from tests.cuda_emulator.support import driver, every_order, needs_emulator
+from tests.cuda_emulator.support import ORDERS, driver, every_order, needs_emulator
 
 pytestmark = needs_emulator
 
@@ -105,6 +109,17 @@ def test_empty_programs_and_results(gpu):
     check(gpu, lambda x: (ops.reshape(x, shape=(12,)), x, x + 1.0), [x])
     check(gpu, lambda x: (nd.sum(x, axes=(0,)), x * 2.0), [np.zeros((0, 4), "f4")])
     check(gpu, lambda: (nd.constant_of(2.5, f32),), [])
+
+
+@given(data=st.data())
+@settings(max_examples=12)
+def test_random_programs(gpu, data):
+    function, arrays = data.draw(programs(data.draw(st.sampled_from((f32, f64, f16, bf16)))))
+    os.environ["DUO_EMU_ORDER"] = data.draw(st.sampled_from(ORDERS))
+    try:
+        check(gpu, function, arrays, fusion=data.draw(st.booleans()))
+    finally:
+        del os.environ["DUO_EMU_ORDER"]
 
 
 # ----------------------------------------------------------------------------------------------------------- control flow

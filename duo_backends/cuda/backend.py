@@ -151,8 +151,8 @@ class CudaBackend:
         if out.nbytes > buffer.nbytes:
             raise ArgumentError(f"{buffer.nbytes} bytes do not hold {dtype.name} of shape {tuple(shape)}")
         runtime = self.runtime
+        runtime.synchronize()
         with runtime.lock, runtime.driver:
-            runtime.synchronize()
             runtime.transfers.download(out, buffer.ptr)
         return out
 

@@ -68,11 +68,15 @@ class Runtime:
 
     def synchronize(self) -> None:
         """Waits for all that was started. Raises IndexOutOfRange for the first run whose check failed and nobody has heard of yet."""
-        with self.lock, self.driver:
-            self.driver.synchronize(self.stream)
-            while self._waiting:
-                self._look(self._waiting.popleft())
-            failed, self._failed = self._failed, None
+        with self.driver:
+            with self.lock:
+                event = self.driver.event()
+                self.driver.record(event, self.stream)
+            self.driver.wait(event)  # without the lock: other threads may go on
+            with self.lock:
+                while self._waiting and self.driver.ready(self._waiting[0].event):
+                    self._look(self._waiting.popleft())
+                failed, self._failed = self._failed, None
         if failed is not None:
             raise failed
 
@@ -220,6 +224,7 @@ class CudaBound:
         self.frame_blocks = [*sizes, *self.table.own] if runtime.pool.exact else [ends.pop()]
         self.frame_offsets = ends
         self._placements: OrderedDict[tuple[int, ...], _Placement] = OrderedDict()
+        self._generation = runtime.pool.generation
 
     # --------------------------------------------------------------------------------------------------------- running
     def run(self, inputs: Sequence[DeviceBuffer | Scalar], donated: Collection[int] = ()) -> list[DeviceBuffer]:
@@ -325,6 +330,9 @@ class CudaBound:
             runtime.synchronize()
 
     def _placement(self, frame: _Frame) -> _Placement:
+        if self._generation != self.runtime.pool.generation:  # what graphs say of memory is no longer sure
+            self._generation = self.runtime.pool.generation
+            self._placements.clear()
         found = self._placements.get(frame.bases)
         if found is not None:
             self._placements.move_to_end(frame.bases)

@@ -8,6 +8,7 @@ captured and replayed by ctypes on libcuda (`Graphs`). Nothing here is imported 
 from __future__ import annotations
 
 import ctypes
+import os
 import threading
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -175,12 +176,27 @@ def load_library() -> ctypes.CDLL:
     raise DeviceError(f"there is no CUDA driver (libcuda.so.1) on this machine: {WAY_OUT}")
 
 
-class PycudaPinned:
+class _Owned:
+    """An object of PyCUDA, which must not end outside its context: when this one ends it goes to `heir`."""
+
+    __slots__ = ("_heir", "raw")
+
+    def __init__(self, raw: Any, heir: list[Any]) -> None:
+        self.raw, self._heir = raw, heir
+
+    def __del__(self) -> None:
+        self._heir.append(self.raw)
+
+
+class PycudaPinned(_Owned):
     """Page-locked memory from PyCUDA."""
 
-    def __init__(self, memory: Any, nbytes: int) -> None:
-        self._memory, self.nbytes = memory, nbytes
-        self.ptr: int = memory.ctypes.data
+    __slots__ = ("nbytes", "ptr")
+
+    def __init__(self, raw: Any, heir: list[Any]) -> None:
+        super().__init__(raw, heir)
+        self.nbytes: int = raw.nbytes
+        self.ptr: int = raw.ctypes.data
 
 
 class PycudaDriver:
@@ -213,14 +229,23 @@ class PycudaDriver:
         self._context = found.retain_primary_context()
         self._graphs = Graphs(library)
         self._local = threading.local()
+        self._process = os.getpid()
         self._blocks: dict[int, Any] = {}
+        self._dead: list[Any] = []  # what nobody needs any more
+        self._events: list[Any] = []  # those that nobody uses at the moment
         self._portable = cuda.host_alloc_flags.PORTABLE
 
     # ------------------------------------------------------------------------------------------------------- context
     def __enter__(self) -> PycudaDriver:
         depth = getattr(self._local, "depth", 0)
         if depth == 0:
+            if self._process != os.getpid():
+                raise DeviceError(
+                    "the GPU was used before this process was forked, and CUDA does not survive that: start processes by 'spawn' "
+                    "(multiprocessing.set_start_method), or use the GPU in children only"
+                )
             self._context.push()
+            self._dead.clear()
         self._local.depth = depth + 1
         return self
 
@@ -248,7 +273,7 @@ class PycudaDriver:
         return self._cuda.mem_get_info()  # type: ignore[no-any-return]
 
     def pinned(self, nbytes: int) -> PycudaPinned:
-        return PycudaPinned(self._cuda.pagelocked_empty(nbytes, "u1", mem_flags=self._portable), nbytes)
+        return PycudaPinned(self._cuda.pagelocked_empty(nbytes, "u1", mem_flags=self._portable), self._dead)
 
     def to_device(self, ptr: int, host: int, nbytes: int, stream: Any) -> None:
         self._cuda.memcpy_htod_async(ptr, _view(host, nbytes), stream)
@@ -264,10 +289,10 @@ class PycudaDriver:
 
     # ------------------------------------------------------------------------------------------------------- kernels
     def load(self, cubin: bytes) -> Any:
-        return self._cuda.module_from_buffer(cubin)
+        return _Owned(self._cuda.module_from_buffer(cubin), self._dead)
 
     def function(self, module: Any, name: str, shared: int = 0) -> Any:
-        found = module.get_function(name)
+        found = module.raw.get_function(name)
         if shared > PLAIN_SHARED:
             found.set_attribute(self._cuda.function_attribute.MAX_DYNAMIC_SHARED_SIZE_BYTES, shared)
         return found
@@ -283,22 +308,25 @@ class PycudaDriver:
         stream.synchronize()
 
     def event(self) -> Any:
-        return self._cuda.Event()
+        try:
+            return _Owned(self._events.pop(), self._events)
+        except IndexError:
+            return _Owned(self._cuda.Event(), self._events)
 
     def record(self, event: Any, stream: Any) -> None:
-        event.record(stream)
+        event.raw.record(stream)
 
     def ready(self, event: Any) -> bool:
-        return event.query()  # type: ignore[no-any-return]
+        return event.raw.query()  # type: ignore[no-any-return]
 
     def wait(self, event: Any) -> None:
-        event.synchronize()
+        event.raw.synchronize()
 
     def stream_wait(self, stream: Any, event: Any) -> None:
-        stream.wait_for_event(event)
+        stream.wait_for_event(event.raw)
 
     def elapsed(self, first: Any, second: Any) -> float:
-        return second.time_since(first)  # type: ignore[no-any-return]
+        return second.raw.time_since(first.raw)  # type: ignore[no-any-return]
 
     # -------------------------------------------------------------------------------------------------------- graphs
     def begin_capture(self, stream: Any) -> None:

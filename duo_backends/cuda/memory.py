@@ -61,6 +61,7 @@ class Pool:
         self._by_nbytes: dict[int, list[int]] = {}  # every size asked for -> its class
         self._lock = threading.RLock()
         self._reserved = self._peak = 0
+        self.generation = 0  # how often memory has gone back to the device
         self._slab = (0, 0)  # next free address, end
 
     def allocate(self, nbytes: int) -> DeviceBuffer:
@@ -107,6 +108,7 @@ class Pool:
                     self.driver.free(ptr)
                     given += size
             self._reserved -= given
+            self.generation += given > 0
         return given
 
     def _fresh(self, nbytes: int) -> int:

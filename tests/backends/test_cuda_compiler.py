@@ -11,6 +11,7 @@ import pytest
 
 from duo_backends.cache import DiskCache
 from duo_backends.cuda import compiler, driver
+from duo_backends.cuda.bound import SCALARS_TEXT
 from duo_ir.errors import DeviceError
 from tests.cuda_emulator import build
 from tests.cuda_emulator.support import needs_emulator
@@ -87,7 +88,7 @@ def real_compiler() -> compiler.Compiler | None:
 @pytest.mark.skipif(real_compiler() is None, reason="neither NVRTC nor nvcc is here")
 def test_the_real_compiler():
     found = real_compiler()
-    cubin = found.compile(SOURCE, 90)
+    cubin = found.compile(SOURCE + SCALARS_TEXT, 90)
     assert cubin[:4] == b"\x7fELF" and int.from_bytes(cubin[18:20], "little") == 190  # EM_CUDA
     with pytest.raises(compiler.CompileError, match=r"please report(.|\n)*nonsense"):
         found.compile(SOURCE + "nonsense", 90)

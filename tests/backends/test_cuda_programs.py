@@ -25,7 +25,7 @@ from duo_ir.ops import broadcasting as nd
 from duo_ir.pipeline import lower
 from duo_ir.types import Dim, TensorType, bf16, bool_, f16, f32, f64, i64
 from tests.cuda_emulator import build
-from tests.cuda_emulator.support import ORDERS, driver, every_order, needs_emulator
+from tests.cuda_emulator.support import ORDERS, driver, driver_name, every_order, needs_emulator
 
 pytestmark = needs_emulator
 
@@ -322,6 +322,31 @@ def test_a_fault_of_the_device_is_an_error_of_duo(arena):
     bound.run([short])
     with pytest.raises(DeviceError, match="past the end of an allocation of 2000 bytes"):
         gpu.synchronize()
+
+
+def test_memory_given_back_ends_graphs(arena):
+    (x,) = numbers((1 << 19,))
+    program = lower(function_of(lambda x: (ops.exp(x), x * 2.0, nd.max(x)), x_type(x)), False)
+    bound = arena.compile(program).bind()
+    want = evaluate(program, x)
+    for _ in range(2):
+        for _ in range(3):
+            got = run(arena, bound, [x_type(x), x_type(x), TensorType(f32)], [x])
+            assert all(c.same(g, w) for g, w in zip(got, want))
+        assert arena.runtime.pool.trim() > 0
+
+
+def test_a_forked_child_is_told_that_it_cannot_use_the_gpu(arena):
+    if driver_name() != "PyCUDA":
+        pytest.skip("PyCUDA's driver looks for this")
+    child = os.fork()
+    if child == 0:
+        try:
+            arena.from_numpy(np.zeros(3))
+        except DeviceError as error:
+            os._exit(0 if "spawn" in str(error) else 1)
+        os._exit(2)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 def test_nothing_of_cuda_is_touched_before_it_is_needed():

@@ -1,7 +1,8 @@
 """Storages, and the sharing of their memory with NumPy.
 
 A Storage is what tensors that alias have in common. NumPy may see its memory (`from_numpy`, `.numpy()`) and write to it at any time, which
-nobody tells us: while an array that shares it is alive, every read takes a snapshot and every write goes into the same memory at once.
+nobody tells us: while an array that shares it is alive, every write goes into the same memory at once, and every read either takes a snapshot
+or is run before Python goes on (views, gathers, replays of compiled functions), which copies no more than it reads.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from duo import runtime
 from duo.eager.autograd import GradLeaf
 from duo.eager.flush import flush
 from duo.eager.segments import unmarked
-from duo.eager.trace import Val, settle, state
+from duo.eager.trace import Trace, Val, settle, state
 from duo.eager.trie import Info
 from duo_ir.types import TensorType, bool_
 
@@ -77,6 +78,30 @@ def snapshot(storage: Storage) -> Val:
     val = unmarked(base)
     val.buf = runtime.from_numpy(array)
     return val
+
+
+def readable(storage: Storage) -> bool:
+    """Whether the memory may be read where it is: the value has no history that a gradient would need."""
+    base = storage.val
+    return base.extra is None and not base.info.requires_grad and storage.leaf is None
+
+
+def now(storage: Storage, read: Callable[[Val], Val]) -> Val:
+    """What `read` makes of a storage's value, which it may record: run at once on the memory itself, in a trace of its own, so that nothing
+    pending reads memory that NumPy may write to. The value has a buffer that nobody else holds."""
+    base = storage.val
+    settle(base)
+    outer = state.trace
+    try:
+        state.trace = Trace(state.grad)
+        val = read(unmarked(base))
+    finally:
+        state.trace = outer
+    if settle(val) is not base.buf:
+        return val
+    out = unmarked(val)
+    out.buf = runtime.from_numpy(runtime.to_numpy(val.buf, val.info.type))  # type: ignore[arg-type]
+    return out
 
 
 def write_through(storage: Storage, val: Val) -> Val:

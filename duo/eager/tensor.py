@@ -21,7 +21,16 @@ from duo.eager.gradients import backward
 from duo.eager.hooks import RemovableHook
 from duo.eager.operators import quick_operator
 from duo.eager.printing import format_tensor
-from duo.eager.sharing import Storage, is_shared, share_memory, snapshot, still_shared, write_through
+from duo.eager.sharing import (
+    Storage,
+    is_shared,
+    now,
+    readable,
+    share_memory,
+    snapshot,
+    still_shared,
+    write_through,
+)
 from duo.eager.trace import Val, alias, hooks, record, recorder, settle, state
 from duo.eager.trie import Info
 from duo.eager.values import as_leaf, conform, filled, material, overwrite
@@ -95,9 +104,13 @@ class EagerTensor(Tensor):
         if storage is None:
             storage = tensor._storage = Storage(tensor._val, tensor._leaf, tensor)
             tensor._seen = 0
-        (val,) = record(view.read, (tensor,), attrs)
+        chain = (*tensor._chain, (view, attrs))
+        if storage.shared is not None and state.capture is None and readable(storage):
+            val = read_now(storage, chain)
+        else:
+            (val,) = record(view.read, (tensor,), attrs)
         out = EagerTensor(val)
-        out._storage, out._chain, out._seen = storage, (*tensor._chain, (view, attrs)), storage.version
+        out._storage, out._chain, out._seen = storage, chain, storage.version
         if not _through_data(out._chain):
             alias(storage.val, val)
         return out
@@ -147,18 +160,28 @@ class EagerTensor(Tensor):
         """The value, read again through the chain when the storage has been written since."""
         storage = self._storage
         assert storage is not None
-        if storage.shared is not None and still_shared(storage) and self._reads_shared(storage):
-            return self._read(snapshot(storage))
+        if storage.shared is not None and still_shared(storage):
+            if state.capture is None:
+                return self._shared()
+            found: Val | None = state.capture.read_shared(self)
+            if found is not None:
+                return found
         if self._seen != storage.version:
             version = storage.version
             self._val = self._read(storage.val)
             self._seen = version
         return self._val
 
-    @staticmethod
-    def _reads_shared(storage: Storage) -> bool:
-        """Whether what NumPy sees is what the storage holds; not once a function being recorded has written it."""
-        return state.capture is None or not state.capture.exports_to(storage)
+    def _shared(self) -> Val:
+        """What the tensor holds now, of memory that NumPy sees: a copy, of no more than the tensor's views read."""
+        storage = self._storage
+        assert storage is not None
+        if _whole(self._chain) or not readable(storage):
+            return self._read(snapshot(storage))
+        val = self._as_mine(read_now(storage, self._chain))
+        if not _through_data(self._chain):
+            alias(storage.val, val)
+        return val
 
     def _read(self, base: Val) -> Val:
         """`base`, the storage's value, seen through the chain of views."""
@@ -243,7 +266,27 @@ class EagerTensor(Tensor):
             self._seen = storage.version
 
     def __getitem__(self, index: Any) -> EagerTensor:
-        return getitem(self, _places(index))
+        index, storage = _places(index), self._storage
+        if storage is not None and storage.shared is not None and not self._chain and _gathers(index):
+            found = self._gathered(storage, index)
+            if found is not None:
+                return found
+        return getitem(self, index)
+
+    def _gathered(self, storage: Storage, index: Any) -> EagerTensor | None:
+        """Rows of memory that NumPy sees, read at once, which copies no more than them; None where that is not possible."""
+        if state.capture is not None or not still_shared(storage) or not readable(storage):
+            return None
+        views: list[bool] = []
+
+        def read(val: Val) -> Val:
+            base = EagerTensor(val)
+            out = getitem(base, index)
+            views.append(out is base or (out._storage is not None and out._storage is base._storage))
+            return out._value()
+
+        val = now(storage, read)
+        return None if views[0] else EagerTensor(val)
 
     def __setitem__(self, index: Any, value: Any) -> None:
         spread = value._type.shape if isinstance(value, EagerTensor) else isinstance(value, (np.ndarray, list, tuple))
@@ -486,6 +529,14 @@ def _places(index: Any) -> Any:
     return tuple(out)
 
 
+def _gathers(index: Any) -> bool:
+    """Whether elements are chosen one by one, so that the result is no view."""
+    items = index if index.__class__ is tuple else (index,)
+    return any(isinstance(i, (EagerTensor, np.ndarray, list)) for i in items) and not any(
+        isinstance(i, Tensor) and not isinstance(i, EagerTensor) for i in items
+    )
+
+
 def _mask(item: Any) -> np.ndarray | None:
     """The values of an index that is a mask of one dim or more."""
     if isinstance(item, EagerTensor):
@@ -493,6 +544,18 @@ def _mask(item: Any) -> np.ndarray | None:
     if isinstance(item, np.ndarray):
         return item if item.dtype == np.bool_ and item.ndim else None
     return np.asarray(item) if isinstance(item, list) and item and all(isinstance(v, bool) for v in item) else None
+
+
+def read_now(storage: Storage, chain: tuple) -> Val:
+    """What views read of memory that NumPy sees, read at once."""
+
+    def read(val: Val) -> Val:
+        for view, attrs in chain:
+            if view not in _SAME_MEMORY:  # there is no history
+                (val,) = record(view.read, (EagerTensor(val),), attrs)
+        return val
+
+    return now(storage, read)
 
 
 def full_value(value: Any, type: TensorType) -> EagerTensor:
@@ -508,7 +571,8 @@ def tensor_of(array: np.ndarray) -> EagerTensor:
 
 def from_numpy(array: np.ndarray) -> EagerTensor:
     """A tensor that shares the array's memory (a non-contiguous array is copied). Writes to either are seen by the other; results
-    already asked for never change."""
+    already asked for never change: while the array is alive, an op on the whole tensor copies it, slices and rows copy what they show,
+    and a compiled function reads it where it is (do not write to it from another thread meanwhile)."""
     if not isinstance(array, np.ndarray):
         raise DTypeError(f"from_numpy takes a NumPy array, not {type(array).__name__}; use duo.tensor")
     kind = TensorType(dtype(array.dtype), array.shape)

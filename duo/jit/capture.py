@@ -13,10 +13,12 @@ from typing import Any
 from duo.eager.autograd import GradLeaf
 from duo.eager.flush import flush
 from duo.eager.infer import user_frame
-from duo.eager.tensor import EagerTensor, material
+from duo.eager.sharing import readable, snapshot, still_shared
+from duo.eager.tensor import EagerTensor, material, read_now
 from duo.eager.trace import END, Trace, Val, settle, state
 from duo.eager.watch import Epoch
 from duo.jit import nests
+from duo.jit.hooks import unwatched
 from duo.optim.optimizer import Optimizer
 from duo.runtime import to_numpy
 from duo_ir.core import Loc
@@ -70,12 +72,14 @@ class Capture:
         self.name = name
         self.tensors = tensors
         for t in tensors:
-            t._value()  # views that are behind are read again before anything is recorded
+            if t._storage is None or not still_shared(t._storage):
+                t._value()  # views that are behind are read again before anything is recorded
         if len(state.trace.entries) > 1:
             flush()
         self.arguments: dict[Val, int] = {}
         for i, t in enumerate(tensors):
             self.arguments.setdefault(t._val, i)
+        self.number_of = {id(t): i for i, t in reversed(list(enumerate(tensors)))}
         self.given = [Before(t) for t in tensors]
         self.holders: dict[Val, Any] = {}  # weak references: a tensor made here must not seem alive
         self.made: set[Val] = set()
@@ -90,6 +94,8 @@ class Capture:
         self.hyper: dict[int, tuple[Optimizer, dict]] = {}  # entry -> where its scalars come from
         self.optimizers: dict[int, tuple[Optimizer, Any]] = {}
         self.reasons: dict[str, None] = {}
+        self.shared: dict[Any, Val] = {}  # what was read of memory that NumPy shares, by storage or tensor with views
+        self.originals: dict[Val, Val] = {}  # that -> the value that the tensor had
         self.exports: dict[Any, Val] = {}  # storages that NumPy shares and that were written, with their first value
         self.epoch = Epoch.count
         self.grad_mode = state.grad
@@ -150,10 +156,41 @@ class Capture:
         elif tensor._val in self.made and id(tensor) not in self.begun:
             self.begun[id(tensor)] = (weakref.ref(tensor), tensor._val)
 
-    def exports_to(self, storage: Any) -> bool:
-        """Memory that NumPy shares is about to be read: whether the storage's value is to be used, which this capture has written."""
-        self.impure("a tensor shares its memory with NumPy")
-        return storage in self.exports
+    def read_shared(self, tensor: EagerTensor) -> Val | None:
+        """What a tensor holds whose memory NumPy shares; None when the storage's value is to be used, which this capture has written.
+
+        The recorded call computes with a copy made now: the function may write to the array later. A replay, in which no Python runs, reads the
+        memory itself; that the array did not change here between one reading and the next is looked at.
+        """
+        storage = tensor._storage
+        assert storage is not None
+        if storage in self.exports:
+            self.impure("a tensor shares its memory with NumPy and is written in place")
+            return None
+        if tensor._leaf is not None or not readable(storage) or not self.outside_val(storage.val):
+            self.impure("a tensor that requires grad, or is made inside, shares its memory with NumPy")
+            return tensor._read(snapshot(storage))
+        if tensor._chain and not self.outside(tensor):  # a view made inside, of what was read
+            read = [key for key in self.shared if key is storage or getattr(key, "_storage", None) is storage]
+            if all(map(self._unchanged, read)):
+                return tensor._val
+            return tensor._read(snapshot(storage))
+        key = tensor if tensor._chain else storage
+        if key not in self.shared or not self._unchanged(key):
+            val = self.shared[key] = _read_memory(key)
+            self.originals[val] = tensor._val
+            number = self.number_of.get(id(tensor))
+            if number is not None:
+                self.arguments[val] = number
+        return self.shared[key]
+
+    def _unchanged(self, key: Any) -> bool:
+        """Whether memory that NumPy shares still holds what was read of it."""
+        before, after = (to_numpy(settle(v), v.info.type) for v in (self.shared[key], _read_memory(key)))
+        if before.tobytes() == after.tobytes():
+            return True
+        self.impure("an array that shares its memory with a tensor is written")
+        return False
 
     def export(self, storage: Any) -> None:
         """Memory that NumPy may share is about to be written; NumPy sees the new value when the program has run."""
@@ -214,6 +251,15 @@ class Capture:
         for t in [*self.tensors, *held, *[b.tensor for b in self.written.values()]]:
             if t is not None and t._storage is not None:
                 t._value()
+
+
+def _read_memory(key: Any) -> Val:
+    """What memory holds that NumPy shares: all of a storage's, or what a tensor with views shows of it."""
+    with unwatched():
+        if not isinstance(key, EagerTensor):
+            return snapshot(key)
+        assert key._storage is not None
+        return read_now(key._storage, key._chain)
 
 
 def tensors_in(value: Any) -> list[EagerTensor]:

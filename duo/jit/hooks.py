@@ -7,7 +7,9 @@ returns, or until duo calls the user's code again; and the trace hook knows the 
 
 from __future__ import annotations
 
+import contextlib
 import sys
+from collections.abc import Iterator
 from types import CodeType
 from typing import Any
 
@@ -31,6 +33,19 @@ _MODULE_CALL = Module.__call__.__code__
 _PAUSES = sys.version_info < (3, 12)
 # By id (hashing a code object is slow): code that need not be looked at when duo calls it.
 _calm: dict[int, CodeType] = {}
+
+
+@contextlib.contextmanager
+def unwatched() -> Iterator[None]:
+    """Lets duo's own code run, which may compile a program, without any hook."""
+    trace, profile = sys.gettrace(), sys.getprofile()
+    sys.settrace(None)
+    sys.setprofile(None)
+    try:
+        yield
+    finally:
+        sys.setprofile(profile)
+        sys.settrace(trace)
 
 
 class Hooks:

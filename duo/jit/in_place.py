@@ -17,7 +17,7 @@ from duo.eager import cells
 from duo.eager.tensor import EagerTensor
 from duo.eager.trace import Val
 from duo.jit.recording import Source
-from duo.jit.replay import Replay, Writer
+from duo.jit.replay import Replay, Writer, shares
 from duo_backends.cells import ANY, GRADIENT, GRADIENT_READ, NUMBER, OWNED, POINTER, READ, SAME, Argument
 
 
@@ -124,6 +124,12 @@ class Quick(Writer):
             grads.append(grad)
         self.r = replace(r, writes=writes, grads=grads)
 
+    def _is_lent(self, source: Source) -> bool:
+        """Whether it is read of a tensor whose memory NumPy may share."""
+        if source.kind == "outside":
+            return source not in self.r.writes and shares(source.what)
+        return source.kind == "argument"
+
     # ------------------------------------------------------------------------------------------------------- the checks
     def _look(self) -> None:
         """What native code does not look at: storages of arguments, tensors that the program does not take."""
@@ -147,7 +153,9 @@ class Quick(Writer):
                 t = self.variables[source] = self.const(source.what, "T")
                 self.miss_if(f"{t}._val.info is not {self.const(info, 'i')} or {t}._storage is not None and stale({t})")
             elif source.kind == "outside" and source not in self.variables:
-                self.variables[source] = self.const(source.what, "T")
+                t = self.variables[source] = self.const(source.what, "T")
+                if self._is_lent(source):
+                    self.miss_if(f"{t}._storage is not None and stale({t})")
         for source in r.writes:
             t = self.variables[source]
             self.miss_if(f"{t}._chain or {t}._storage is not None")
@@ -179,7 +187,12 @@ class Quick(Writer):
                 if x.kind == "grad":
                     text, kind, leaf = self.const(x.what, "L"), GRADIENT if owned else GRADIENT_READ, None
                 else:
-                    text, kind = self.variables[x], OWNED if owned else ANY if x.kind == "argument" else READ
+                    text, kind = self.variables[x], OWNED if owned else ANY if self._is_lent(x) else READ
+                    if kind == ANY:
+                        t, text = text, f"c_{text}"
+                        if text not in place:
+                            self.add(f"{text} = {t}")
+                            self.add(f"if {t}._storage is not None: {text} = holder({t}, {self._apart(k)})")
                     leaf = x.what._leaf if x.kind == "outside" else None
                 fixed = self.fixed.get(k)
                 if fixed is not None:

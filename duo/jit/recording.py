@@ -10,6 +10,7 @@ from typing import Any
 
 from duo.eager.autograd import GradLeaf
 from duo.eager.flush import FlushPlan, Program, flush
+from duo.eager.sharing import still_shared
 from duo.eager.tensor import EagerTensor, Storage
 from duo.eager.trace import Val, state
 from duo.eager.trie import Info, Node
@@ -117,17 +118,6 @@ class Same:
         return repr(_comparable(self.source))
 
 
-def is_shared(storage: Storage) -> bool:
-    """Whether NumPy sees the memory now."""
-    if storage.shared is None:
-        return False
-    if storage.shared():
-        return True
-    storage.shared = None
-    storage.version += 1  # what was read before is a snapshot
-    return False
-
-
 def run(capture: Capture) -> tuple[list[Val], dict[int, Val]]:
     """Runs the capture's program as a whole; gives its entries and, by number, the outside values that entered.
     Raises the program's error after taking everything back."""
@@ -211,7 +201,7 @@ class _Analysis:
         for val, ref in c.holders.items():
             tensor = ref()
             if tensor is not None and c.outside_val(val) and val not in c.arguments:
-                self._know(tensor, Source("outside", tensor), val)
+                self._know(tensor, Source("outside", tensor), c.originals.get(val, val))
             elif tensor is not None and val in c.arguments and id(tensor) not in self.sources:
                 self.reason("an argument shares its value with another tensor")
         for before in c.written.values():
@@ -222,9 +212,9 @@ class _Analysis:
             storage = tensor._storage
             if storage is None:
                 continue
-            if is_shared(storage):
-                self.reason("a tensor whose memory NumPy shares")
             written = tensor._val is not self.initial[key]
+            if written and still_shared(storage):
+                self.reason("a tensor whose memory NumPy shares is written in place")
             if written and tensor._chain:
                 self.reason("a view of a tensor from outside is written in place")
             other = seen.setdefault(id(storage), (tensor, written))
@@ -250,7 +240,7 @@ class _Analysis:
         ref = c.holders.get(val)
         tensor = ref() if ref is not None else None
         source = self.sources.get(id(tensor)) if tensor is not None else None
-        if source is None or self.initial[id(tensor)] is not val:
+        if source is None or self.initial[id(tensor)] is not c.originals.get(val, val):
             self.reason(f"a tensor {val.info.type} is read that cannot be found again")
             return ("constant", val)
         return source
@@ -359,7 +349,7 @@ class _Analysis:
             storage = self.tensors[key]._storage
             if storage is not None:
                 rows.setdefault(id(storage), []).append((self.r.made[number], storage))
-                if is_shared(storage):
+                if still_shared(storage):
                     self.reason("a result whose memory NumPy shares")
         for key, members in rows.items():
             storage = members[0][1]

@@ -14,13 +14,14 @@ from duo.eager.autograd import GradLeaf
 from duo.eager.creation import get_default_dtype
 from duo.eager.flush import _segment, flush
 from duo.eager.segments import Origin
-from duo.eager.tensor import DATA, EagerTensor, Storage
+from duo.eager.sharing import readable, snapshot, still_shared
+from duo.eager.tensor import DATA, EagerTensor, Storage, read_now
 from duo.eager.trace import END, Trace, Val, alias, settle, state
 from duo.eager.trie import NOTHING, Info
 from duo.eager.watch import Epoch
 from duo.jit import guards, nests
 from duo.jit.guards import Guard, brief
-from duo.jit.recording import Fresh, Recording, Same, Source, is_shared
+from duo.jit.recording import Fresh, Recording, Same, Source
 from duo.nn.module import Module
 from duo.optim.known import structure_of
 from duo.optim.optimizer import Optimizer
@@ -184,13 +185,40 @@ def stale(tensor: EagerTensor) -> bool:
     """Whether a tensor with a storage must be read (or written) by recorded ops."""
     storage = tensor._storage
     assert storage is not None
-    if is_shared(storage):
-        return True
+    if still_shared(storage):
+        if tensor._leaf is not None or not readable(storage):
+            return True
+        if tensor._seen != storage.version and not tensor._chain:
+            tensor._val = tensor._read(storage.val)
+            tensor._seen = storage.version
+        return False  # `lent` says what is read
     if tensor._seen != storage.version:
         if tensor._chain:
             return True
         tensor._value()
     return False
+
+
+def lent(tensor: EagerTensor, apart: bool) -> Val:
+    """The value of a tensor that is not stale, for a program to read. No Python runs before it has been read, so of memory that NumPy shares it
+    is that memory itself, except for what views show, and for what is to be `apart`: kept after the run, or looked at twice."""
+    storage = tensor._storage
+    if storage is None or storage.shared is None or not still_shared(storage):
+        return tensor._value()
+    if tensor._chain:
+        return read_now(storage, tensor._chain)
+    return snapshot(storage) if apart else tensor._val
+
+
+def holder(tensor: EagerTensor, apart: bool) -> EagerTensor:
+    """A tensor whose value is what is `lent`: this one, if that is the value it has."""
+    val = lent(tensor, apart)
+    return tensor if val is tensor._val else EagerTensor(val)
+
+
+def shares(tensor: EagerTensor) -> bool:
+    """Whether NumPy sees the tensor's memory."""
+    return tensor._storage is not None and still_shared(tensor._storage)
 
 
 def aliased(tensors: tuple, written: tuple) -> bool:
@@ -237,7 +265,7 @@ class Writer:
             "MISS": MISS, "state": state, "Epoch": Epoch, "structure": replay.structure, "replay": replay, "settle": settle, "new": object.__new__,
             "Val": Val, "Tensor": EagerTensor, "stale": stale, "aliased": aliased, "put": put, "same": guards.same, "Storage": Storage,
             "unchanged": guards.unchanged, "MISSING": guards.MISSING, "close": close_open_trace, "storage_of": storage_of,
-            "alias": alias,
+            "alias": alias, "lent": lent, "shares": shares, "holder": holder,
         }  # fmt: skip
         self.variables: dict[Source, str] = {}  # of tensors
         self.numbered: dict[int, str] = {}  # value number -> variable of its Val
@@ -394,7 +422,7 @@ class Writer:
         self.add(f"{v} = {t}._val")
         self.miss_if(f"{v}.info is not {self.const(info, 'i')}")
         if source in self.r.writes:
-            self.miss_if(f"{t}._chain")
+            self.miss_if(f"{t}._chain or shares({t})")
 
     def _groups(self) -> None:
         self.replay.versions = [group.version for _, group, *_ in self.r.groups]
@@ -419,6 +447,8 @@ class Writer:
                 b = loaded.get(x)
                 if b is None:
                     b = loaded[x] = f"b_{self.variables[x]}"
+                    t = self.variables[x]
+                    self.add(f"if {t}._storage is not None: {v} = lent({t}, {self._apart(len(buffers))})")
                     self.add(f"{b} = {v}.buf", f"if {b} is None: {b} = settle({v})")
                 buffers.append(b)
                 vals.append(v)
@@ -450,6 +480,17 @@ class Writer:
         if program.alive:
             table = ", ".join(f"{n}: {v}" for n, v in self.numbered.items())
             self.add(f"replay.segment({self.const(program, 'P')}, outs, {{{table}}}, [{', '.join(vals)}])")
+
+    def _apart(self, k: int) -> bool:
+        """Whether the program's input k must have memory of its own: it is kept for a backward pass or given back as a result; or, where other
+        threads may run meanwhile, it may be an index, which is checked, and then used, and must be the same both times."""
+        program = self.r.program
+        assert program is not None
+        bound = program.runnable
+        if program.alive or not hasattr(bound, "program"):
+            return bool(program.alive)
+        type_ = bound.program.inputs[k]
+        return k in bound.program.results or (type_.dtype.kind != "f" and bound.releases and bound.may_fail)
 
     def _val(self, n: int, out: str) -> None:
         """Makes value n, whose buffer is `out`."""

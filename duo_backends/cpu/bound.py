@@ -355,6 +355,11 @@ class CpuBound:
         """Whether other Python threads run meanwhile."""
         return bool(self._flags & layout.RELEASE_GIL)
 
+    @property
+    def may_fail(self) -> bool:
+        """Whether it checks indices."""
+        return any(note is not None and note.sites for note in self.table.notes)
+
     def may_overwrite(self, output: int, given: int) -> bool:
         """Whether the output may be written into the memory of that input."""
         return (output, given) in self._donations

@@ -544,3 +544,38 @@ def test_memory_is_given_back(policy):
             state_before = len(gc.get_objects())
     gc.collect()
     assert len(gc.get_objects()) - state_before < 3000
+
+
+@pytest.mark.parametrize("views", [False, True], ids=["array", "view"])
+def test_views_and_rows_of_shared_memory_are_read_at_once(policy, views):
+    """What is read of an array through indices has the array's values of that moment, and views go on following the array."""
+    whole = numbers(40, 6, dtype=np.float32)
+    a = whole[8:32] if views else whole
+    x = duo.from_numpy(a)
+    rows = np.array([5, 2, 5, -1])
+    read = {
+        "slice": lambda v: v[3:9], "step": lambda v: v[::5, 1:4], "row": lambda v: v[4], "all": lambda v: v[:],
+        "slice of slice": lambda v: v[3:20][2:9], "rows": lambda v: v[rows], "columns": lambda v: v[:, [0, 3]], "pairs": lambda v: v[rows, [1, 2, 0, 5]],
+    }  # fmt: skip
+    for name, of in read.items():
+        before = of(a).copy()
+        got = of(x)
+        doubled, moved = got * 2, (got.t() if len(got.shape) == 2 else got) + 0
+        a += 1
+        assert np.array_equal(doubled.numpy(), before * 2) and np.array_equal(moved.numpy(), before.T), name
+        follows = name not in ("rows", "columns", "pairs")
+        assert np.array_equal(got.clone().numpy(), before + 1 if follows else before), name
+    flat = x.reshape(-1)
+    kept = flat * 1
+    a[:] = 7
+    assert kept.numpy()[0] != 7 and flat.sum().item() == 7 * a.size
+    x[duo.tensor([0, 3])] = -1
+    assert (a[[0, 3]] == -1).all() and (a[1:3] == 7).all()
+    with pytest.raises(IndexError):
+        x[duo.tensor([100])].tolist()
+    assert x[1].tolist() == [7] * 6
+    w = duo.tensor(numbers(6), requires_grad=True)
+    y = (x[4:7] * w).sum()
+    a[:] = 0
+    y.backward()
+    assert w.grad.tolist() == [21] * 6

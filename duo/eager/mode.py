@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from duo.eager.trace import END, commit, state
+from duo.eager.trace import END, Trace, commit, forks, state
 from duo.eager.trie import GRAD_MODE
 
 
@@ -19,9 +19,20 @@ def _switch(enabled: bool) -> None:
     if last is END or last.node.grad == enabled:  # type: ignore[union-attr]
         return
     if len(trace.entries) == 1:
-        state.trace = type(trace)(enabled)
+        state.trace = _empty(trace, enabled)
     else:
         commit(trace, (GRAD_MODE, enabled))
+
+
+def _empty(trace: Trace, enabled: bool) -> Trace:
+    """A trace of that mode in place of an empty one of the other, which waits for the next change."""
+    if trace.__class__ is not Trace:
+        return type(trace)(enabled)  # of a function that is being compiled
+    other, state.spare = state.spare, trace
+    if other is None or len(other.entries) != 1 or other.leaves or other.born != forks[0]:
+        return Trace(enabled)  # it was used meanwhile, or has the locks of a parent process
+    (root,) = other.entries
+    return other if root.node is not None and root.node.grad == enabled else Trace(enabled)
 
 
 class _GradMode:

@@ -205,6 +205,7 @@ class _State(threading.local):
     def __init__(self) -> None:
         self.grad = True
         self.trace = Trace(True)
+        self.spare: Trace | None = None  # an empty one of the other grad mode (mode.py)
         self.capture: Any = None  # a compiled function being traced forbids looking at values
 
 

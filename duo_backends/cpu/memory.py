@@ -175,13 +175,10 @@ class Allocator:
             self._trim(keep)
 
     def trim_to_limit(self) -> None:
-        """After a big block was freed: keeps the cache within its limit. Skipped when another thread is at it."""
-        if self._lock.acquire(blocking=False):
-            try:
-                if self._cached() > self.limit:
-                    self._trim(self.limit // 2)
-            finally:
-                self._lock.release()
+        """After a big block was freed: keeps the cache within its limit."""
+        with self._lock:  # not acquire() and then try: a signal in between would leave it locked for good
+            if self._cached() > self.limit:
+                self._trim(self.limit // 2)
 
     def _cached(self) -> int:
         return sum(len(c.free) * c.size for c in list(self._classes.values()))

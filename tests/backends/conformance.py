@@ -112,7 +112,7 @@ def outcomes(
 
 
 def run_once(
-    machine: CpuBackend, function: Function, bound: Any, arrays: Sequence[Any], donated: Collection[int] = ()
+    machine: Any, function: Function, bound: Any, arrays: Sequence[Any], donated: Collection[int] = ()
 ) -> list[np.ndarray]:
     """The results of one run on arrays (Python numbers where the program takes scalars), in memory that held poison."""
     buffers = [a if type(a) in (int, float, bool) else machine.from_numpy(np.asarray(a)) for a in arrays]

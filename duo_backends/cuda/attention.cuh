@@ -158,7 +158,8 @@ DUO_FN void duo_attention(View<const typename S::Memory> q, View<const typename 
 }
 
 // --------------------------------------------------------------------------------------------------------------- backward
-// p and ds of 64 queries and 64 keys, by 256 threads: into shared memory as [query][key], or [key][query] where TURNED.
+// p and ds of 64 queries and 64 keys, by 256 threads: into shared memory as [query][key], or [key][query] where TURNED. Who reads them waits
+// first, and x and y may still be read until then.
 template <class S, class F, int D, int E, bool CAUSAL, int MASK, bool TURNED>
 DUO_FN void duo_slopes(View<const typename S::Memory> q, View<const typename S::Memory> k, View<const typename S::Memory> v, View<const typename S::Memory> g,
                        View<const typename S::Compute> lse, View<const typename S::Compute> delta, MaskView mask, long long i0, int rows, long long j0, int columns,
@@ -201,7 +202,6 @@ DUO_FN void duo_slopes(View<const typename S::Memory> q, View<const typename S::
       ds[at] = weight * (dp[i][j] - slope);
     }
   }
-  __syncthreads();
 }
 
 // dk and dv of 64 keys.

@@ -143,6 +143,12 @@ class _Groups:
         self.reduced[number, k] = self.e.define(reducer.dtype, reducer.result(state), "red")
 
 
+    def leave(self, number: int) -> None:
+        """Shared memory is read; a later stage that reduces may write it."""
+        if any(stage.reduces for stage in self.kernel.stages[number + 1 :]):
+            self.w.put("__syncthreads();")
+
+
 class _Rows(_Groups):
     """Lanes are neighbouring threads."""
 
@@ -186,7 +192,7 @@ class _Rows(_Groups):
             halve(self.w, reducer, name)
             self.publish(number, k, reducer, name)
         if self.region:
-            self.w.put("__syncthreads();")
+            self.leave(number)
 
     def _chunks(self, stage: Stage, found: Sequence[Reducer], names: Sequence[str], n: int, chunks: int) -> None:
         """Partial sums of every chunk and lane in shared memory, combined by the adjacent tree."""
@@ -265,4 +271,4 @@ class _Columns(_Groups):
                     f"for (int l = 0; l < d; ++l) all_{name}[l] = {reducer.merge(f'all_{name}[l]', f'all_{name}[l + d]')};"
                 )
             self.publish(number, k, reducer, f"all_{name}[0]")
-        w.put("__syncthreads();")
+        self.leave(number)

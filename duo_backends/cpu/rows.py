@@ -19,6 +19,7 @@ from duo_backends.cpu.nest import Phase, ceil_div, lanes_for, points
 from duo_backends.cpu.reductions import (
     CHUNK,
     LANES,
+    BitReducer,
     Reducer,
     all_types,
     drain,
@@ -79,7 +80,7 @@ def _splits(kernel: LoopKernel) -> bool:
 
 
 def _compile_split(kernel: LoopKernel, target: Target, module: Module, name: str, cost: Any) -> KernelCode:
-    reducers = _reducers(kernel.stages[0])
+    reducers = _reducers(kernel.stages[0], target)
     each = state_bytes(reducers, LANES)
     n = kernel.stages[0].axes[0]
 
@@ -97,8 +98,14 @@ def _compile_split(kernel: LoopKernel, target: Target, module: Module, name: str
     )
 
 
-def _reducers(stage: Stage) -> list[Reducer]:
-    return [Reducer(r, stage.body[r.args[0]].dtype) for r in stage.reduces]
+def _reducers(stage: Stage, target: Target) -> list[Reducer]:
+    """Those of a stage. Where the processor has IEEE maximum (AArch64), or no maximum of 64 bits (x86 before AVX-512), nothing is gained by bits."""
+    values = [stage.body[r.args[0]].dtype for r in stage.reduces]
+    widest = 8 if target.vector_bytes == 64 else 4
+    by_bits = target.arch == "x86_64" and all(
+        BitReducer.serves(r, d) and d.itemsize <= widest for r, d in zip(stage.reduces, values)
+    )
+    return [(BitReducer if by_bits else Reducer)(r, d) for r, d in zip(stage.reduces, values)]
 
 
 class _Rows:
@@ -175,7 +182,7 @@ class _Rows:
     def emit_groups(self, each: int) -> None:
         """Phase 1 of a split reduction: unit = (outer point, group of chunks)."""
         f, stage = self.f, self.kernel.stages[0]
-        reducers = _reducers(stage)
+        reducers = _reducers(stage, self.phase.target)
         n = self.e.dim(stage.axes[0])
         groups = self._groups(n)
         with f.loop("%begin", "%end") as units:
@@ -196,7 +203,7 @@ class _Rows:
         return f.call("smax", "i64", [("i64", count), ("i64", "1")], region=f.top)
 
     def _combine(self, stage: Stage, unit: str, each: int) -> None:
-        f, reducers = self.f, _reducers(stage)
+        f, reducers = self.f, _reducers(stage, self.phase.target)
         n = self.e.dim(stage.axes[0])
         groups = self._groups(n)
         first = f.mul(unit, groups)
@@ -215,7 +222,7 @@ class _Rows:
         f = self.f
         start = f.section()
         if stage.reduces:
-            reducers = _reducers(stage)
+            reducers = _reducers(stage, self.phase.target)
             if len(stage.axes) == 1:
                 state = self._whole(stage, reducers, start)
             else:
@@ -295,7 +302,7 @@ class _Rows:
     ) -> list[str]:
         """`state` after elements [begin, end) of a one-axis stage; begin is a multiple of 16."""
         f = self.f
-        free = not any(r.ordered for r in reducers)
+        free = not any(r.ordered or isinstance(r, BitReducer) for r in reducers)  # by bits, steps need not wait
         unroll = 1
         if len(stage.body) <= _SMALL_BODY and not any(r.is_arg for r in reducers):
             unroll = _STATES if free else _UNROLL

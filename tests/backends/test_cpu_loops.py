@@ -587,6 +587,29 @@ def test_reducing_stage_that_stores_and_reduction_of_nothing():
         check(kernel, [data(f32, n, 0, 0.1), np.zeros(n, np.float32), np.zeros(outer, np.float32)])
 
 
+@pytest.mark.parametrize("dtype", [f16, bf16, f32, f64], ids=str)
+@pytest.mark.parametrize("n", [1, 2, 15, 17, 33, 300])
+def test_extremes_of_few_values(dtype, n):
+    """Rows of one, two or three of the values that an order of floats by their bits must tell apart."""
+    tiny, large = (1e-40, 3e38) if dtype in (f32, bf16) else (6e-8, 6e4) if dtype is f16 else (5e-324, 1e308)
+    values = [0.0, -0.0, math.inf, -math.inf, math.nan, -math.nan, 1.0, -1.0, tiny, -tiny, large, -large]
+    some = [c for k in (1, 2, 3) for c in itertools.combinations(range(len(values)), k)]
+    numbers = np.array(values).astype(dtype.numpy)
+    if dtype is f32:
+        numbers = np.append(
+            numbers, np.array([0x7FFFFFFF, 0xFFFFFFFF, 0x7F800001, 0xFF800001], np.uint32).view(np.float32)
+        )
+        some += [(k, *c) for k in range(12, 16) for c in ((), (2,), (3,), (7,))]
+    rng = np.random.default_rng(n)
+    x = np.stack([numbers[rng.choice(c, n)] for c in some]).reshape(-1)
+    for kind in ("max", "min"):
+        kernel, result = reduce_kernel((len(some),), (n,), kind, dtype, Affine(0, (n, 1)), x.size)
+        check(kernel, [x, np.zeros(len(some), result.numpy)])
+        outer, inner = 7, (n, len(some) // 7)
+        kernel, result = reduce_kernel((outer,), inner, kind, dtype, Affine(0, (1, 7 * inner[1], 7)), x.size)
+        check(kernel, [x, np.zeros(outer, result.numpy)], machines=MACHINES[:2])
+
+
 def test_arg_of_equal_elements():
     """All elements equal to the worst value: the first is meant."""
     for d, kind, worst in (

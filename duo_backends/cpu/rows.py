@@ -74,8 +74,6 @@ def _splits(kernel: LoopKernel) -> bool:
     outer, n = product(kernel.axes), product(first.axes)
     if not first.reduces or first.stores or len(first.axes) != 1:
         return False
-    if any(r.kind in ("argmax", "argmin") for r in first.reduces):
-        return False
     return isinstance(outer, int) and outer <= 8 and (not isinstance(n, int) or n >= _SPLIT_FROM)
 
 
@@ -304,7 +302,7 @@ class _Rows:
         f = self.f
         free = not any(r.ordered or isinstance(r, BitReducer) for r in reducers)  # by bits, steps need not wait
         unroll = 1
-        if len(stage.body) <= _SMALL_BODY and not any(r.is_arg for r in reducers):
+        if len(stage.body) <= _SMALL_BODY:
             unroll = _STATES if free else _UNROLL
         if is_literal(begin) and is_literal(end) and int(end) - int(begin) < LANES * unroll:
             unroll = 1

@@ -558,10 +558,13 @@ def test_several_reduced_axes(inner):
 
 
 @pytest.mark.parametrize("n", [65536, 65537, 200000])
-@pytest.mark.parametrize("kind", ["sum", "dot", "max"])
+@pytest.mark.parametrize("kind", ["sum", "dot", "max", "argmax", "argmin"])
 def test_split_full_reduction(n, kind):
     check_reduce((), (n,), kind, f32, (1,), splits=((1, None), (2, 5)), machines=MACHINES[:2])
     check_reduce((2,), (n,), kind, f32, (n, 1), machines=MACHINES[:1])
+    if kind not in ("sum", "dot"):
+        check_reduce((), (n,), kind, f64, (1,), 1e-4, splits=((1, None), (2, 5)), machines=MACHINES[:1])
+        check_reduce((2,), (n,), kind, i8, (n, 1), machines=MACHINES[:1])
 
 
 @pytest.mark.parametrize("n", [16384, 20001, 8192 * 7 + 1])

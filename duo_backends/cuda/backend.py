@@ -83,8 +83,8 @@ class CudaBackend:
         return disk_cache()
 
     def compile(self, program: Program, scalars: Collection[int] = ()) -> CudaExecutable:
-        """Machine code for every kernel of `program` that is not loaded yet, in one compilation. `scalars`: numbers of 0-d inputs that
-        will be Python numbers."""
+        """Machine code for every kernel of `program` that is not loaded yet. `scalars`: numbers of 0-d inputs that will be Python
+        numbers."""
         wanted = dict.fromkeys(kernels_of(program))
         with self._lock:
             found = {k: self._kernels[k] for k in wanted if k in self._kernels}
@@ -106,29 +106,29 @@ class CudaBackend:
         return compile_kernel(kernel, self.target)
 
     def _load(self, codes: Sequence[KernelCode]) -> list[LoadedKernel]:
-        module = self._module(source(codes))
-        most = self.driver.properties.shared  # what a launch may ask for
+        unit = self.compiler.unit
+        groups = [codes[n : n + unit] for n in range(0, len(codes), unit)]
+        modules = self._modules([source(group) for group in groups])
+        most = self.driver.properties.shared  # bytes that a launch may ask for
+        loaded = []
         with self.driver:
-            return [
-                LoadedKernel(
-                    code,
-                    tuple([self.driver.function(module, launch.symbol, most) for launch in code.launches]),
-                    module,
-                )
-                for code in codes
-            ]
+            for module, group in zip(modules, groups):
+                for code in group:
+                    functions = [self.driver.function(module, launch.symbol, most) for launch in code.launches]
+                    loaded.append(LoadedKernel(code, tuple(functions), module))
+        return loaded
 
-    def _module(self, text: str) -> Any:
-        cubin = compile_cached(text, self.driver.properties.arch, self.compiler, self.disk)
+    def _modules(self, sources: Sequence[str]) -> list[Any]:
+        cubins = compile_cached(sources, self.driver.properties.arch, self.compiler, self.disk)
         with self.driver:
-            return self.driver.load(cubin)
+            return [self.driver.load(cubin) for cubin in cubins]
 
     def _scalars(self) -> Any:
         return self._scalars_loaded[0]
 
     @cached_property
     def _scalars_loaded(self) -> tuple[Any, Any]:
-        module = self._module(SCALARS_TEXT)
+        (module,) = self._modules([SCALARS_TEXT])
         with self.driver:
             return self.driver.function(module, SCALARS_NAME), module
 

@@ -15,7 +15,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 
@@ -34,7 +35,10 @@ class CompileError(DuoError, RuntimeError):
 
 
 class Compiler(Protocol):
-    """Makes machine code of CUDA C. `version` names the compiler and its release."""
+    """Makes machine code of CUDA C. `version` names the compiler and its release; `unit`: how many kernels it is best given at once, one where
+    starting costs little, as each is then kept on disk by itself."""
+
+    unit: int
 
     @property
     def version(self) -> str: ...
@@ -44,15 +48,28 @@ class Compiler(Protocol):
         ...
 
 
-def compile_cached(source: str, arch: int, compiler: Compiler, disk: DiskCache) -> bytes:
-    """The cubin of `source`, from disk where an earlier process has made it."""
-    parts = ["cubin", compiler.version, str(arch), *FLAGS, source]
-    key = hashlib.sha256("\0".join(parts).encode()).hexdigest()
-    found = disk.get(key)
-    if found is None:
-        found = compiler.compile(source, arch)
-        disk.put(key, found)
-    return found
+def compile_cached(sources: Sequence[str], arch: int, compiler: Compiler, disk: DiskCache) -> list[bytes]:
+    """The cubin of each source: from disk where an earlier process has made it, the others side by side on all CPUs."""
+    keys = [
+        hashlib.sha256("\0".join(["cubin", compiler.version, str(arch), *FLAGS, source]).encode()).hexdigest()
+        for source in sources
+    ]
+    found = [disk.get(key) for key in keys]
+    missing = [n for n, cubin in enumerate(found) if cubin is None]
+
+    def build(n: int) -> bytes:
+        cubin = compiler.compile(sources[n], arch)
+        disk.put(keys[n], cubin)
+        return cubin
+
+    workers = min(len(missing), os.cpu_count() or 1)
+    if workers > 1:
+        with ThreadPoolExecutor(workers) as pool:
+            made = list(pool.map(build, missing))
+    else:
+        made = [build(n) for n in missing]
+    fresh = dict(zip(missing, made))
+    return [fresh[n] if cubin is None else cubin for n, cubin in enumerate(found)]
 
 
 @functools.cache
@@ -105,6 +122,8 @@ def _toolkits() -> Iterator[Path]:
 class Nvrtc:
     """NVIDIA's run-time compiler, a library. Raises OSError when it does not load."""
 
+    unit = 1
+
     def __init__(self, path: str) -> None:
         self._library = ctypes.CDLL(path)
         major, minor = ctypes.c_int(), ctypes.c_int()
@@ -141,7 +160,9 @@ def find_nvcc() -> str | None:
 
 
 class Nvcc:
-    """The compiler driver of the CUDA toolkit."""
+    """The compiler driver of the CUDA toolkit; every run starts several processes."""
+
+    unit = 16
 
     def __init__(self, path: str) -> None:
         self.path = path

@@ -26,12 +26,13 @@ extern "C" __global__ void k(const float *x, float *y, long long n) { if (n) y[0
 
 class Counting:
     version = "counting 1"
+    unit = 1
 
     def __init__(self) -> None:
-        self.calls = 0
+        self.sources: list[str] = []
 
     def compile(self, source: str, arch: int) -> bytes:
-        self.calls += 1
+        self.sources.append(source)
         return f"{arch} {source}".encode()
 
 
@@ -39,13 +40,25 @@ def test_cubins_are_kept_by_source_architecture_and_version(tmp_path):
     one = Counting()
     for _ in range(2):  # the second time from disk
         disk = DiskCache(tmp_path)
-        assert compiler.compile_cached("a", 90, one, disk) == b"90 a"
-        assert compiler.compile_cached("b", 90, one, disk) == b"90 b"
-        assert compiler.compile_cached("a", 80, one, disk) == b"80 a"
-    assert one.calls == 3
+        assert compiler.compile_cached(["a"], 90, one, disk) == [b"90 a"]
+        assert compiler.compile_cached(["b", "a", "c"], 90, one, disk) == [b"90 b", b"90 a", b"90 c"]
+        assert compiler.compile_cached(["a"], 80, one, disk) == [b"80 a"]
+        assert compiler.compile_cached([], 80, one, disk) == []
+    assert sorted(one.sources) == ["a", "a", "b", "c"]
     one.version = "counting 2"
-    compiler.compile_cached("a", 90, one, DiskCache(tmp_path))
-    assert one.calls == 4
+    compiler.compile_cached(["a"], 90, one, DiskCache(tmp_path))
+    assert len(one.sources) == 5
+
+
+def test_a_fault_in_one_of_many_sources_is_told(tmp_path):
+    class Failing(Counting):
+        def compile(self, source: str, arch: int) -> bytes:
+            if source == "b":
+                raise compiler.CompileError("no b")
+            return super().compile(source, arch)
+
+    with pytest.raises(compiler.CompileError, match="no b"):
+        compiler.compile_cached(["a", "b", "c"], 90, Failing(), DiskCache(tmp_path))
 
 
 def test_a_machine_without_compiler_is_told_what_to_install(monkeypatch):

@@ -312,6 +312,16 @@ def test_kernels_are_compiled_once(arena):
     assert arena.compile_count == before and arena.loaded_count > 0
 
 
+def test_a_source_for_each_kernel():
+    """What NVRTC is given: several modules, compiled side by side."""
+    compiler = build.EmulatorCompiler()
+    compiler.unit = 1
+    gpu = CudaBackend(driver=driver(), compiler=compiler)
+    x, y = numbers((5, 8), (8, 3))
+    check(gpu, lambda x, y: (ops.tanh(nd.matmul(x, y)), nd.sum(x * x, axes=(0,)), ops.exp(y)), [x, y], fusion=False)
+    assert len({id(kernel.module) for kernel in gpu._kernels.values()}) == gpu.compile_count > 3
+
+
 def test_a_fault_of_the_device_is_an_error_of_duo(arena):
     """A buffer that says it is longer than it is stands for a kernel with a fault."""
     gpu = CudaBackend(driver=driver(), compiler=build.EmulatorCompiler(), exact=True)

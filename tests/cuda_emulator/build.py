@@ -139,6 +139,7 @@ class EmulatorCompiler:
     """What `duo_backends.cuda.compiler` asks of a compiler."""
 
     version = "emulator"
+    unit = 1000
 
     def compile(self, source: str, arch: int) -> bytes:
         return compile_text(source)

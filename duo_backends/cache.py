@@ -11,13 +11,14 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
-import tempfile
 from functools import lru_cache
 from pathlib import Path
 
 MAGIC = b"duo object 1\n"
 LIMIT = 512 << 20  # bytes kept on disk
 SWEEP_EVERY = 64  # writes between two looks at the folder's size
+# A file that was not there before, nor is a link. (`tempfile` takes two milliseconds to load.)
+_NEW = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
 
 
 def default_directory() -> Path | None:
@@ -75,7 +76,8 @@ class DiskCache:
         path = self._path(key)
         try:
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+            temporary = path.with_name(f"{os.urandom(12).hex()}.tmp")
+            handle = os.open(temporary, _NEW, 0o600)
         except OSError:
             return
         try:
@@ -83,7 +85,7 @@ class DiskCache:
                 file.write(MAGIC + hashlib.sha256(payload).digest() + payload)
             os.replace(temporary, path)
         except OSError:
-            _remove(Path(temporary))
+            _remove(temporary)
             return
         if self._writes % SWEEP_EVERY == 0:
             self.sweep()

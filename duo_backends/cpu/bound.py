@@ -14,10 +14,9 @@ import os
 import sys
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from types import CodeType
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 
@@ -60,8 +59,7 @@ class Note(Protocol):
     def traffic(self) -> int: ...
 
 
-@dataclass(frozen=True)
-class Table:
+class Table(NamedTuple):
     """What the native runner walks: `code` words (dims as addresses into `dims`), the pointer words of a frame as places, and the
     arena's size. `notes[i]` is of what instruction i runs (None: a copy, a branch), `scratch(threads)` gives bytes."""
 
@@ -76,8 +74,7 @@ class Table:
     scratch: Callable[[int], int]
 
 
-@dataclass(frozen=True)
-class Prepared:
+class Prepared(NamedTuple):
     """A program as `CpuBound` needs it. `results[k]` is an input's number, or the number of inputs plus an output's; `donations`: pairs (output,
     input) that may share memory; `safe`: outputs that are not written before everything that may fail has run; `scalars`: inputs given as Python numbers; `templates`: its kernels serve many sizes, and it may well
     run once only; `keep`: what the code's memory belongs to."""

@@ -2,8 +2,7 @@
 
 `machine()` answers what is compiled for (DUO_CPU). `build()` and `build_many()` go from text to a `Library` of
 symbol addresses: object code comes from the disk cache or from LLVM's code generator, without an optimisation
-pipeline (the emitters write explicit vectors), and is loaded by `objects.py`, or by LLVM's linker (ORC) where that does not know
-the format. llvmlite is imported when first needed.
+pipeline (the emitters write explicit vectors), and is loaded by `library.py`. llvmlite is imported when first needed.
 """
 
 from __future__ import annotations
@@ -16,14 +15,14 @@ import platform
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
 from duo_backends.cache import disk_cache
 from duo_backends.cpu.code import Target
-from duo_backends.cpu.objects import OWN_LOADER, Unsupported, load_objects
+from duo_backends.cpu.library import Library, load, load_many
 from duo_backends.cpu.system import system
 from duo_ir.errors import ArgumentError, DeviceError
 
@@ -65,15 +64,6 @@ class Statistics:
 
     compiled: int = 0
     from_disk: int = 0
-
-
-@dataclass(frozen=True)
-class Library:
-    """Loaded code; the addresses are valid while it is referenced. `key`: the name of its object file in the disk cache."""
-
-    addresses: Mapping[str, int]
-    tracker: Any
-    key: str = ""
 
 
 statistics = Statistics()
@@ -309,26 +299,8 @@ def _linker() -> Any:
 _numbers = itertools.count()
 
 
-def load(code: bytes, symbols: Sequence[str], imports: Mapping[str, int] | None = None) -> Library:
-    """Links one object file against the process (and `imports`: name -> address) and finds `symbols`."""
-    return load_many([(code, symbols)], imports)[0]
-
-
-def load_many(
-    objects: Sequence[tuple[bytes, Sequence[str]]], imports: Mapping[str, int] | None = None
-) -> list[Library]:
-    """`load` for several (object file, symbols) that will be kept together."""
-    if OWN_LOADER and objects:
-        try:
-            found, memory = load_objects([code for code, _ in objects], imports)
-            return [Library({s: each[s] for s in symbols}, memory) for each, (_, symbols) in zip(found, objects)]
-        except Unsupported:
-            pass
-    return [_link(code, symbols, imports or {}) for code, symbols in objects]
-
-
-def _link(code: bytes, symbols: Sequence[str], imports: Mapping[str, int]) -> Library:
-    """By LLVM's linker, which knows every system's formats."""
+def link(code: bytes, symbols: Sequence[str], imports: Mapping[str, int]) -> Library:
+    """`library.load` by LLVM's linker, which knows every system's formats."""
     with _lock:
         linker = _linker()
         builder = _llvm().JITLibraryBuilder().add_object_img(code).add_current_process()
@@ -359,25 +331,4 @@ def build_many(modules: Iterable[tuple[str, Sequence[str]]], m: Machine) -> list
 
     made = _made(texts(), m)
     libraries = load_many([(code, names) for (_, code), names in zip(made, symbols)])
-    return [replace(library, key=key) for library, (key, _) in zip(libraries, made)]
-
-
-def host_key(text: str, fingerprint: str) -> str:
-    """The name of the object code of `text` for this machine, where `fingerprint` tells of it and of the code generator."""
-    return hashlib.sha256("\0".join(("host", fingerprint, text)).encode()).hexdigest()
-
-
-def build_for_host(
-    text: str, symbols: Sequence[str], fingerprint: str | None, imports: Mapping[str, int], code: bytes | None
-) -> Library:
-    """`build` for this machine, of `code` if it has been made. With a `fingerprint`, object code that an earlier process made loads without LLVM."""
-    key = None if fingerprint is None else host_key(text, fingerprint)
-    if code is None and key is not None:
-        code = disk_cache().get(key)
-        if code is not None:
-            return load(code, symbols, imports)
-    if code is None:
-        code = object_codes([text], machine("native"))[0]
-    if key is not None:
-        disk_cache().put(key, code)
-    return load(code, symbols, imports)
+    return [library._replace(key=key) for library, (key, _) in zip(libraries, made)]

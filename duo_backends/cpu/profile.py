@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -30,8 +29,7 @@ def register(bound: Any) -> None:
             _active.bounds.append(bound)
 
 
-@dataclass(frozen=True)
-class Event:
+class Event(NamedTuple):
     """One run of a kernel, all its phases: what is known of it (`bound.Note`; None: a copy), nanoseconds on the clock of
     `time.perf_counter_ns`, threads it may have used."""
 
@@ -93,7 +91,7 @@ class Recording:
             note = bound.table.notes[row]
             if row > 0 and note is not None and bound.table.notes[row - 1] is note and number in latest:
                 k = latest[number]  # a further phase
-                out[k] = replace(out[k], end=end, threads=max(threads, out[k].threads))
+                out[k] = out[k]._replace(end=end, threads=max(threads, out[k].threads))
                 continue
             latest[number] = len(out)
             out.append(Event(note, start, end, threads))

@@ -11,11 +11,12 @@ import os
 import platform
 import threading
 from collections.abc import Callable
+from typing import Any
 
 from duo_backends.cache import disk_cache
 from duo_backends.cpu import pool_text, runner_text, threads
 from duo_backends.cpu.fingerprint import fingerprint
-from duo_backends.cpu.jit import Early, Library, build_for_host, host_key
+from duo_backends.cpu.library import Library, build_for_host, compiler, host_key
 from duo_backends.cpu.system import system
 
 _METH_FASTCALL = 0x80  # Include/methodobject.h
@@ -79,10 +80,10 @@ def prepare() -> None:
         return
     text, host = _text(), fingerprint()
     if host is None or not disk_cache().has(host_key(text, host)):
-        _making = Early(text)
+        _making = compiler().Early(text)
 
 
-_making: Early | None = None
+_making: Any = None  # a `jit.Early`
 _native: Native | None = None
 _lock = threading.Lock()
 

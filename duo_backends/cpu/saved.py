@@ -21,7 +21,7 @@ import numpy as np
 from duo_backends.cache import disk_cache
 from duo_backends.cpu.bound import CpuBound, Note, Prepared, Table
 from duo_backends.cpu.fingerprint import fingerprint
-from duo_backends.cpu.jit import load_many
+from duo_backends.cpu.library import load_many
 from duo_backends.cpu.pool_text import MAX_THREADS
 from duo_backends.cpu.runner import native
 from duo_backends.cpu.runner_text import CODE_WORDS, PHASE

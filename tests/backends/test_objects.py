@@ -73,7 +73,7 @@ def test_same_results_as_llvm_s_linker(code):
     addresses, memory = load_objects([code], IMPORTS)
     check(addresses[0])
     assert set(SYMBOLS) <= set(addresses[0]) and memory.nbytes % 4096 == 0
-    library = jit._link(code, SYMBOLS, IMPORTS)
+    library = jit.link(code, SYMBOLS, IMPORTS)
     check(library.addresses)
 
 

@@ -80,6 +80,7 @@ class Program:
 
     def __init__(self, plan: FlushPlan, live: tuple[int, ...], fused: bool) -> None:
         construction = Construction(plan.node)
+        plan.know(construction)
         self.order = live
         self.fused = fused
         outs = [n for n in live if construction.infos[n].requires_grad and not construction.leaf_like[n]]
@@ -154,12 +155,15 @@ class FlushPlan:
     def __getattr__(self, name: str) -> Any:
         if name not in ("inputs", "scalar_dtypes"):
             raise AttributeError(name)
-        construction = Construction(self.node)
+        self.know(Construction(self.node))
+        return getattr(self, name)
+
+    def know(self, construction: Construction) -> None:
+        """Takes `inputs` and `scalar_dtypes` from the path's Construction."""
         dtypes = iter(construction.scalar_dtypes)
         # parameter number -> dtype of a Python number
         self.scalar_dtypes = {i: next(dtypes) for i, (_, k) in enumerate(construction.inputs) if k is not None}
         self.inputs = construction.inputs
-        return getattr(self, name)
 
     def program(self, live: tuple[int, ...]) -> Program:
         self.visits += 1

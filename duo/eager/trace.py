@@ -447,6 +447,12 @@ def _stop(trace: Trace, *vals: Val) -> None:
 
 def _miss(last: Val, key: tuple, attrs: tuple) -> Node:
     """Infers the step's types and adds it to the trie. Errors (shapes, dtypes) are raised here, at the user's line."""
+    capture = state.capture
+    # Had it been seen before, nothing would run: so there is nothing to watch.
+    return _add(last, key, attrs) if capture is None else capture.aside(_add, last, key, attrs)  # type: ignore[no-any-return]
+
+
+def _add(last: Val, key: tuple, attrs: tuple) -> Node:
     body = key[0]
     parent = last.node
     assert parent is not None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 from duo.eager.autograd import GradLeaf
@@ -18,7 +19,7 @@ from duo.eager.tensor import EagerTensor, material, read_now
 from duo.eager.trace import END, Trace, Val, settle, state
 from duo.eager.watch import Epoch
 from duo.jit import nests
-from duo.jit.hooks import unwatched
+from duo.jit.hooks import Hooks, unwatched
 from duo.optim.optimizer import Optimizer
 from duo.runtime import to_numpy
 from duo_ir.core import Loc
@@ -100,6 +101,7 @@ class Capture:
         self.epoch = Epoch.count
         self.grad_mode = state.grad
         self.trace: Any = None
+        self.observer: Hooks | None = None  # while it watches
 
     # --------------------------------------------------------------------------------------------------- on and off
     def __enter__(self) -> Capture:
@@ -130,6 +132,10 @@ class Capture:
             f"the value {what}is needed{where}, but {self.name} is being compiled, where only types are known; "
             "use duo.where or duo.cond, return it, or move it out of the compiled function"
         )
+
+    def aside(self, work: Callable[..., Any], *arguments: Any) -> Any:
+        """`work(*arguments)`, which runs no code but duo's."""
+        return work(*arguments) if self.observer is None else self.observer.aside(work, *arguments)
 
     def impure(self, what: str) -> None:
         """Something that a replay could not repeat."""

@@ -139,10 +139,12 @@ class Compiled:
                             observer.see_argument(x)
                     observer.calling = getattr(self._function, "__func__", self._function)
                     started = observer.attend()
+                    capture.observer = observer if started else None
                 try:
                     result = self._function(*args, **kwargs)
                 finally:
                     if started:
+                        capture.observer = None
                         observer.stop()  # type: ignore[union-attr]
                     elif observer is not None:
                         observer.calling = None

@@ -174,7 +174,8 @@ def step(x, y):
     return loss
 losses = [step(x, y).item().hex() for _ in range(5)]
 losses.append(nn.functional.cross_entropy(model(x), y).item().hex())
-loaded = sorted(m for m in sys.modules if m in ("llvmlite", "duo_ir.pipeline", "duo_backends.cpu.emit", "duo_backends.cpu.backend"))
+compilers = ("llvmlite", "duo_ir.pipeline", "duo_backends.cpu.emit", "duo_backends.cpu.backend", "duo_backends.cpu.jit")
+loaded = sorted(m for m in sys.modules if m in compilers)
 print(losses, duo.debug.statistics().from_disk > 0, loaded)
 """
 

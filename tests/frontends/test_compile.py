@@ -536,6 +536,35 @@ def test_what_cannot_be_replayed_is_recorded_and_named():
     assert first == [2, 2, 2] and g(x).tolist() == [6, 6, 6]
 
 
+class Cautious(nn.Module):
+    """Tries what cannot be, and reads a global after it, in code that duo calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.wrong = nn.Parameter(duo.zeros(7, 9))
+
+    def forward(self, x):
+        try:
+            x = x @ self.wrong
+        except duo.DuoError:
+            x = x.relu()
+        return helper(x)
+
+
+def test_reads_after_an_error_that_was_caught(monkeypatch):
+    """Types are inferred unwatched: what comes after it is watched, also when it has failed."""
+    net = nn.Sequential(Cautious(), nn.Tanh(), Cautious())
+    compiled = duo.compile(lambda x: net(x) + SCALE)
+    x = duo.randn(4, 6)
+    for scale in (2.0, 5.0, -1.0, 2.0):
+        monkeypatch.setitem(globals(), "SCALE", scale)
+        recordings = []
+        for _ in range(3):
+            assert same(compiled(x).detach().numpy(), (net(x) + SCALE).detach().numpy())
+            recordings.append(compiled.recordings)
+        assert len(set(recordings)) == 1, compiled.explain()
+
+
 def test_side_effects_of_python_happen_each_time():
     class Counter(nn.Module):
         def __init__(self):

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from typing import Any
 
 from duo import runtime
+from duo.eager import lane
 from duo.eager.autograd import Inner
 from duo.eager.build import Construction, Watch, freed_error
 from duo.eager.locate import relocated
@@ -108,6 +109,8 @@ class Program:
         self.givable = ([], []) if self.alive else (rows, [plan.inputs[j][0] for j in rows])
         self.updates = _updates(plan, live) if rows else []
         self.given: tuple[int, ...] = ()  # inputs that nobody could read any more the last time
+        self.uses = 0  # as one of `FlushPlan.known`
+        self.lane: lane.Lane | None = None
 
 
 def _updates(plan: FlushPlan, live: tuple[int, ...]) -> list[tuple[int, int]]:
@@ -140,15 +143,17 @@ def _freed_outputs(construction: Construction, outs: list[int]) -> dict[int, Exc
 class FlushPlan:
     """What every flush at one node needs (`Node.memo`); small, as most paths may be seen once.
 
-    inputs, scalar_dtypes: of the path's Construction, which is made when they are asked for. saving: the ops whose rules read what segments keep."""
+    inputs, scalar_dtypes: of the path's Construction, which is made when they are asked for. saving: the ops whose rules read what segments keep.
+    quick: a program with a lane, the one that ran last."""
 
-    __slots__ = ("inputs", "known", "node", "programs", "pullbacks", "saving", "scalar_dtypes", "visits")
+    __slots__ = ("inputs", "known", "node", "programs", "pullbacks", "quick", "saving", "scalar_dtypes", "visits")
 
     def __init__(self, node: Node) -> None:
         self.node = node
         self.visits = 0
         self.programs: dict[tuple[int, ...], Program] = {}
         self.known: dict[tuple[int, ...], Program] = {}  # what reference counts led to before
+        self.quick: Program | None = None
         self.pullbacks: dict[tuple, Pullback] = {}
         self.saving: frozenset[int] = frozenset()
 
@@ -232,10 +237,24 @@ def _run(trace: Trace) -> None:
     plan: FlushPlan = node.memo
     if plan is None:
         plan = node.memo = FlushPlan(node)
+    elif plan.quick is not None and not trace.hooked:
+        quick = plan.quick
+        try:
+            if quick.lane(trace, entries):  # type: ignore[misc]
+                return
+        except Exception as error:
+            _salvage(trace, plan, quick.order, error)
+            finish(trace)
+            return
     counts = tuple(map(_getrefcount, entries))[:-1]
     program = plan.known.get(counts) if not trace.hooked else None
     if program is not None:
         live = program.order
+        program.uses += 1
+        if program.uses == lane.AFTER:
+            program.lane = lane.write(plan, program)
+        if program.lane is not None:
+            plan.quick = program
     else:
         held = [n for n, count in enumerate(counts) if count > ALONE]
         live = tuple([n for n in held if n > 0 and may_live(entries[n].node)])  # type: ignore[arg-type]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from duo.eager.trace import Val, hooks, record, recorded, state
+from duo.eager.trace import END, Val, hooks, open_trace, record, recorded, state
 
 _new: Any = object.__new__
 _getframe = sys._getframe
@@ -23,6 +23,8 @@ def quick_operator(kind: Any, name: str) -> Any:
             return base(self, other)
         while True:
             trace = state.trace
+            if trace.entries[-1] is END:
+                trace = open_trace()
             val = self._val if self._storage is None else self._current()
             left: Any = val.index if val.trace is trace else trace.leaves.get(val) or trace.enter(val, self)
             if cls is float or cls is int:

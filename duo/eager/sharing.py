@@ -22,6 +22,8 @@ from duo.eager.trace import Trace, Val, settle, state
 from duo.eager.trie import Info
 from duo_ir.types import TensorType, bool_
 
+_getrefcount = sys.getrefcount
+
 
 class Storage:
     """What tensors that alias have in common: the base value, how often it was written, the leaf that the base is. `shared`: says whether
@@ -44,13 +46,12 @@ class Sharers:
 
     __slots__ = ("arrays", "first")
 
-    def __init__(self, first: Callable[[], bool] | None) -> None:
+    def __init__(self, first: Callable[[], bool] | None, array: np.ndarray) -> None:
         self.first = first
-        self.arrays: list[weakref.ref] = []
+        self.arrays = [weakref.ref(array)]
 
     def add(self, array: np.ndarray) -> None:
-        if self.arrays:
-            self.arrays = [r for r in self.arrays if r() is not None]
+        self.arrays = [r for r in self.arrays if r() is not None]
         self.arrays.append(weakref.ref(array))
 
     def __call__(self) -> bool:
@@ -119,42 +120,47 @@ def share_memory(tensor: Any, storage: Storage) -> np.ndarray:
     shared = storage.shared
     if shared is None or not shared():
         shared = storage.shared = None
-        _make_sole_owner(tensor, storage)
+        val = storage.val
+        if val.buf is None:
+            settle(val)
+        if tensor._chain:
+            tensor._val, tensor._seen = val, -1
+        base = storage.base() if storage.base is not None else None
+        # Nothing else may read the memory any more, so what others hold too is copied.
+        holders = 1 + (tensor._val is val) + (base is not None and base is not tensor and base._val is val)
+        if _getrefcount(val) - holders != _SOLE_VAL or _getrefcount(val.buf) != _SOLE_BUFFER:
+            _make_sole_owner(storage, holders)
     val = storage.val
-    array = runtime.to_numpy(settle(val), val.info.type)
-    if shared.__class__ is not Sharers:
-        shared = storage.shared = Sharers(shared)
-    shared.add(array)  # type: ignore[union-attr]
+    kind = val.info.type
+    array = (val.buf or settle(val)).numpy(kind.dtype, kind.shape)  # type: ignore[arg-type]
+    if shared.__class__ is Sharers:
+        shared.add(array)  # type: ignore[union-attr]
+    else:
+        storage.shared = Sharers(shared, array)
     return array
 
 
-def _make_sole_owner(tensor: Any, storage: Storage) -> None:
-    """NumPy is about to see the storage's memory: nothing else may read it, so what others hold too is copied."""
-    if storage.val.buf is None:
-        settle(storage.val)
-    leaves = state.trace.leaves
-    if leaves and storage.val in leaves:
-        flush()
-    base = storage.base() if storage.base is not None else None
-    if tensor._chain:
-        tensor._val, tensor._seen = storage.val, -1
+def _make_sole_owner(storage: Storage, holders: int) -> None:
+    """Gives the storage memory of its own, unless it was only this thread's trace that held its value besides `holders`."""
     val = storage.val
-    holders = 1 + (tensor._val is val) + (base is not None and base is not tensor and base._val is val)
-    if (sys.getrefcount(val) - holders, sys.getrefcount(val.buf)) != _SOLE_OWNER:
-        own = storage.val = unmarked(val)
-        own.buf, own.stamp = runtime.from_numpy(runtime.to_numpy(settle(val), val.info.type)), val.stamp
-        storage.version += 1
+    if val in state.trace.leaves:
+        flush()
+        if (_getrefcount(val) - holders, _getrefcount(val.buf)) == (_SOLE_VAL, _SOLE_BUFFER):
+            return
+    own = storage.val = unmarked(val)
+    own.buf, own.stamp = runtime.from_numpy(runtime.to_numpy(settle(val), val.info.type)), val.stamp
+    storage.version += 1
 
 
 def _sole_owner() -> tuple[int, int]:
-    """The counts that `_make_sole_owner` sees, less the holders, for a value and buffer that nobody else holds."""
+    """The counts that `share_memory` sees, less the holders, for a value and buffer that nobody else holds."""
     storage = Storage(Val(None, 0, None, Info(TensorType(bool_, ()))))
     storage.val.buf = object()  # type: ignore[assignment]
     val = storage.val
-    return sys.getrefcount(val) - 1, sys.getrefcount(val.buf)
+    return _getrefcount(val) - 1, _getrefcount(val.buf)
 
 
-_SOLE_OWNER = _sole_owner()
+_SOLE_VAL, _SOLE_BUFFER = _sole_owner()
 
 
 def is_shared(array: np.ndarray) -> Callable[[], bool]:

@@ -420,13 +420,13 @@ class EagerTensor(Tensor):
     # ------------------------------------------------------------------------------------------- looking at values
     def numpy(self) -> np.ndarray:
         """The values as a NumPy array that shares this tensor's memory (a view through indexing or transposition gives a copy)."""
+        storage = self._storage
+        if storage is not None and self._chain is _DETACHED and self._leaf is None and state.capture is None:
+            return share_memory(self, storage)
         if self._leaf is not None or self._has_history():
             raise GradientError(
                 "a tensor that requires grad has no .numpy(), which could not record a gradient; use .detach().numpy()"
             )
-        storage = self._storage
-        if storage is not None and self._chain is _DETACHED and state.capture is None:
-            return share_memory(self, storage)
         return self._array()
 
     def _has_history(self) -> bool:
@@ -445,12 +445,15 @@ class EagerTensor(Tensor):
         if storage is None and share:
             storage = self._storage = Storage(self._val, self._leaf, self)
             self._seen = 0
+            return share_memory(self, storage)
         if share and storage is not None and _whole(self._chain):
             return share_memory(self, storage)
         val = self._value()
         return runtime.to_numpy(settle(val), val.info.type, copy=True)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        if dtype is None and not copy:
+            return self.numpy()
         array = self.numpy()
         if dtype is not None and np.dtype(dtype) != array.dtype:
             return array.astype(dtype)

@@ -153,24 +153,33 @@ class CpuBound:
     run: Callable[..., list[Buffer]]
 
     def _make_run(self) -> Callable[..., list[Buffer]]:
-        names: dict[str, Any] = {
-            "entry": self.entry, "begin": self.begin, "results": self._results, "bits": self._bits, "check": self.check_inputs,
-        }  # fmt: skip
+        names: dict[str, Any] = {"begin": self.begin, "results": self._results, "check": self.check_inputs}
         inputs = [f"a{k}" for k in range(len(self._in_bytes))]
         lines = ["def run(inputs, donated=()):", "  if donated: return begin(inputs, donated).run()"]
         if os.environ.get("DUO_VERIFY") == "1":
             lines.append("  check(inputs)")
         if inputs:
             lines.append(f"  {', '.join(inputs)}, = inputs")
-        addresses = [self._address(k, name) for k, name in enumerate(inputs)]
-        for k in range(len(self._out_bytes)):
-            lines += ["  " + line for line in self.output_lines(k, names)]
-            addresses.append(f"o{k}.ptr")
-        lines += ["  " + line for line in self.call_lines("entry", addresses, names)]
+        lines += ["  " + line for line in self.run_lines(inputs, names)]
         outputs = f"[{', '.join(f'o{k}' for k in range(len(self._out_bytes)))}]"
         lines.append(f"  return {outputs}" if self._plain else f"  return results(inputs, {outputs})")
         exec(_compiled("\n".join(lines)), names)
         return names["run"]  # type: ignore[no-any-return]
+
+    def run_lines(self, inputs: Sequence[str], names: dict[str, Any]) -> list[str]:
+        """Code that runs it once: `inputs` are expressions for the inputs, `o0`, `o1`, ... the variables that get the outputs' buffers."""
+        names.update({"entry": self.entry, "bits": self._bits})
+        arguments = [self._address(k, text) for k, text in enumerate(inputs)]
+        lines = []
+        for k in range(len(self._out_bytes)):
+            lines += self.output_lines(k, names)
+            arguments.append(f"o{k}.ptr")
+        return lines + self.call_lines("entry", arguments, names)
+
+    @property
+    def outputs_are_results(self) -> bool:
+        """Whether result k is output k: no result is an input, or the same as another."""
+        return self._plain
 
     def output_lines(self, k: int, names: dict[str, Any]) -> list[str]:
         """Code that makes `o{k}`, a buffer for output k."""

@@ -7,6 +7,7 @@ or is run before Python goes on (views, gathers, replays of compiled functions),
 
 from __future__ import annotations
 
+import math
 import sys
 import weakref
 from collections.abc import Callable
@@ -16,7 +17,7 @@ import numpy as np
 
 from duo import runtime
 from duo.eager.autograd import GradLeaf
-from duo.eager.flush import flush
+from duo.eager.flush import finish, flush
 from duo.eager.segments import unmarked
 from duo.eager.trace import Trace, Val, settle, state
 from duo.eager.trie import Info
@@ -87,22 +88,31 @@ def readable(storage: Storage) -> bool:
     return base.extra is None and not base.info.requires_grad and storage.leaf is None
 
 
-def now(storage: Storage, read: Callable[[Val], Val]) -> Val:
+def now(storage: Storage, read: Callable[[Val], Val], most: bool = True) -> Val | None:
     """What `read` makes of a storage's value, which it may record: run at once on the memory itself, in a trace of its own, so that nothing
-    pending reads memory that NumPy may write to. The value has a buffer that nobody else holds."""
+    pending reads memory that NumPy may write to. The value has a buffer that nobody else holds. Without `most`, None where it is most of
+    the memory: a snapshot costs no more, and what is made of that can be fused with what follows."""
     base = storage.val
     settle(base)
     outer = state.trace
     try:
         state.trace = Trace(state.grad)
         val = read(unmarked(base))
+        trace = state.trace
     finally:
         state.trace = outer
+    if not most and 2 * _size(val) > _size(base):
+        finish(trace)
+        return None
     if settle(val) is not base.buf:
         return val
     out = unmarked(val)
     out.buf = runtime.from_numpy(runtime.to_numpy(val.buf, val.info.type))  # type: ignore[arg-type]
     return out
+
+
+def _size(val: Val) -> int:
+    return math.prod(val.info.type.static_shape()) * val.info.type.dtype.itemsize
 
 
 def write_through(storage: Storage, val: Val) -> Val:

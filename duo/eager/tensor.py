@@ -105,9 +105,10 @@ class EagerTensor(Tensor):
             storage = tensor._storage = Storage(tensor._val, tensor._leaf, tensor)
             tensor._seen = 0
         chain = (*tensor._chain, (view, attrs))
+        val = None
         if storage.shared is not None and state.capture is None and readable(storage):
-            val = read_now(storage, chain)
-        else:
+            val = read_now(storage, chain, most=False)
+        if val is None:
             (val,) = record(view.read, (tensor,), attrs)
         out = EagerTensor(val)
         out._storage, out._chain, out._seen = storage, chain, storage.version
@@ -176,9 +177,12 @@ class EagerTensor(Tensor):
         """What the tensor holds now, of memory that NumPy sees: a copy, of no more than the tensor's views read."""
         storage = self._storage
         assert storage is not None
-        if _whole(self._chain) or not readable(storage):
+        val = None
+        if not _whole(self._chain) and readable(storage):
+            val = read_now(storage, self._chain, most=False)
+        if val is None:
             return self._read(snapshot(storage))
-        val = self._as_mine(read_now(storage, self._chain))
+        val = self._as_mine(val)
         if not _through_data(self._chain):
             alias(storage.val, val)
         return val
@@ -286,7 +290,7 @@ class EagerTensor(Tensor):
             return out._value()
 
         val = now(storage, read)
-        return None if views[0] else EagerTensor(val)
+        return None if views[0] or val is None else EagerTensor(val)
 
     def __setitem__(self, index: Any, value: Any) -> None:
         spread = value._type.shape if isinstance(value, EagerTensor) else isinstance(value, (np.ndarray, list, tuple))
@@ -549,8 +553,8 @@ def _mask(item: Any) -> np.ndarray | None:
     return np.asarray(item) if isinstance(item, list) and item and all(isinstance(v, bool) for v in item) else None
 
 
-def read_now(storage: Storage, chain: tuple) -> Val:
-    """What views read of memory that NumPy sees, read at once."""
+def read_now(storage: Storage, chain: tuple, most: bool = True) -> Val | None:
+    """What views read of memory that NumPy sees, read at once (`now`)."""
 
     def read(val: Val) -> Val:
         for view, attrs in chain:
@@ -558,7 +562,7 @@ def read_now(storage: Storage, chain: tuple) -> Val:
                 (val,) = record(view.read, (EagerTensor(val),), attrs)
         return val
 
-    return now(storage, read)
+    return now(storage, read, most)
 
 
 def full_value(value: Any, type: TensorType) -> EagerTensor:

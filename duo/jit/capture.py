@@ -265,7 +265,9 @@ def _read_memory(key: Any) -> Val:
         if not isinstance(key, EagerTensor):
             return snapshot(key)
         assert key._storage is not None
-        return read_now(key._storage, key._chain)
+        val = read_now(key._storage, key._chain)
+        assert val is not None
+        return val
 
 
 def tensors_in(value: Any) -> list[EagerTensor]:

@@ -206,7 +206,9 @@ def lent(tensor: EagerTensor, apart: bool) -> Val:
     if storage is None or storage.shared is None or not still_shared(storage):
         return tensor._value()
     if tensor._chain:
-        return read_now(storage, tensor._chain)
+        val = read_now(storage, tensor._chain)
+        assert val is not None
+        return val
     return snapshot(storage) if apart else tensor._val
 
 

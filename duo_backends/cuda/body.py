@@ -239,6 +239,8 @@ def arithmetic(op: str, args: Sequence[Value], dtype: DType) -> str:
         return f"{names[0]} ? {names[1]} : {names[2]}"
     if op == "fma":
         return f"__fma{'f' if dtype is f32 else ''}_rn({', '.join(names)})"
+    if op == "ldexp":
+        return f"duo_ldexp({', '.join(names)})"
     if op == "copysign":
         return f"copysign{suffix}({names[0]}, {names[1]})"
     if op in _FLOAT_UNARY:

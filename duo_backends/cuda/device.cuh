@@ -24,6 +24,16 @@ DUO_FN float duo_from_f16(unsigned short x) { float f; asm("cvt.f32.f16 %0, %1;"
 DUO_FN unsigned short duo_to_f16(float x) { unsigned short h; asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(x)); return h; }
 #endif
 
+// x * 2^y rounded once, for an integral y: two normal powers, from the low bits y + 2 * bias of a sum; the first product is exact.
+DUO_FN float duo_ldexp(float x, float y) {
+  unsigned twice = __float_as_uint(y + 12583166.0f), half = twice >> 1;
+  return x * __uint_as_float(half << 23) * __uint_as_float((twice - half) << 23);
+}
+DUO_FN double duo_ldexp(double x, double y) {
+  unsigned long long twice = (unsigned long long)__double_as_longlong(y + 6755399441057790.0), half = twice >> 1;
+  return x * __longlong_as_double((long long)(half << 52)) * __longlong_as_double((long long)((twice - half) << 52));
+}
+
 // f32 "rounded to odd": toward zero, the last bit set when anything was lost. A second rounding, to a narrower type, is then as good as one
 // (Boldo & Melquiond, "When double rounding is odd", 2005).
 DUO_FN float duo_odd(double x) {

@@ -146,6 +146,7 @@ class BodyBuilder:
     mul: ClassVar[Callable[[BodyBuilder, int, int], int]]
     div: ClassVar[Callable[[BodyBuilder, int, int], int]]
     copysign: ClassVar[Callable[[BodyBuilder, int, int], int]]
+    ldexp: ClassVar[Callable[[BodyBuilder, int, int], int]]
     idiv: ClassVar[Callable[[BodyBuilder, int, int], int]]
     irem: ClassVar[Callable[[BodyBuilder, int, int], int]]
     and_: ClassVar[Callable[[BodyBuilder, int, int], int]]

@@ -22,7 +22,7 @@ from duo_ir.kernels.kernel import (
 from duo_ir.ops.attention import HALF
 from duo_ir.types import evaluate, product
 
-_ARITHMETIC = {"add": 1, "sub": 1, "mul": 1, "div": 1, "fma": 2, "sqrt": 1, "neg": 1}
+_ARITHMETIC = {"add": 1, "sub": 1, "mul": 1, "div": 1, "fma": 2, "sqrt": 1, "neg": 1, "ldexp": 1}
 _REDUCING = {"sum": 1, "prod": 1, "dot": 2, "max": 1, "min": 1}
 
 

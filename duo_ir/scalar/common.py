@@ -20,6 +20,7 @@ INF = float("inf")
 NAN = float("nan")
 INT_OF = {f32: i32, f64: i64}
 MANTISSA = {f32: 23, f64: 52}
+BIAS = {f32: 127, f64: 1023}
 INT_LIMITS = {d: (-(1 << (d.bits - 1)), (1 << (d.bits - 1)) - 1) for d in (i8, i16, i32, i64)} | {u8: (0, 255)}
 
 
@@ -43,6 +44,18 @@ def horner(s: Builder, x: H, coefficients: Sequence[float]) -> H:
     for c in reversed(coefficients[:-1]):
         total = s.fma(total, x, s.const(c, dtype))
     return total
+
+
+def ldexp_by_powers(s: Builder, x: H, y: H) -> H:
+    """What the instruction ldexp is, by others: (x * 2^(y>>1)) * 2^(y - (y>>1)), two normal powers, of which the first product is exact."""
+    dtype = s.dtype_of(x)
+    i, width = INT_OF[dtype], MANTISSA[dtype]
+    # the low bits of the sum are y + 2 * bias
+    twice = s.bitcast(s.add(y, s.const(1.5 * 2.0**width + 2 * BIAS[dtype], dtype)), i)
+    half = s.lshr(twice, s.const(1, i))
+    for biased in (half, s.sub(twice, half)):
+        x = s.mul(x, s.bitcast(s.shl(biased, s.const(width, i)), dtype))
+    return x
 
 
 def at_most(s: Builder, x: H, bound: float) -> H:

@@ -98,28 +98,20 @@ _OF = {
 
 
 # ------------------------------------------------------------------------------------------------- exponentials
-def _reduce(s: Builder, x: H, offset: int) -> tuple[H, H]:
-    """r = x - n*ln2 with |r| <= ln(2)/2, and an integer whose low bits are n + offset."""
+def _reduce(s: Builder, x: H, offset: int) -> tuple[H, H, H]:
+    """r = x - n*ln2 with |r| <= ln(2)/2, n, and an integer whose low bits are n + offset."""
     c = _OF[s.dtype_of(x)]
     k = literals(s, s.dtype_of(x))
     magic = k(c.magic + offset)
     shifted = s.fma(x, k(LOG2E), magic)
     n = s.sub(shifted, magic)
     r = s.fma(n, k(-c.ln2[0]), x)
-    return s.fma(n, k(-c.ln2[1]), r), s.bitcast(shifted, INT_OF[s.dtype_of(x)])
+    return s.fma(n, k(-c.ln2[1]), r), n, s.bitcast(shifted, INT_OF[s.dtype_of(x)])
 
 
 def _power_of_two(s: Builder, biased: H, dtype: DType) -> H:
     """2^n from an integer whose low bits are n + bias (a normal exponent)."""
     return s.bitcast(s.shl(biased, s.const(MANTISSA[dtype], INT_OF[dtype])), dtype)
-
-
-def _scale(s: Builder, p: H, twice: H) -> H:
-    """(p * 2^(n>>1)) * 2^(n - (n>>1)) from the low bits n + 2*bias: two normal powers, so underflow is gradual."""
-    dtype = s.dtype_of(p)
-    half = s.lshr(twice, s.const(1, INT_OF[dtype]))
-    scaled = s.mul(p, _power_of_two(s, half, dtype))
-    return s.mul(scaled, _power_of_two(s, s.sub(twice, half), dtype))
 
 
 def _expm1_reduced(s: Builder, r: H) -> H:
@@ -140,13 +132,13 @@ def exp(s: Builder, x: H) -> H:
 
 
 def _exp_in_range(s: Builder, x: H) -> H:
-    r, twice = _reduce(s, x, 2 * _OF[s.dtype_of(x)].bias)
-    return _scale(s, _exp_reduced(s, r), twice)
+    r, n, _ = _reduce(s, x, 0)
+    return s.ldexp(_exp_reduced(s, r), n)
 
 
 def exp_parts(s: Builder, x: H, x_low: H) -> tuple[H, H]:
     """e^(x + x_low) = p * power, p in [0.7, 1.42], power a normal power of two (so |x| < 87 for f32, 708 for f64)."""
-    r, biased = _reduce(s, x, _OF[s.dtype_of(x)].bias)
+    r, _, biased = _reduce(s, x, _OF[s.dtype_of(x)].bias)
     return _exp_reduced(s, s.add(r, x_low)), _power_of_two(s, biased, s.dtype_of(x))
 
 
@@ -155,18 +147,15 @@ def exp2(s: Builder, x: H) -> H:
     dtype = float_of(s, x, "exp2")
     c, k = _OF[dtype], literals(s, dtype)
     x = at_least(s, at_most(s, x, c.exp2_range[1]), c.exp2_range[0])
-    magic = k(c.magic + 2 * c.bias)
-    shifted = s.add(x, magic)
-    r = s.sub(x, s.sub(shifted, magic))
-    p = horner(s, r, (1.0, *c.exp2))
-    return _scale(s, p, s.bitcast(shifted, INT_OF[dtype]))
+    n = s.sub(s.add(x, k(c.magic)), k(c.magic))
+    return s.ldexp(horner(s, s.sub(x, n), (1.0, *c.exp2)), n)
 
 
 def _expm1_scaled(s: Builder, x: H, down: int) -> H:
     """expm1(x) / 2^down = q * 2^(n-down) + (2^(n-down) - 2^-down), where 2^(n-down) must be a normal number."""
     dtype = s.dtype_of(x)
     k = literals(s, dtype)
-    r, biased = _reduce(s, x, _OF[dtype].bias - down)
+    r, _, biased = _reduce(s, x, _OF[dtype].bias - down)
     power = _power_of_two(s, biased, dtype)
     return s.fma(_expm1_reduced(s, r), power, s.sub(power, k(2.0**-down)))
 
@@ -198,7 +187,7 @@ def cosh(s: Builder, x: H) -> H:
     """(e^x + e^-x) / 2, from a quarter of e^|x| against early overflow."""
     dtype = float_of(s, x, "cosh")
     k = literals(s, dtype)
-    r, biased = _reduce(s, at_most(s, s.fabs(x), _OF[dtype].hyperbolic_range), _OF[dtype].bias - 2)
+    r, _, biased = _reduce(s, at_most(s, s.fabs(x), _OF[dtype].hyperbolic_range), _OF[dtype].bias - 2)
     quarter = s.mul(_exp_reduced(s, r), _power_of_two(s, biased, dtype))
     half = s.add(quarter, s.div(k(0.0625), quarter))
     return s.add(half, half)
@@ -389,8 +378,8 @@ def _pow_f64(s: Builder, x: H, y: H) -> H:
     t_low = s.fma(y, log_low, s.fma(y, log_high, s.neg(t)))
     t_low = s.select(s.gt(s.fabs(t), k(800.0)), k(0.0), t_low)
     low, high = _OF[f64].exp_range
-    r, twice = _reduce(s, at_least(s, at_most(s, t, high + 1.0), low - 1.0), 2 * _OF[f64].bias)
-    return _scale(s, _exp_reduced(s, s.add(r, t_low)), twice)
+    r, n, _ = _reduce(s, at_least(s, at_most(s, t, high + 1.0), low - 1.0), 0)
+    return s.ldexp(_exp_reduced(s, s.add(r, t_low)), n)
 
 
 def pow(s: Builder, x: H, y: H) -> H:

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from duo_ir.errors import DTypeError
+from duo_ir.scalar.common import ldexp_by_powers
 from duo_ir.types import DTYPES, DType
 
 Array = Any  # numpy.ndarray or numpy scalar: the operations used here take both
@@ -198,6 +199,10 @@ class NumpyScalar:
     @_quiet
     def sub(self, x: Array, y: Array) -> Array:
         return x - y
+
+    @_quiet
+    def ldexp(self, x: Array, y: Array) -> Array:
+        return np.asarray(ldexp_by_powers(self, x, y))
 
     @_quiet
     def idiv(self, x: Array, y: Array) -> Array:

@@ -451,6 +451,30 @@ def test_f16_without_an_instruction_for_it(monkeypatch):
     compiled.cache_clear()
 
 
+@pytest.mark.parametrize("d", [f32, f64])
+def test_ldexp_on_vectors_and_scalars(d):
+    """Every power that the instruction takes, so also results that underflow part of the way, all of it and not at all."""
+    most = {f32: 2 * 127 - 3, f64: 2 * 1023 - 3}[d]
+    y = np.arange(-most, most + 1).astype(d.numpy)
+    x = np.random.default_rng(5).uniform(0.51, 1.99, y.size).astype(d.numpy)
+    y = np.append(y, np.array(np.nan, d.numpy))
+    x = np.append(x, np.array(np.nan, d.numpy))
+    with np.errstate(all="ignore"):
+        want = np.ldexp(x.astype(np.longdouble), np.where(np.isnan(y), 0, y).astype(int)).astype(d.numpy)
+        assert np.array_equal(NP.ldexp(x, y), want, equal_nan=True)
+    for n in (y.size, 1):  # one element: no vectors
+        rows = (
+            Instr("load", (), d, Access(0, Affine(0, (1,)))),
+            Instr("load", (), d, Access(1, Affine(0, (1,)))),
+            Instr("ldexp", (0, 1), d),
+        )
+        stores = (Store(Access(2, Affine(0, (1,))), 2),)
+        kernel = LoopKernel((Arg(d, n), Arg(d, n), Arg(d, n, True)), (n,), (Stage((), rows, stores),))
+        for start in (0, y.size // 4, y.size - 1) if n == 1 else (0,):
+            part = slice(start, start + n)
+            check(kernel, [x[part].copy(), y[part].copy(), np.zeros(n, d.numpy)], splits=((1, None),))
+
+
 def test_scalar_instructions():
     """Every float and integer instruction on every dtype, operands with special values."""
     n = 100

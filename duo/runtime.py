@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib
+import math
 import os
 import threading
 from collections import OrderedDict
@@ -214,6 +215,13 @@ def from_numpy(array: np.ndarray, copy: bool = True) -> Buffer:
     array = np.ascontiguousarray(array)
     buffer = allocate(array.nbytes)
     ctypes.memmove(buffer.ptr, array.ctypes.data, array.nbytes)
+    return buffer
+
+
+def filled(value: Any, type: TensorType) -> Buffer:
+    """A buffer whose elements are all that Python number or NumPy scalar."""
+    buffer = allocate(type.dtype.numpy.itemsize * math.prod(type.static_shape()))
+    buffer.fill(value, type.dtype, type.static_shape())
     return buffer
 
 

@@ -188,9 +188,9 @@ class Function:
         for op in self.ops:
             rows.append((
                 op.definition.name,
-                tuple(number[v] for v in op.operands),
-                tuple((k, attr_key(op.attrs[k])) for k in sorted(op.attrs)),
-                tuple(str(r.type) for r in op.results),
+                tuple([number[v] for v in op.operands]),
+                tuple([(k, attr_key(op.attrs[k])) for k in sorted(op.attrs)]),
+                tuple([str(r.type) for r in op.results]),
             ))  # fmt: skip
             for r in op.results:
                 number[r] = len(number)

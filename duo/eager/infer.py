@@ -51,11 +51,12 @@ def scalar_types(operands: tuple) -> tuple[DType, ...]:
 @dataclass(frozen=True, slots=True)
 class Inferred:
     """types: of the results. reached: for each result the numbers of the operands that a gradient goes back to. checked: whether
-    running it can find an index out of range."""
+    running it can find an index out of range. fresh: whether each result is a value that was not there before."""
 
     types: tuple[TensorType, ...]
     reached: tuple[frozenset[int], ...]
     checked: bool
+    fresh: bool
 
 
 def infer(body: Callable[..., Any], operands: tuple, attrs: tuple) -> Inferred:
@@ -67,7 +68,8 @@ def infer(body: Callable[..., Any], operands: tuple, attrs: tuple) -> Inferred:
         out = body(*values, *attrs)
     results = out if isinstance(out, (tuple, list)) else (out,)
     types = tuple([r.type for r in results])
-    return Inferred(types, _reached(values, builder.ops, results), any(map(_checked, builder.ops)))
+    fresh = len({*values, *results}) == len(values) + len(results)
+    return Inferred(types, _reached(values, builder.ops, results), any(map(_checked, builder.ops)), fresh)
 
 
 def _checked(op: Op) -> bool:

@@ -108,9 +108,10 @@ class Path:
                 reps = tuple([known.get(r, r) if r.__class__ is int else -1 for r in node.refs])
             else:
                 reps = tuple([r if r.__class__ is int else -1 for r in node.refs])
-            alias = (applied.step or step_of(applied)).alias
-            if alias:
-                self._alias(reps, first, alias)
+            if not applied.fresh:
+                alias = (applied.step or step_of(applied)).alias
+                if alias:
+                    self._alias(reps, first, alias)
             self.nodes.append(node)
             self.operands.append(reps)
             for _ in node.infos[1:]:

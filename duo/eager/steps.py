@@ -9,6 +9,7 @@ contributions add one by one in the order in which reverse mode over the whole p
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -200,27 +201,40 @@ class Step:
         self.applied = applied
         self.numbers = tuple([k for k, o in enumerate(applied.operands) if o.__class__ is type])
         self.every = tuple(range(len(applied.operands)))
-        emission = _Emission(applied, self.every)
-        self.alias: dict[int, int] = {}
-        for j, v in enumerate(emission.results):
-            if v in emission.scalars:
-                continue  # a value like any other, from here on
-            if v in emission.values:
-                self.alias[j] = emission.values.index(v)
-            elif v in emission.results[:j]:
-                self.alias[j] = -1 - emission.results.index(v)
-        self.inner: tuple[Position, ...] = ()
-        self.bases: tuple[int | None, ...] = ()
         self._pulls: dict[tuple[tuple[int, ...], tuple[int, ...]], Pull] = {}
-        if any(i.requires_grad for i in applied.infos):
-            self.inner = self._find_inner()
-            self.bases = tuple([self._base(emission, emission.ops[i].results[r]) for i, r in self.inner])
         self.run: Run = self._first_run
         self._save: Run | None = None
         self._parts: dict[tuple[int, ...], Run | None] = {}
 
-    def _find_inner(self) -> tuple[Position, ...]:
-        """What pullbacks read beside operands and results, most of all when every result has a cotangent."""
+    @functools.cached_property
+    def alias(self) -> dict[int, int]:
+        if self.applied.fresh:
+            return {}
+        emission = _Emission(self.applied, self.every)
+        alias: dict[int, int] = {}
+        for j, v in enumerate(emission.results):
+            if v in emission.scalars:
+                continue  # a value like any other, from here on
+            if v in emission.values:
+                alias[j] = emission.values.index(v)
+            elif v in emission.results[:j]:
+                alias[j] = -1 - emission.results.index(v)
+        return alias
+
+    @functools.cached_property
+    def inner(self) -> tuple[Position, ...]:
+        return self._inner[0]
+
+    @functools.cached_property
+    def bases(self) -> tuple[int | None, ...]:
+        return self._inner[1]
+
+    @functools.cached_property
+    def _inner(self) -> tuple[tuple[Position, ...], tuple[int | None, ...]]:
+        """What pullbacks read beside operands and results, most of all when every result has a cotangent; and the bases. A compiled function's
+        recording does without."""
+        if not any(i.requires_grad for i in self.applied.infos):
+            return (), ()
         cts = tuple([j for j, i in enumerate(self.applied.infos) if i.requires_grad and j not in self.alias])
         emission = _Emission(self.applied, self.every)
         free = emission.free()
@@ -232,7 +246,8 @@ class Step:
         new_ops = [*again, *emission.builder.ops[len(emission.ops) :]]
         position, reads, _ = outline(emission.builder.params[:count], emission.ops, new_ops, seeds, wanted)
         held = {position[v] for v in emission.results}
-        return tuple([p for p in reads if p[0] >= 0 and p not in held])
+        inner = tuple([p for p in reads if p[0] >= 0 and p not in held])
+        return inner, tuple([self._base(emission, emission.ops[i].results[r]) for i, r in inner])
 
     @staticmethod
     def _base(emission: _Emission, value: Value) -> int | None:

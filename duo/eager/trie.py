@@ -121,14 +121,14 @@ class Node:
 class Applied:
     """A body applied to operands of these Infos and number classes, in one grad mode: what it gives. `step` is how steps.py runs it alone."""
 
-    __slots__ = ("attrs", "body", "checked", "grad", "infos", "operands", "step")
+    __slots__ = ("attrs", "body", "checked", "fresh", "grad", "infos", "operands", "step")
 
     def __init__(self, body: Any, operands: tuple, attrs: tuple, grad: bool) -> None:
         self.body, self.operands, self.attrs, self.grad = body, operands, attrs, grad
         found = infer(body, tuple([i if i.__class__ is type else i.type for i in operands]), attrs)
         tracked = {k for k, i in enumerate(operands) if grad and i.__class__ is Info and i.requires_grad}
         self.infos = tuple([Info(t, not tracked.isdisjoint(r)) for t, r in zip(found.types, found.reached)])
-        self.checked = found.checked
+        self.checked, self.fresh = found.checked, found.fresh
         self.step: Any = None
 
 

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
+from duo import runtime
 from duo.eager.autograd import GradLeaf
 from duo.eager.segments import Origin
 from duo.eager.trace import Val, commit, note_overwritten, note_overwritten_here, open_trace, settle, state
 from duo.eager.trie import MARK, Info
-from duo.runtime import from_numpy
 from duo_ir.core import Value
 from duo_ir.ops.broadcasting import broadcast_to, cast_to
 from duo_ir.types import DType, Shape, TensorType
@@ -27,7 +25,7 @@ def material(buffer: Any, type: TensorType, requires_grad: bool = False) -> Val:
 
 def filled(value: Any, type: TensorType) -> Val:
     """Every element a Python number or NumPy scalar."""
-    return material(from_numpy(np.full(type.static_shape(), value, type.dtype.numpy)), type)
+    return material(runtime.filled(value, type), type)
 
 
 def conform(new: Value, dtype: DType, shape: Shape) -> Value:

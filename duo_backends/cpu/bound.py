@@ -16,11 +16,10 @@ from collections import Counter, deque
 from collections.abc import Callable, Collection, Sequence
 from functools import lru_cache
 from types import CodeType
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 
-from duo_backends.base import Scalar
 from duo_backends.calls import choose_donors, index_error, rounded
 from duo_backends.cells import ARRAY, NUMBER, POINTER, Argument
 from duo_backends.cpu import profile
@@ -31,6 +30,9 @@ from duo_backends.cpu.runner import native
 from duo_backends.cpu.threads import get_num_threads, on_change
 from duo_ir.errors import ArgumentError, DeviceError, IndexOutOfRange
 from duo_ir.types import TensorType, evaluate
+
+if TYPE_CHECKING:
+    from duo_backends.base import Scalar
 
 KEPT_FRAME = 1 << 20  # bytes up to which a bound program keeps its frames
 SMALL_FRAME = 1 << 14  # programs of templates are many: a larger frame is kept by the last LARGE_FRAMES of them only

@@ -109,6 +109,10 @@ class Buffer:
         """A NumPy copy of the contents."""
         return self._view(dtype, shape).copy()
 
+    def fill(self, value: Any, dtype: DType, shape: Sequence[int]) -> None:
+        """Makes every element of the array that this is `value`, cast as NumPy does."""
+        np.copyto(self._view(dtype, shape), value, casting="unsafe")
+
     def _view(self, dtype: DType, shape: Sequence[int]) -> np.ndarray:
         memory = _memory(self.nbytes)(self.ptr)
         memory.buffer = self  # the array's base keeps it alive

@@ -39,11 +39,12 @@ def load(function: Function, fused: bool, scalars: Collection[int]) -> CpuBound 
     key = _key(function, fused, scalars)
     if key is None:
         return None
-    text = disk_cache().get(key)
+    disk = disk_cache()
+    text = disk.get(key)
     if text is None:
         return None
     entry = json.loads(text)
-    codes = [disk_cache().get(name) for name, _ in entry["objects"]]
+    codes = [disk.get(name) for name, _ in entry["objects"]]
     if any(code is None for code in codes):  # swept away
         return None
     symbols = [names for _, names in entry["objects"]]

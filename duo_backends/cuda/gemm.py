@@ -144,11 +144,12 @@ class _Contraction:
         self.p, self.kernel, self.acc = p, kernel, kernel.acc
         self.name = symbol(kernel, target)
         self.tile = _choose_tile(p, kernel.acc, target)
-        spaces = [(product(p.batch), p.m, p.n), (product(p.batch), p.m, p.k), (product(p.batch), p.n, p.k)]
+        chunks = ceil_div(p.k, CHUNK_K) if isinstance(p.k, int) and p.k > SEQUENTIAL_K else 1  # scratch has a sum for each
+        batch = product(p.batch)
+        spaces = [(batch, p.m, p.n, chunks), (batch, p.m, p.k), (batch, p.n, p.k)]
         self.w = Writer()
         self.e = Emitter(self.w, kernel.args, wide_positions(kernel, *spaces))
-        known = isinstance(p.k, int)
-        self.cut = not known or p.k > SEQUENTIAL_K  # type: ignore[operator]
+        self.cut = not isinstance(p.k, int) or p.k > SEQUENTIAL_K
         self.one_block = isinstance(p.k, int) and p.k <= BLOCK
         self.pad = 4 if self.tile.rows >= 4 else 0
         self.stage_bytes = 2 * STEP * (self.tile.m + self.tile.n + 2 * self.pad) * self.acc.itemsize

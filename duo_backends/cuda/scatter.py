@@ -36,15 +36,19 @@ def compile_scatter(kernel: ScatterKernel, target: GpuTarget) -> KernelCode:
     with w.block(f'extern "C" __global__ void __launch_bounds__({_THREADS}) {name}_0({parameters(kernel)})'):
         w.put(f"const {e.index_type} i = ({e.index_type})blockIdx.x*{_THREADS} + threadIdx.x;")
         w.put(f"if (i < {polynomial(kernel.size)} && (const void *)a{out} != (const void *)a0) a{out}[i] = a0[i];")
-    updates, window = kernel.axes[: kernel.sequential], kernel.axes[kernel.sequential :]
+    window = kernel.axes[kernel.sequential :]
     with w.block(f'extern "C" __global__ void __launch_bounds__({_THREADS}) {name}_1({parameters(kernel)})'):
         w.put(f"const {e.index_type} point = ({e.index_type})blockIdx.x*{_THREADS} + threadIdx.x;")
-        w.put(f"const {e.index_type} window = {polynomial(product(window))};")
+        size = product(window)
+        w.put(f"const {e.index_type} window = {polynomial(size)};")
         w.put("if (point >= (window ? window : 1)) return;")
-        inner = e.unravel("point", window)
-        with w.block(f"for ({e.index_type} u = 0; u < {polynomial(product(updates))}; ++u)"):
-            indices = (*e.unravel("u", updates), *inner)
-            _update(e, kernel, Scope(indices, "(long long)u*(window ? window : 1) + point"))
+        if isinstance(size, int):
+            _updates(e, kernel, checks_alone=size == 0)
+        else:
+            with w.block("if (window)"):
+                _updates(e, kernel, checks_alone=False)
+            with w.block("else"):
+                _updates(e, kernel, checks_alone=True)
 
     def copies(sizes: Mapping[str, int]) -> int:
         return ceil_div(evaluate(kernel.size, sizes), _THREADS)
@@ -55,17 +59,27 @@ def compile_scatter(kernel: ScatterKernel, target: GpuTarget) -> KernelCode:
     return KernelCode(w.text(), (Launch(f"{name}_0", _THREADS, copies), Launch(f"{name}_1", _THREADS, blocks)))
 
 
+def _updates(e: Emitter, kernel: ScatterKernel, checks_alone: bool) -> None:
+    """The loop over update points of one window point. `checks_alone`: the window has no points, so that there is nothing to read or write, but
+    indices are checked."""
+    updates, window = kernel.axes[: kernel.sequential], kernel.axes[kernel.sequential :]
+    inner = ["0"] * len(window) if checks_alone else e.unravel("point", window)
+    with e.w.block(f"for ({e.index_type} u = 0; u < {polynomial(product(updates))}; ++u)"):
+        scope = Scope((*e.unravel("u", updates), *inner), "(long long)u*(window ? window : 1) + point")
+        if checks_alone:
+            e.emit(_needed(kernel.body, kernel.store.indices), scope)
+        else:
+            _update(e, kernel, scope)
+
+
 def _update(e: Emitter, kernel: ScatterKernel, scope: Scope) -> None:
     w, store, dtype = e.w, kernel.store, kernel.args[-1].dtype
-    if 0 in kernel.axes[kernel.sequential :]:  # nothing to write, but indices are checked
-        e.emit(_needed(kernel.body, store.indices), scope)
-        return
     values = e.emit(kernel.body, scope)
     extra = [values[k] for k in store.indices]
     target = f"a{store.access.buffer}[{e.address(store.access, scope.indices, extra)}]"
-    conditions = [c for c in ("window", e.guards(store.access, scope.indices)) if c]
+    condition = e.guards(store.access, scope.indices)
     value = values[store.value]
-    with w.block(f"if ({' && '.join(conditions)})"):
+    with w.block(f"if ({condition})" if condition else ""):
         if kernel.mode == "set":
             w.put(f"{target} = {in_memory(value)};")
             return

@@ -23,7 +23,7 @@ from tests.cuda_emulator import build
 from tests.cuda_emulator.support import driver, needs_emulator
 
 pytestmark = needs_emulator
-SEEDS = range(100, 106)
+SEEDS = range(100, 116)
 
 
 def random_cases(seed: int) -> Iterator[cuda.Case]:
@@ -39,9 +39,9 @@ def random_cases(seed: int) -> Iterator[cuda.Case]:
     yield from cuda.cases(f"named sizes, seed {seed}", function, *runs)
 
 
-@pytest.mark.parametrize("half", [0, 1])
-def test_random_programs(half: int) -> None:
-    tally = cuda.check([case for seed in SEEDS[half::2] for case in random_cases(seed)])
+@pytest.mark.parametrize("part", range(4))
+def test_random_programs(part: int) -> None:
+    tally = cuda.check([case for seed in SEEDS[part::4] for case in random_cases(seed)])
     assert len(tally.kernels) > 20
 
 

@@ -10,9 +10,11 @@ import cuda_conformance as cuda
 import numpy as np
 
 from duo_backends.binding import kernels_of
+from duo_backends.cuda.code import GpuTarget
 from duo_backends.cuda.emit import compile_kernel
 from duo_ir import ops
 from duo_ir.core import Value
+from duo_ir.kernels.kernel import LoopKernel
 from duo_ir.ops import broadcasting as nd
 from duo_ir.types import Dim, TensorType, bf16, bool_, f16, f32, f64, i8, i64
 from tests.cuda_emulator.support import needs_emulator
@@ -50,10 +52,13 @@ def lengths() -> Iterator[cuda.Case]:
 
 
 def test_lengths() -> None:
-    """Among these are kernels of one launch and of several."""
+    """Among these are kernels of one launch and of several, with several reductions in a stage and with several stages that reduce."""
     cases = list(lengths())
-    launches = {len(compile_kernel(k, cuda.GpuTarget()).launches) for case in cases for k in kernels_of(case.program)}
-    assert 1 in launches and max(launches) > 2
+    found = set()
+    for kernel in {k for case in cases for k in kernels_of(case.program) if isinstance(k, LoopKernel)}:
+        counts = [len(stage.reduces) for stage in kernel.stages if stage.reduces]
+        found.add((len(compile_kernel(kernel, GpuTarget()).launches) > 1, max(counts, default=0), len(counts)))
+    assert found >= {(several, 2, stages) for several in (False, True) for stages in (1, 2)}
     cuda.check(cases)
 
 

@@ -15,7 +15,9 @@ import op_table
 import pytest
 from test_conformance import data_operands, grid_arrays, grid_case
 
+from duo_ir import ops
 from duo_ir.opdef import Elementwise
+from duo_ir.types import Dim, TensorType, f32, i64
 from tests.cuda_emulator.support import needs_emulator
 
 pytestmark = needs_emulator
@@ -62,3 +64,18 @@ def test_op_table(part: int) -> None:
     rows = op_table.TABLE[part::PARTS]
     tally = cuda.check(table_cases(rows))
     assert len(tally.kernels) > len(rows) and tally.runs > 6 * len(rows)
+
+
+def test_windows_of_named_sizes_may_be_empty() -> None:
+    n, m = Dim.symbol("n"), Dim.symbol("m")
+    i = np.array([1, 3, 0, 2, 3])
+    runs = []
+    for a, b in ((2, 3), (2, 0), (0, 3), (0, 0), (1, 130)):
+        runs.append([*cuda.numbers(TensorType(f32, (5, a, b)), TensorType(f32, (5, a, b))), i])
+    types = [TensorType(f32, (5, n, m)), TensorType(f32, (5, n, m)), TensorType(i64, (5,))]
+    cases: list[cuda.Case] = []
+    for mode in ("add", "set"):
+        cases += cuda.cases(mode, lambda x, u, i, mode=mode: ops.scatter(x, u, i, axes=(0,), mode=mode), *runs, types=types)
+    cases += cuda.cases("gather", lambda x, u, i: ops.gather(x, i, axes=(0,)) * u, *runs, types=types)
+    cases += cuda.cases("cumsum", lambda x, u, i: ops.cumsum(x, axis=1), *runs, types=types)
+    cuda.check(cases)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from duo_backends.cpu.body import Scope, Value
 from duo_backends.cpu.code import Target
 from duo_backends.cpu.convert import convert
-from duo_backends.cpu.gemm_pack import emit_gather, emit_transpose
+from duo_backends.cpu.gemm_pack import emit_gather, emit_transpose, emit_turn
 from duo_backends.cpu.gemm_tile import broadcast, registers_of, transposed_lanes
 from duo_backends.cpu.llvm import Function as LlvmFunction
 from duo_backends.cpu.llvm import Module, literal, register_type, splat_literal, vector
@@ -23,6 +23,8 @@ from duo_ir.types import DimLike, DType
 
 SET, ADD = "set", "add"  # c = sum, c += sum
 FAR = 1024  # bytes between rows from which a block of rows shares too few sets of the first-level cache
+
+UNROLLED = 8  # vectors of a row that are copied without a loop
 
 
 class Parts:
@@ -221,7 +223,7 @@ class Parts:
                     value = self.op("fmul", value, self.number(factor))
                 self.store(value, self.at(target, (column, self.size)))
 
-            self.phase.over_lanes("0", str(width), self.lanes, emit, scalar_tail=False)
+            self._vectors(width, emit)
 
     def copy_out(
         self, access: Access, batch: Sequence[str], row: str, rows: str, width: int, source: str, factor: float | None = None
@@ -240,7 +242,15 @@ class Parts:
                 scope = Scope.flat((*batch, line, column), len(batch) + 1, lanes, mask)
                 e.store(Store(access, 0), [Value(value, dtype, True, 0)], scope)
 
-            self.phase.over_lanes("0", str(width), self.lanes, emit, scalar_tail=False)
+            self._vectors(width, emit)
+
+    def _vectors(self, width: int, emit: Callable[[str, int, str | None], None]) -> None:
+        """Each vector of a row; few of them one after the other, without a loop."""
+        whole = width // self.lanes * self.lanes if width <= UNROLLED * self.lanes else 0
+        for column in range(0, whole, self.lanes):
+            emit(str(column), self.lanes, None)
+        if whole < width:
+            self.phase.over_lanes(str(whole), str(width), self.lanes, emit, scalar_tail=False)
 
     def transposed(self, access: Access, batch: Sequence[str], row: str, rows: str, width: int, to: str) -> None:
         """Up to 64 rows of a tensor as the columns of [width][64]; columns beyond hold anything."""
@@ -248,19 +258,24 @@ class Parts:
         row_bytes, column_bytes = self.strides(access)
         source = self.pointer(access, batch, row)
         contiguous = access.at.strides[-1] == 1 and width * self.size >= 16
-        self._transpose(source, row_bytes, column_bytes, rows, str(width), to, str(self.grid_row), dtype, contiguous)
+        row_stride = access.at.strides[-2]
+        apart = row_stride * dtype.itemsize if isinstance(row_stride, int) else None
+        self._transpose(
+            source, row_bytes, column_bytes, rows, str(width), to, str(self.grid_row), dtype, contiguous, apart
+        )
 
     def _transpose(
-        self, source: str, lane: str, step: str, lanes: str, steps: str, to: str, row: str, dtype: DType, contiguous: bool
+        self, source: str, lane: str, step: str, lanes: str, steps: str, to: str, row: str, dtype: DType, contiguous: bool,
+        apart: int | None,
     ) -> None:  # fmt: skip
-        """to[step][lane] = source; `contiguous`: steps are, and there are enough of them for vectors."""
-        f, at_once = self.f, transposed_lanes(self.target, self.compute)
+        """to[step][lane] = source; `contiguous`: steps are, and there are enough of them for vectors. `apart`: `lane`, where it is known."""
+        f, at_once = self.f, transposed_lanes(self.target, self.compute) if apart is None else self.lanes
         if not contiguous:
             f.emit(
                 f"call void @{self._gather(dtype)}(ptr {source}, i64 {lane}, i64 {step}, i64 {lanes}, i64 {steps}, ptr {to}, i64 {row})"
             )
             return
-        name = self._packer("transpose", dtype)
+        name = self._packer("transpose", dtype, apart)
         with f.loop("0", lanes, at_once, runs=True) as loop:
             valid = f.min(f.sub(lanes, loop.index), str(at_once))
             from_, target = f.gep("i8", source, f.mul(loop.index, lane)), self.at(to, (loop.index, self.size))
@@ -271,16 +286,20 @@ class Parts:
     def _gather(self, dtype: DType) -> str:
         return self._packer("gather", dtype)
 
-    def _packer(self, kind: str, dtype: DType) -> str:
-        key = (kind, dtype)
+    def _packer(self, kind: str, dtype: DType, apart: int | None = None) -> str:
+        """A function that packs: `gather`, `transpose`, or with lanes `apart` bytes from each other by whole squares."""
+        key = (kind, dtype, apart)
         if key not in self._made:
             gather = None if kind == "gather" else self._gather(dtype)
             self._made[key] = name = f"{self.phase.name}_{kind}{len(self._made)}"
             if gather is None:
                 emit_gather(self.module, self.target, name, dtype, self.compute)
-            else:
-                lanes = transposed_lanes(self.target, self.compute)
-                emit_transpose(self.module, self.target, name, gather, dtype, self.compute, lanes)
+                return name
+            loose = name if apart is None else f"{name}_rest"
+            lanes = transposed_lanes(self.target, self.compute) if apart is None else self.lanes
+            emit_transpose(self.module, self.target, loose, gather, dtype, self.compute, lanes)
+            if apart is not None:
+                emit_turn(self.module, self.target, name, loose, dtype, self.compute, apart)
         return self._made[key]
 
     def turned_out(
@@ -294,7 +313,10 @@ class Parts:
             (self.pointer(access, batch, row), row_bytes) if direct else (spare, str(self.padded(width) * self.size))
         )
         # of the transpose lanes are columns of the result here, steps its rows
-        self._transpose(source, str(self.grid_row), str(self.size), str(width), rows, to, step, self.compute, True)
+        apart = self.grid_row if width % self.lanes == 0 else None
+        self._transpose(
+            source, str(self.grid_row), str(self.size), str(width), rows, to, step, self.compute, True, apart
+        )
         if not direct:
             self.copy_out(access, batch, row, rows, width, spare)
 

@@ -328,10 +328,16 @@ def recorder(kind: Any = None) -> Callable[..., Any]:
                 trace = open_trace()
                 entries = trace.entries
             scalars: tuple | None = None
-            t = operands[0] if len(operands) == 1 and not attrs else None
+            t = operands[0] if len(operands) == 1 else None
             if t is not None and t.__class__ is not float and t.__class__ is not int and t.__class__ is not bool:
                 val = t._val if t._storage is None else t._current()
-                key: tuple = (body, val.index if val.trace is trace else trace.leaves.get(val) or trace.enter(val, t))
+                index = val.index if val.trace is trace else trace.leaves.get(val) or trace.enter(val, t)
+                if not attrs:
+                    key: tuple = (body, index)
+                else:
+                    key = entries[-1].node.hot.key  # type: ignore[union-attr]
+                    if len(key) != 4 or key[2] is not attrs or key[1] != index or key[0] is not body:
+                        key = (body, index, attrs, attr_classes(attrs))
             else:
                 refs: list[Any] = [body]
                 for t in operands:

@@ -52,6 +52,16 @@ def _counting(x: Value, dtype: DType | None) -> Value:
     return x if x.type.dtype.is_float else nd.cast_to(x, i64)
 
 
+# Attributes of a reduction over all dims with nothing else asked for, by rank: being the same objects each time, they are recorded quickest.
+_OVER_ALL = [(tuple(range(rank)), False, None) for rank in range(9)]
+
+
+def _attrs(name: str, rank: int, dim: Any, keepdim: Any, dtype: Any) -> tuple[Axes, bool, DType | None]:
+    if dim is None and keepdim is False and dtype is None and rank < 9:
+        return _OVER_ALL[rank]
+    return some_axes(name, dim, rank), bool(keepdim), maybe_dtype(dtype)
+
+
 # ------------------------------------------------------------------------------------------------- sums and products
 def _sum(x: Value, axes: Axes, keepdim: bool, dtype: DType | None) -> Value:
     return _finish(sum_(_counting(x, dtype), axes), x.type.shape, axes, keepdim)
@@ -77,20 +87,17 @@ def _count_nonzero(x: Value, axes: Axes) -> Value:
 
 def sum(input: Any, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
     """The sum. Integers and bools add up as int64 unless `dtype` says otherwise; nothing to add gives 0."""
-    axes = some_axes("sum", dim, type_of(input).rank)
-    return apply(_sum, (input,), (axes, bool(keepdim), maybe_dtype(dtype)))
+    return apply(_sum, (input,), _attrs("sum", len(type_of(input).shape), dim, keepdim, dtype))
 
 
 def prod(input: Any, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
     """The product. Integers and bools multiply as int64 unless `dtype` says otherwise; nothing to multiply gives 1."""
-    axes = some_axes("prod", dim, type_of(input).rank)
-    return apply(_prod, (input,), (axes, bool(keepdim), maybe_dtype(dtype)))
+    return apply(_prod, (input,), _attrs("prod", len(type_of(input).shape), dim, keepdim, dtype))
 
 
 def mean(input: Any, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
     """The sum divided by the number of elements, of a float tensor."""
-    axes = some_axes("mean", dim, type_of(input).rank)
-    return apply(_mean, (input,), (axes, bool(keepdim), maybe_dtype(dtype)))
+    return apply(_mean, (input,), _attrs("mean", len(type_of(input).shape), dim, keepdim, dtype))
 
 
 def count_nonzero(input: Any, dim: Any = None) -> Any:

@@ -632,6 +632,9 @@ def test_extremes_of_few_values(dtype, n):
     for kind in ("max", "min"):
         kernel, result = reduce_kernel((len(some),), (n,), kind, dtype, Affine(0, (n, 1)), x.size)
         check(kernel, [x, np.zeros(len(some), result.numpy)])
+        for start in (0, 40 * n, 70 * n):  # one row: lanes without elements
+            kernel, result = reduce_kernel((), (n,), kind, dtype, Affine(start, (1,)), x.size)
+            check(kernel, [x, np.zeros(1, result.numpy)], machines=MACHINES[:1])
         outer, inner = 7, (n, len(some) // 7)
         kernel, result = reduce_kernel((outer,), inner, kind, dtype, Affine(0, (1, 7 * inner[1], 7)), x.size)
         check(kernel, [x, np.zeros(outer, result.numpy)], machines=MACHINES[:2])

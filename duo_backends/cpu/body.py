@@ -256,7 +256,7 @@ class Emitter:
         if op == "fma":
             return done(f.intrinsic("fma", type_, [(type_, n) for n in names]))
         if op == "ldexp":
-            if self.target.arch == "x86_64" and width * dtype.itemsize == 64:
+            if self.target.arch == "x86_64" and self.target.vector_bytes == width * dtype.itemsize == 64:
                 return done(self._scalef(type_, names, dtype, width))
             (value,) = self.emit(_ldexp(dtype), scope, saved=args.__getitem__)[-1:]
             return value

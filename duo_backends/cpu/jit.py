@@ -203,8 +203,8 @@ def _made(texts: Iterable[str], m: Machine) -> list[tuple[str, bytes]]:
         return key, code, known
 
     # A thread that comes back from LLVM needs the interpreter for microseconds; it must not wait 5 ms for it while texts are being made.
-    interval = sys.getswitchinterval()
     with _lock:
+        interval = sys.getswitchinterval()  # within the lock: another thread that compiles has it lowered
         try:
             sys.setswitchinterval(min(interval, SWITCH_SECONDS))
             made = _in_threads(make, texts)

@@ -4,6 +4,8 @@ import ctypes
 import gc
 import platform
 import sys
+import threading
+import time
 
 import pytest
 
@@ -123,3 +125,16 @@ def test_truncated_objects_are_refused(code):
     for size in range(0, len(code), 97):
         with pytest.raises((Unsupported, DeviceError)):
             load_objects([code[:size]], IMPORTS)
+
+
+def test_threads_that_compile_together_leave_the_switch_interval_as_it_was():
+    """The second thread comes while the first has lowered it."""
+    before = sys.getswitchinterval()
+    other = threading.Thread(target=lambda: jit.object_codes([], jit.machine()))
+    with jit._lock:
+        sys.setswitchinterval(before / 10)
+        other.start()
+        time.sleep(0.1)
+        sys.setswitchinterval(before)
+    other.join()
+    assert sys.getswitchinterval() == pytest.approx(before)

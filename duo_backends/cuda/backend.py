@@ -1,4 +1,4 @@
-"""The CUDA backend: kernels through the emitters and NVRTC or nvcc, cached in memory and on disk; buffers from a pool; one stream.
+"""The CUDA backend: kernels through the emitters and NVRTC or nvcc, cached in memory and on disk; buffers from a pool; streams.
 
 Nothing of CUDA is touched before the first program or buffer asks for it.
 """
@@ -15,13 +15,13 @@ import numpy as np
 
 from duo_backends.binding import kernels_of
 from duo_backends.cache import DiskCache, disk_cache
-from duo_backends.cuda.bound import SCALARS_NAME, SCALARS_TEXT, Runtime
 from duo_backends.cuda.code import GpuTarget, KernelCode
 from duo_backends.cuda.compiler import Compiler, compile_cached, find_compiler
 from duo_backends.cuda.driver import Driver, PycudaDriver
 from duo_backends.cuda.emit import compile_kernel, source
 from duo_backends.cuda.executable import CudaExecutable
 from duo_backends.cuda.memory import DeviceBuffer, Pool
+from duo_backends.cuda.streams import SCALARS_NAME, SCALARS_TEXT, Runtime
 from duo_backends.cuda.work import LoadedKernel
 from duo_ir.errors import ArgumentError
 from duo_ir.kernels.kernel import Kernel
@@ -68,7 +68,7 @@ class CudaBackend:
 
     @cached_property
     def runtime(self) -> Runtime:
-        """The stream, the memory, and what waits to be checked."""
+        """The streams, the memory, and what waits to be checked."""
         return Runtime(self.driver, Pool(self.driver, self._memory_limit, self._exact), self._scalars)
 
     @cached_property
@@ -134,26 +134,18 @@ class CudaBackend:
 
     def allocate(self, nbytes: int) -> DeviceBuffer:
         """A buffer with undefined contents. Raises OutOfMemory."""
-        return self.runtime.pool.allocate(nbytes)
+        return self.runtime.stream.allocate(nbytes)
 
     def from_numpy(self, array: np.ndarray, copy: bool = True) -> DeviceBuffer:
         """See `duo_backends.base.Backend`; the device cannot address host memory, so it is always a copy."""
-        array = np.ascontiguousarray(array)
-        runtime = self.runtime
-        buffer = runtime.pool.allocate(array.nbytes)
-        with runtime.lock, runtime.driver:
-            runtime.transfers.upload(buffer.ptr, array)
-        return buffer
+        return self.runtime.upload(np.ascontiguousarray(array))
 
     def to_numpy(self, buffer: DeviceBuffer, dtype: DType, shape: Sequence[int], copy: bool = True) -> np.ndarray:
         """See `duo_backends.base.Backend`; always a copy. Waits, and raises IndexOutOfRange for a run whose check failed."""
         out = np.empty(shape, dtype.numpy)
         if out.nbytes > buffer.nbytes:
             raise ArgumentError(f"{buffer.nbytes} bytes do not hold {dtype.name} of shape {tuple(shape)}")
-        runtime = self.runtime
-        runtime.synchronize()
-        with runtime.lock, runtime.driver:
-            runtime.transfers.download(out, buffer.ptr)
+        self.runtime.download(out, buffer)
         return out
 
     def synchronize(self) -> None:

@@ -1,6 +1,6 @@
-"""Programs with all sizes known, ready to run on the GPU: `CudaBound`, over what all programs of a device share, its `Runtime`.
+"""Programs with all sizes known, ready to run on the GPU: `CudaBound`, over what all programs of a device share, its `Runtime` (streams.py).
 
-A run hands its work to the stream and returns; nothing waits, except to read a bool that decides what comes next. An index that is out of
+A run hands its work to the thread's current stream and returns; nothing waits, except to read a bool that decides what comes next. An index that is out of
 range is noticed when somebody waits (`Runtime.synchronize`, or reading a buffer), at once under DUO_SYNC=1, and before a result overwrites an
 input, which then stays whole. A block of work that comes a second time with the same addresses is captured as a CUDA graph and
 replayed from then on. Numbers given as Python numbers go to the device as arguments of a launch before the program, so graphs keep.
@@ -8,12 +8,9 @@ replayed from then on. Numbers given as Python numbers go to the device as argum
 
 from __future__ import annotations
 
-import ctypes
 import os
-import struct
-import threading
-from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Collection, Sequence
+from collections import Counter, OrderedDict
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -22,121 +19,15 @@ import numpy as np
 
 from duo_backends.base import Scalar
 from duo_backends.binding import Signature, byte_count
-from duo_backends.calls import choose_donors, index_error, rounded
-from duo_backends.cuda.driver import Driver, Pinned
-from duo_backends.cuda.memory import DeviceBuffer, Pool, Transfers
-from duo_backends.cuda.work import STATUS_STRIDE, Launch, Table, Work
+from duo_backends.calls import choose_donors, rounded
+from duo_backends.cuda.memory import DeviceBuffer
+from duo_backends.cuda.streams import SCALARS, Runtime, Stream
+from duo_backends.cuda.work import Launch, Table, Work
 from duo_backends.flat import round_up
-from duo_ir.errors import ArgumentError, IndexOutOfRange
+from duo_ir.errors import ArgumentError
 
 GRAPH_LEAST = 3  # launches and copies from which a block is worth a graph
 PLACEMENTS = 16  # sets of addresses that a bound program remembers words and graphs for
-WAITING = 64  # runs whose checks nobody has looked at yet
-SCALARS = 16  # numbers that one launch brings to the device
-SCALARS_NAME = "duo_scalars"
-SCALARS_TEXT = (
-    f'extern "C" __global__ void {SCALARS_NAME}(long long *to, {", ".join(f"long long v{k}" for k in range(SCALARS))}) {{\n'
-    + "".join(f"  to[{k}] = v{k};\n" for k in range(SCALARS))
-    + "}\n"
-)
-
-
-@dataclass(frozen=True)
-class _Check:
-    """The status words of a run, on their way to the host."""
-
-    event: Any
-    words: Pinned
-    table: Table
-
-
-class Runtime:
-    """What the programs of one device share: its driver, stream and pool, and the checks that nobody has looked at. `lock` is held while
-    work is handed to the stream."""
-
-    def __init__(self, driver: Driver, pool: Pool, scalars: Callable[[], Any]) -> None:
-        self.driver, self.pool = driver, pool
-        self.lock = threading.RLock()
-        self.launches = self.replays = 0  # launches by themselves, and graphs
-        self._scalars = scalars  # loads the function of SCALARS_TEXT
-        self._waiting: deque[_Check] = deque()
-        self._failed: IndexOutOfRange | None = None
-        self._idle: list[Pinned] = []
-        with driver:
-            self.stream = driver.stream()
-            self.transfers = Transfers(driver, self.stream)
-
-    def synchronize(self) -> None:
-        """Waits for all that was started. Raises IndexOutOfRange for the first run whose check failed and nobody has heard of yet."""
-        with self.driver:
-            with self.lock:
-                event = self.driver.event()
-                self.driver.record(event, self.stream)
-            self.driver.wait(event)  # without the lock: other threads may go on
-            with self.lock:
-                while self._waiting and self.driver.ready(self._waiting[0].event):
-                    self._look(self._waiting.popleft())
-                failed, self._failed = self._failed, None
-        if failed is not None:
-            raise failed
-
-    def put_scalars(self, ptr: int, words: Sequence[int]) -> None:
-        """Numbers, as their bits, to the device; the memory holds whole launches of SCALARS of them."""
-        function = self._scalars()
-        for start in range(0, len(words), SCALARS):
-            part = [*words[start : start + SCALARS], *[0] * SCALARS][:SCALARS]
-            packed = struct.pack(f"{1 + SCALARS}q", ptr + 8 * start, *part)
-            self.driver.launch(function, 1, 1, packed, 0, self.stream)
-
-    def start_check(self, ptr: int, table: Table) -> None:
-        """Sends for a run's status words."""
-        while self._waiting and (len(self._waiting) >= WAITING or self.driver.ready(self._waiting[0].event)):
-            self._look(self._waiting.popleft())
-        self._waiting.append(self._fetch(ptr, table))
-
-    def check_now(self, ptr: int, table: Table) -> None:
-        """Waits for a run's status words. Raises IndexOutOfRange."""
-        check = self._fetch(ptr, table)
-        failed = self._error(check)
-        if failed is not None:
-            raise failed
-
-    def read_bool(self, ptr: int) -> bool:
-        """The bool at an address, when all that was started has run."""
-        block = self._block(1)
-        self.driver.to_host(block.ptr, ptr, 1, self.stream)
-        self.driver.synchronize(self.stream)
-        value = ctypes.c_ubyte.from_address(block.ptr).value
-        self._idle.append(block)
-        return value != 0
-
-    def _fetch(self, ptr: int, table: Table) -> _Check:
-        block = self._block(table.status)
-        self.driver.to_host(block.ptr, ptr, table.status, self.stream)
-        event = self.driver.event()
-        self.driver.record(event, self.stream)
-        return _Check(event, block, table)
-
-    def _look(self, check: _Check) -> None:
-        failed = self._error(check)
-        self._failed = self._failed or failed
-
-    def _error(self, check: _Check) -> IndexOutOfRange | None:
-        self.driver.wait(check.event)
-        found = None
-        for n, note in enumerate(check.table.notes):
-            _, point, site, index, bound = (ctypes.c_int64 * 5).from_address(check.words.ptr + STATUS_STRIDE * n)
-            if point:
-                found = index_error(note, site, index, bound)
-                break
-        self._idle.append(check.words)
-        return found
-
-    def _block(self, nbytes: int) -> Pinned:
-        for n, block in enumerate(self._idle):
-            if block.nbytes >= nbytes:
-                return self._idle.pop(n)
-        return self.driver.pinned(max(nbytes, 1024))
 
 
 @dataclass(frozen=True)
@@ -164,11 +55,10 @@ class _Frame:
 
     __slots__ = ("bases", "blocks", "scalars", "status")
 
-    def __init__(self, bound: CudaBound, arguments: Sequence[int]) -> None:
-        pool = bound.runtime.pool
-        self.blocks = [pool.allocate(nbytes) for nbytes in bound.frame_blocks]
+    def __init__(self, bound: CudaBound, arguments: Sequence[int], stream: Stream) -> None:
+        self.blocks = [stream.allocate(nbytes) for nbytes in bound.frame_blocks]
         starts = [block.ptr for block in self.blocks]
-        if pool.exact:
+        if bound.runtime.pool.exact:
             self.scalars, self.status, arena, scratch, *own = starts
         else:
             start, own = starts[0], []
@@ -183,7 +73,7 @@ class Call:
     """One run that may overwrite inputs: `results` lists its buffers beforehand, `done` tells whether all its work has been handed over, so that
     they will hold the results for whoever reads them."""
 
-    __slots__ = ("_bound", "_donating", "_inputs", "_outputs", "done", "results")
+    __slots__ = ("_bound", "_donating", "_inputs", "_outputs", "_stream", "done", "results")
 
     def __init__(
         self,
@@ -192,14 +82,16 @@ class Call:
         outputs: list[DeviceBuffer],
         results: list[DeviceBuffer],
         donating: bool,
+        stream: Stream,
     ) -> None:
         self._bound, self._inputs, self._outputs, self._donating = bound, inputs, outputs, donating
+        self._stream = stream
         self.results = results
         self.done = False
 
     def run(self) -> list[DeviceBuffer]:
         """Hands the work over and gives `results`."""
-        self._bound.issue(self._inputs, self._outputs, self._donating)
+        self._bound.issue(self._inputs, self._outputs, self._donating, self._stream)
         self.done = True
         return self.results
 
@@ -250,12 +142,12 @@ class CudaBound:
                 assert isinstance(buffer, DeviceBuffer)
                 if buffer.donatable and uses[id(buffer)] == 1:  # nobody else sees its memory
                     heirs[output] = given
-        pool = self.runtime.pool
+        stream = self.runtime.stream
         outputs: list[DeviceBuffer] = [
-            inputs[heirs[k]] if k in heirs else pool.allocate(n)  # type: ignore[misc]
+            inputs[heirs[k]] if k in heirs else stream.allocate(n)  # type: ignore[misc]
             for k, n in enumerate(self._out_bytes)
         ]
-        return Call(self, inputs, outputs, self._results(inputs, outputs), bool(heirs))
+        return Call(self, inputs, outputs, self._results(inputs, outputs), bool(heirs), stream)
 
     def check_inputs(self, inputs: Sequence[DeviceBuffer | Scalar]) -> None:
         """Raises ArgumentError when there are too few inputs, or one is no buffer of this device or too small."""
@@ -274,11 +166,7 @@ class CudaBound:
             if slot >= count:
                 out.append(outputs[slot - count])
             elif slot in self.scalar_at:
-                array = rounded(inputs[slot], self.program.inputs[slot].dtype)
-                buffer = self.runtime.pool.allocate(array.nbytes)
-                with self.runtime.lock, self.runtime.driver:
-                    self.runtime.transfers.upload(buffer.ptr, array)
-                out.append(buffer)
+                out.append(self.runtime.upload(rounded(inputs[slot], self.program.inputs[slot].dtype)))
             else:
                 out.append(inputs[slot])  # type: ignore[arg-type]
         return out
@@ -296,38 +184,58 @@ class CudaBound:
         return words
 
     # -------------------------------------------------------------------------------------------------- handing work over
-    def issue(self, inputs: Sequence[DeviceBuffer | Scalar], outputs: list[DeviceBuffer], donating: bool) -> None:
+    def issue(
+        self, inputs: Sequence[DeviceBuffer | Scalar], outputs: list[DeviceBuffer], donating: bool, stream: Stream
+    ) -> None:
         """Gives all work to the stream. `donating`: outputs may be inputs, so checks come first. Raises IndexOutOfRange where it has
         to wait, or under DUO_SYNC=1."""
         words = self._scalar_words(inputs)
+        runtime = self.runtime
+        with runtime.lock, runtime.driver:
+            if not runtime.tracking:
+                self._give(inputs, outputs, words, donating, stream)
+            else:
+                overwritten = [x for x in outputs if any(x is y for y in inputs)] if donating else []
+                runtime.acquire(stream, inputs, overwritten)
+                try:
+                    self._give(inputs, outputs, words, donating, stream)
+                finally:  # where it raises, some of the work has been given all the same
+                    runtime.release(stream, inputs, outputs)
+        if os.environ.get("DUO_SYNC") == "1":
+            runtime.synchronize(stream)
+
+    def _give(
+        self,
+        inputs: Sequence[DeviceBuffer | Scalar],
+        outputs: list[DeviceBuffer],
+        words: list[int],
+        donating: bool,
+        stream: Stream,
+    ) -> None:
         addresses = [x.ptr if isinstance(x, DeviceBuffer) else 0 for x in (*inputs, *outputs)]
         runtime, table = self.runtime, self.table
-        with runtime.lock, runtime.driver:
-            frame = _Frame(
-                self, addresses
-            )  # its blocks go back to the pool at the end: what comes later comes later on the stream
-            placement = self._placement(frame)
-            if words:
-                runtime.put_scalars(frame.scalars, words)
-            if table.status:
-                runtime.driver.fill(frame.status, 0, table.status, runtime.stream)
-            number = 0
-            while True:
-                self._hand_over(number, placement)
-                end = table.blocks[number].end
-                number += 1
-                if end.kind == "end":
-                    break
-                if end.kind == "jump":
-                    number = end.target
-                elif table.status and (end.kind == "branch" or donating):
-                    runtime.check_now(frame.status, table)
-                if end.kind == "branch" and not runtime.read_bool(int(placement.words[end.word])):
-                    number = end.target
-            if table.status:
-                runtime.start_check(frame.status, table)
-        if os.environ.get("DUO_SYNC") == "1":
-            runtime.synchronize()
+        # its blocks go back to the stream's at the end: what comes later comes later on the stream
+        frame = _Frame(self, addresses, stream)
+        placement = self._placement(frame)
+        if words:
+            runtime.put_scalars(frame.scalars, words, stream)
+        if table.status:
+            runtime.driver.fill(frame.status, 0, table.status, stream.queue)
+        number = 0
+        while True:
+            self._hand_over(number, placement, stream)
+            end = table.blocks[number].end
+            number += 1
+            if end.kind == "end":
+                break
+            if end.kind == "jump":
+                number = end.target
+            elif table.status and (end.kind == "branch" or donating):
+                runtime.check_now(frame.status, table, stream)
+            if end.kind == "branch" and not runtime.read_bool(int(placement.words[end.word]), stream):
+                number = end.target
+        if table.status:
+            runtime.start_check(frame.status, table, stream)
 
     def _placement(self, frame: _Frame) -> _Placement:
         if self._generation != self.runtime.pool.generation:  # what graphs say of memory is no longer sure
@@ -343,42 +251,42 @@ class CudaBound:
             self._placements.popitem(last=False)
         return found
 
-    def _hand_over(self, number: int, placement: _Placement) -> None:
+    def _hand_over(self, number: int, placement: _Placement, stream: Stream) -> None:
         """A block's work: by itself the first time, then as a graph."""
         work, runtime = self.table.blocks[number].work, self.runtime
         graph = placement.graphs[number]
         if len(work) < GRAPH_LEAST or graph is False:
-            self._launch(work, placement)
+            self._launch(work, placement, stream)
         elif graph is None:
-            self._launch(work, placement)
+            self._launch(work, placement, stream)
             placement.graphs[number] = True
         else:
             if graph is True:
-                graph = placement.graphs[number] = self._capture(work, placement)
+                graph = placement.graphs[number] = self._capture(work, placement, stream)
             if graph is False:
-                self._launch(work, placement)
+                self._launch(work, placement, stream)
                 return
-            runtime.driver.replay(graph, runtime.stream)
+            runtime.driver.replay(graph, stream.queue)
             runtime.replays += 1
 
-    def _capture(self, work: Sequence[Work], placement: _Placement) -> Any:
+    def _capture(self, work: Sequence[Work], placement: _Placement, stream: Stream) -> Any:
         """A graph of the work; False where the driver does not make one."""
-        driver, stream = self.runtime.driver, self.runtime.stream
-        driver.begin_capture(stream)
+        driver = self.runtime.driver
+        driver.begin_capture(stream.queue)
         graph = None
         try:
-            self._launch(work, placement)
+            self._launch(work, placement, stream)
         finally:
-            graph = driver.end_capture(stream)  # in any case: a stream that captures runs nothing
+            graph = driver.end_capture(stream.queue)  # in any case: a stream that captures runs nothing
         return graph or False
 
-    def _launch(self, work: Sequence[Work], placement: _Placement) -> None:
-        driver, stream, memory = self.runtime.driver, self.runtime.stream, placement.memory
+    def _launch(self, work: Sequence[Work], placement: _Placement, stream: Stream) -> None:
+        driver, queue, memory = self.runtime.driver, stream.queue, placement.memory
         for item in work:
             if isinstance(item, Launch):
                 packed = memory[8 * item.first : 8 * item.last]
-                driver.launch(item.function, item.blocks, item.threads, packed, item.shared, stream)
+                driver.launch(item.function, item.blocks, item.threads, packed, item.shared, queue)
             else:
                 words = placement.words
-                driver.copy(int(words[item.target]), int(words[item.source]), item.nbytes, stream)
+                driver.copy(int(words[item.target]), int(words[item.source]), item.nbytes, queue)
         self.runtime.launches += len(work)

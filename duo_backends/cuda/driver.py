@@ -97,6 +97,18 @@ class Driver(Protocol):
         """Milliseconds between two events that are ready."""
         ...
 
+    def handle(self, stream: Any) -> int:
+        """The stream's address, as other libraries know it."""
+        ...
+
+    def foreign_event(self, handle: int) -> Any:
+        """An event after all that another library's stream was given (0 and 1 stand for the default stream, 2 for this thread's)."""
+        ...
+
+    def foreign_wait(self, handle: int, stream: Any) -> None:
+        """Another library's stream waits for all that ours was given."""
+        ...
+
     def begin_capture(self, stream: Any) -> None:
         """What this thread gives the stream from now on is not run, but kept."""
         ...
@@ -154,6 +166,60 @@ class Graphs:
         code = getattr(self.library, name)(*arguments)
         if code:
             raise failure(self.library, name, code)
+
+
+class RawEvent:
+    """An event of `Foreign`; when it ends, its address serves the next one."""
+
+    __slots__ = ("_foreign", "address")
+
+    def __init__(self, address: int, foreign: Foreign) -> None:
+        self.address, self._foreign = address, foreign
+
+    def __del__(self) -> None:
+        self._foreign.idle.append(self.address)
+
+    @property
+    def raw(self) -> RawEvent:
+        return self
+
+    def query(self) -> bool:
+        return self._foreign.call("cuEventQuery", self.address, 600) == 0
+
+    def synchronize(self) -> None:
+        self._foreign.call("cuEventSynchronize", self.address)
+
+
+class Foreign:
+    """Other libraries' streams, which PyCUDA has no object for, by ctypes on libcuda: each is its address."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._library = library
+        self.idle: list[int] = []
+
+    def call(self, name: str, first: int, *allowed: int, more: tuple[Any, ...] = ()) -> int:
+        """Calls the driver. Raises DeviceError for a result code that is not `allowed`."""
+        code: int = getattr(self._library, name)(ctypes.c_void_p(first), *more)
+        if code and code not in allowed:
+            raise failure(self._library, name, code)
+        return code
+
+    def event(self, stream: int) -> RawEvent:
+        """After all that the stream was given."""
+        try:
+            made = RawEvent(self.idle.pop(), self)
+        except IndexError:
+            address = ctypes.c_void_p()
+            code = self._library.cuEventCreate(ctypes.byref(address), ctypes.c_uint(2))  # CU_EVENT_DISABLE_TIMING
+            if code:
+                raise failure(self._library, "cuEventCreate", code) from None
+            made = RawEvent(address.value or 0, self)
+        self.call("cuEventRecord", made.address, more=(ctypes.c_void_p(stream),))
+        return made
+
+    def wait(self, stream: int, event: RawEvent) -> None:
+        """What the stream is given from now on comes after the event."""
+        self.call("cuStreamWaitEvent", stream, more=(ctypes.c_void_p(event.address), ctypes.c_uint(0)))
 
 
 def failure(library: ctypes.CDLL, call: str, code: int) -> DuoError:
@@ -227,7 +293,7 @@ class PycudaDriver:
             found.total_memory(),
         )
         self._context = found.retain_primary_context()
-        self._graphs = Graphs(library)
+        self._graphs, self._foreign = Graphs(library), Foreign(library)
         self._local = threading.local()
         self._process = os.getpid()
         self._blocks: dict[int, Any] = {}
@@ -323,10 +389,22 @@ class PycudaDriver:
         event.raw.synchronize()
 
     def stream_wait(self, stream: Any, event: Any) -> None:
-        stream.wait_for_event(event.raw)
+        if event.__class__ is RawEvent:
+            self._foreign.wait(stream.handle, event)
+        else:
+            stream.wait_for_event(event.raw)
 
     def elapsed(self, first: Any, second: Any) -> float:
         return second.raw.time_since(first.raw)  # type: ignore[no-any-return]
+
+    def handle(self, stream: Any) -> int:
+        return stream.handle  # type: ignore[no-any-return]
+
+    def foreign_event(self, handle: int) -> RawEvent:
+        return self._foreign.event(handle)
+
+    def foreign_wait(self, handle: int, stream: Any) -> None:
+        self._foreign.wait(handle, self._foreign.event(stream.handle))
 
     # -------------------------------------------------------------------------------------------------------- graphs
     def begin_capture(self, stream: Any) -> None:

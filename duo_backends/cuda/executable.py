@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 
 from duo_backends.binding import SizedExecutable, signature
-from duo_backends.cuda.bound import CudaBound, Prepared, Runtime
+from duo_backends.cuda.bound import CudaBound, Prepared
+from duo_backends.cuda.streams import Runtime
 from duo_backends.cuda.work import LoadedKernel, build_table
 from duo_ir.kernels.kernel import Kernel
 from duo_ir.kernels.program import Program

@@ -1,9 +1,10 @@
 """Device memory: `DeviceBuffer`s from a caching pool, and copies between host and device through page-locked memory.
 
-All of duo's work on a device runs in order on one stream. So a block that a buffer gives back may serve the next request at once: whatever
-the new owner does comes after all that the old one started. The pool takes memory when it is asked for some, never beforehand; small blocks
-are cut from slabs. Of the free blocks that fit, the one of the lowest address is taken, so that a program that is run again and again finds its
-buffers where they were, and its CUDA graphs fit. When the device has none left, free blocks go back to it and the request is tried again.
+Free blocks lie on a `Shelf`, one for each stream. What a stream is given runs in order, so a block that a buffer gives back may serve the
+stream's next request at once. A buffer that other streams have used as well knows so (`Uses`), and its block waits until they are through. The pool
+takes memory when it is asked for some, never beforehand; small blocks are cut from slabs. Of the free blocks that fit, the one of the lowest
+address is taken, so that a program that is run again and again finds its buffers where they were, and its CUDA graphs fit. When the device has
+none left, free blocks go back to it and the request is tried again.
 """
 
 from __future__ import annotations
@@ -11,9 +12,9 @@ from __future__ import annotations
 import ctypes
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from heapq import heappop, heappush
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -27,20 +28,44 @@ CHUNK = 4 << 20  # bytes of a page-locked block of `Transfers`
 _ALIGNMENT = 256  # of cuMemAlloc; a block of a slab starts at a multiple of it as well
 
 
+class Mark(NamedTuple):
+    """A point in a stream's work (any object; None: another library's): its `number`-th, and an event there."""
+
+    stream: Any
+    number: int
+    event: Any
+
+
+class Uses:
+    """Where a buffer was used: the mark after the last write, and for each stream the mark after its last use."""
+
+    __slots__ = ("last", "written")
+
+    def __init__(self, written: Mark) -> None:
+        self.written = written
+        self.last = {written.stream: written}
+
+
 class DeviceBuffer:
     """A block of device memory: `ptr` (address on the device) and `nbytes`."""
 
-    __slots__ = ("__weakref__", "_home", "nbytes", "ptr", "shared")
+    __slots__ = ("__weakref__", "_home", "nbytes", "ptr", "shared", "uses")
 
-    def __init__(self, ptr: int, nbytes: int, home: list[int]) -> None:
+    def __init__(self, ptr: int, nbytes: int, home: Any) -> None:
         self.ptr, self.nbytes, self._home = ptr, nbytes, home
         self.shared = False  # whether others see the memory
+        self.uses: Uses | None = None  # None: by the stream that it is from, at most
 
     def __del__(self, push: Callable[[list[int], int], None] = heappush) -> None:
         try:
-            push(self._home, self.ptr)
+            home, uses = self._home, self.uses
         except AttributeError:  # an interrupt came while it was being made
-            pass
+            return
+        if uses is None:
+            push(home, self.ptr)
+            home.pool.live -= home.size
+        else:
+            home.retire(self.ptr, uses)
 
     def __repr__(self) -> str:
         return f"DeviceBuffer({self.nbytes} bytes at {self.ptr:#x})"
@@ -51,18 +76,50 @@ class DeviceBuffer:
         return not self.shared
 
 
-class Pool:
-    """Blocks of device memory by size class. `limit`: the most bytes that it takes from the device (None: what there is); `exact`: every
-    buffer has an allocation of its own of just its size, so that tools that watch accesses see a buffer's end (slow)."""
+class Blocks(list[int]):
+    """Free blocks of one size on one shelf, a heap of addresses; one push or pop needs no lock. `made`: those that there are, free or not."""
 
-    def __init__(self, driver: Driver, limit: int | None = None, exact: bool = False) -> None:
-        self.driver, self.limit, self.exact = driver, limit, exact
-        self._free: dict[int, list[int]] = {}  # class -> heap of addresses; one push or pop needs no lock
-        self._by_nbytes: dict[int, list[int]] = {}  # every size asked for -> its class
-        self._lock = threading.RLock()
-        self._reserved = self._peak = 0
-        self.generation = 0  # how often memory has gone back to the device
-        self._slab = (0, 0)  # next free address, end
+    __slots__ = ("made", "pool", "shelf", "size")
+
+    def __init__(self, size: int, shelf: Shelf) -> None:
+        super().__init__()
+        self.size, self.shelf, self.pool = size, shelf, shelf.pool
+        self.made = 0
+
+    def retire(self, ptr: int, uses: Uses) -> None:
+        """The end of a buffer that more than one stream may have used."""
+        marks = [mark for stream, mark in uses.last.items() if stream is not self.shelf.stream]
+        if marks:
+            self.pool.late.append((marks, self, ptr))
+        else:
+            self.put(ptr)
+
+    def put(self, ptr: int) -> None:
+        heappush(self, ptr)
+        self.pool.live -= self.size
+
+
+class Borrowed:
+    """The home of a buffer whose memory is somebody else's: `owner` is let go of when duo's work on it is done."""
+
+    def __init__(self, pool: Pool, owner: Any) -> None:
+        self._pool, self.owner = pool, owner
+
+    def retire(self, ptr: int, uses: Uses) -> None:
+        self._pool.late.append((list(uses.last.values()), self, ptr))
+
+    def put(self, ptr: int) -> None:
+        self.owner = None
+
+
+class Shelf:
+    """The free blocks of one stream, by size class."""
+
+    def __init__(self, pool: Pool) -> None:
+        self.pool = pool
+        self.stream: Any = None  # set by whoever makes the stream
+        self.free: dict[int, Blocks] = {}
+        self._by_nbytes: dict[int, Blocks] = {}  # every size asked for -> its class
 
     def allocate(self, nbytes: int) -> DeviceBuffer:
         """A buffer with undefined contents. Raises OutOfMemory, ArgumentError for a negative size."""
@@ -70,74 +127,159 @@ class Pool:
         if free is None:
             free = self._class_of(nbytes)
         try:
-            return DeviceBuffer(heappop(free), nbytes, free)
+            buffer = DeviceBuffer(heappop(free), nbytes, free)
         except IndexError:
-            return DeviceBuffer(self._fresh(nbytes), nbytes, free)
+            buffer = DeviceBuffer(self.pool.fresh(nbytes, free), nbytes, free)
+        pool = free.pool
+        live = pool.live = pool.live + free.size
+        if live > pool.most:
+            pool.most = live
+        return buffer
 
-    def _size(self, nbytes: int) -> int:
-        return max(nbytes, 1) if self.exact else class_size(max(nbytes, _ALIGNMENT))
-
-    def _class_of(self, nbytes: int) -> list[int]:
-        """The free blocks that serve `nbytes`."""
+    def _class_of(self, nbytes: int) -> Blocks:
         if nbytes < 0:
             raise ArgumentError(f"a buffer cannot have {nbytes} bytes")
-        with self._lock:
-            free = self._free.setdefault(self._size(nbytes), [])
+        pool = self.pool
+        with pool.lock:
+            size = pool.size_of(nbytes)
+            free = self.free.get(size)
+            if free is None:
+                free = self.free[size] = Blocks(size, self)
             if len(self._by_nbytes) > 8192:
                 self._by_nbytes = {}
             self._by_nbytes[nbytes] = free
         return free
 
+
+class Pool:
+    """The memory of one device. `limit`: the most bytes that it takes from the device (None: what there is); `exact`: every buffer has an
+    allocation of its own of just its size, so that tools that watch accesses see a buffer's end (slow). `late`: blocks that other streams
+    still use, (marks, home, address); `live`, `most`: bytes in live buffers, and the most at any time, counted without a lock."""
+
+    def __init__(self, driver: Driver, limit: int | None = None, exact: bool = False) -> None:
+        self.driver, self.limit, self.exact = driver, limit, exact
+        self.lock = threading.RLock()
+        self.late: deque[tuple[Sequence[Mark], Blocks | Borrowed, int]] = deque()
+        self.live = self.most = 0
+        self.retries = self.failures = 0  # requests that were tried again, and that were refused
+        self.main = Shelf(self)
+        self._shelves = [self.main]
+        self._reserved = self._peak = 0
+        self.generation = 0  # how often memory has gone back to the device
+        self._slab = (0, 0)  # next free address, end
+
+    def shelf(self) -> Shelf:
+        """Free memory for one more stream."""
+        made = Shelf(self)
+        with self.lock:
+            self._shelves.append(made)
+        return made
+
+    def allocate(self, nbytes: int) -> DeviceBuffer:
+        """A buffer of the main shelf."""
+        return self.main.allocate(nbytes)
+
+    def size_of(self, nbytes: int) -> int:
+        """Bytes of the block that serves a request."""
+        return max(nbytes, 1) if self.exact else class_size(max(nbytes, _ALIGNMENT))
+
+    def borrow(self, ptr: int, nbytes: int, owner: Any, mark: Mark) -> DeviceBuffer:
+        """Memory of somebody else, which `owner` keeps alive and which may be used after `mark`."""
+        buffer = DeviceBuffer(ptr, nbytes, Borrowed(self, owner))
+        buffer.uses, buffer.shared = Uses(mark), True
+        return buffer
+
     @property
     def statistics(self) -> MemoryStatistics:
         """Bytes taken from the device, free ones among them, and the most ever taken."""
-        with self._lock:
-            cached = sum(size * len(free) for size, free in self._free.items())
+        with self.lock:
+            self.reap()
+            cached = sum(size * len(free) for shelf in self._shelves for size, free in shelf.free.items())
             return MemoryStatistics(self._reserved, cached, self._peak)
+
+    @property
+    def allocated(self) -> int:
+        """Bytes of the blocks of live buffers."""
+        with self.lock:
+            self.reap()
+            blocks = [free for shelf in self._shelves for free in shelf.free.values()]
+            self.live = sum(free.size * (free.made - len(free)) for free in blocks)
+            return self.live
+
+    def reset_peaks(self) -> None:
+        """From now on the most taken and the most live are counted anew."""
+        with self.lock:
+            self.most, self._peak = self.allocated, self._reserved
+
+    def reap(self, wait: bool = False) -> None:
+        """Frees what other streams were using, where they are through; with `wait`, all of it."""
+        if not self.late:
+            return
+        with self.lock, self.driver:
+            for _ in range(len(self.late)):
+                entry = self.late.popleft()
+                marks, home, ptr = entry
+                if wait:
+                    for mark in marks:
+                        self.driver.wait(mark.event)
+                elif not all(self.driver.ready(mark.event) for mark in marks):
+                    self.late.append(entry)
+                    continue
+                home.put(ptr)
 
     def trim(self) -> int:
         """Gives free blocks back to the device, except those of slabs; their bytes."""
         given = 0
-        with self._lock, self.driver:
-            for size, free in self._free.items():
-                while size >= SMALL or self.exact:
+        with self.lock, self.driver:
+            self.reap()
+            for free in [free for shelf in self._shelves for free in shelf.free.values()]:
+                while free.size >= SMALL or self.exact:
                     try:
                         ptr = heappop(free)
                     except IndexError:
                         break
+                    free.made -= 1
                     self.driver.free(ptr)
-                    given += size
+                    given += free.size
             self._reserved -= given
             self.generation += given > 0
         return given
 
-    def _fresh(self, nbytes: int) -> int:
-        size = self._size(nbytes)
-        with self._lock:
+    def fresh(self, nbytes: int, free: Blocks) -> int:
+        """A new block of a class, or one that has become free meanwhile."""
+        size = free.size
+        with self.lock:
+            self.reap()
+            if free:
+                return heappop(free)
             if size >= SMALL or self.exact:
-                return self._take(size, nbytes)
-            step = -(-size // _ALIGNMENT) * _ALIGNMENT
-            start, end = self._slab
-            if start + step > end:
-                start = self._take(SLAB, nbytes)
-                end = start + SLAB
-            self._slab = (start + step, end)
-            return start
+                ptr = self._take(size, nbytes)
+            else:
+                step = -(-size // _ALIGNMENT) * _ALIGNMENT
+                ptr, end = self._slab
+                if ptr + step > end:
+                    ptr = self._take(SLAB, nbytes)
+                    end = ptr + SLAB
+                self._slab = (ptr + step, end)
+            free.made += 1
+            return ptr
 
     def _take(self, size: int, nbytes: int) -> int:
         """Memory from the device, if need be after giving it back what is free."""
-        if self.limit is not None and self._reserved + size > self.limit:
-            self.trim()
-        if self.limit is not None and self._reserved + size > self.limit:
+        if self._beyond(size):
+            self._make_room()
+        if self._beyond(size):
+            self.failures += 1
             raise OutOfMemory(f"{self._story(nbytes)}; its limit is {self.limit} bytes")
         with self.driver:
             try:
                 ptr = self.driver.allocate(size)
             except OutOfDeviceMemory:
-                self.trim()
+                self._make_room()
                 try:
                     ptr = self.driver.allocate(size)
                 except OutOfDeviceMemory:
+                    self.failures += 1
                     free, total = self.driver.memory()
                     raise OutOfMemory(
                         f"{self._story(nbytes)}; the device has {free} of {total} bytes free; free tensors or use smaller batches"
@@ -145,6 +287,14 @@ class Pool:
         self._reserved += size
         self._peak = max(self._peak, self._reserved)
         return ptr
+
+    def _beyond(self, size: int) -> bool:
+        return self.limit is not None and self._reserved + size > self.limit
+
+    def _make_room(self) -> None:
+        self.retries += 1
+        self.reap(wait=True)
+        self.trim()
 
     def _story(self, nbytes: int) -> str:
         s = self.statistics

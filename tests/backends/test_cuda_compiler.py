@@ -11,7 +11,7 @@ import pytest
 
 from duo_backends.cache import DiskCache
 from duo_backends.cuda import compiler, driver
-from duo_backends.cuda.bound import SCALARS_TEXT
+from duo_backends.cuda.streams import SCALARS_TEXT
 from duo_ir.errors import DeviceError
 from tests.cuda_emulator import build
 from tests.cuda_emulator.support import needs_emulator

@@ -139,6 +139,17 @@ class CtypesDriver:
         self.call("cuEventElapsedTime", byref(value), first, second)
         return value.value
 
+    def handle(self, stream: Any) -> int:
+        return stream.value or 0
+
+    def foreign_event(self, handle: int) -> Any:
+        event = self.event()
+        self.record(event, c_void_p(handle))
+        return event
+
+    def foreign_wait(self, handle: int, stream: Any) -> None:
+        self.stream_wait(c_void_p(handle), self.foreign_event(self.handle(stream)))
+
     def begin_capture(self, stream: Any) -> None:
         self._graphs.begin(stream.value)
 

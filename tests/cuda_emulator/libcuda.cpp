@@ -9,6 +9,7 @@
 #include <deque>
 #include <functional>
 #include <map>
+#include <memory>
 #include <mutex>
 #include <vector>
 
@@ -238,37 +239,39 @@ API cuMemsetD32Async(Address to, unsigned v, size_t n, Stream *s) { IN_CONTEXT; 
 API cuMemsetD8_v2(Address to, unsigned char v, size_t n) { IN_CONTEXT; return submit(nullptr, [=] { return fill(to, v, 1, n); }); }
 API cuMemsetD32_v2(Address to, unsigned v, size_t n) { IN_CONTEXT; return submit(nullptr, [=] { return fill(to, v, 4, n); }); }
 
-struct Event { Stream *stream; long recorded = 0, done = 0; double milliseconds = 0; };
+// An event stands for its latest record; who waits for an earlier one goes on waiting for that.
+struct Record { Stream *stream; bool done; double milliseconds; };
+typedef std::shared_ptr<Record> Recorded;
+struct Event { Recorded latest; };
 static double now() { timespec t; clock_gettime(CLOCK_MONOTONIC, &t); return (double)t.tv_sec * 1e3 + (double)t.tv_nsec * 1e-6; }
-static Result reach(Event *e, long generation) {
-  while (e->done < generation) {
-    if (!named(e->stream) || e->stream->queue.empty()) return OK;
-    if (Result code = drain(e->stream, 1)) return code;
+static Result reach(const Recorded &r) {
+  while (r && !r->done) {
+    if (!named(r->stream) || r->stream->queue.empty()) return OK;
+    if (Result code = drain(r->stream, 1)) return code;
   }
   return OK;
 }
 API cuEventCreate(Event **e, unsigned) { IN_CONTEXT; *e = new Event; return OK; }
-API cuEventDestroy_v2(Event *e) { LOCKED; Result code = e->recorded ? reach(e, e->recorded) : OK; delete e; return code; }
+API cuEventDestroy_v2(Event *e) { LOCKED; delete e; return OK; }
 API cuEventRecord(Event *e, Stream *s) {
   IN_CONTEXT;
   NOT_CAPTURING;
-  e->stream = s;
-  long generation = ++e->recorded;
-  return submit(s, [=] { e->done = generation, e->milliseconds = now(); return OK; });
+  Recorded r = e->latest = std::make_shared<Record>(Record{s, false, 0});
+  return submit(s, [=] { r->done = true, r->milliseconds = now(); return OK; });
 }
 API cuEventQuery(Event *e) {
   IN_CONTEXT;
-  if (e->done >= e->recorded) return OK;
-  Result code = named(e->stream) ? drain(e->stream, 1) : OK;
+  if (!e->latest || e->latest->done) return OK;
+  Result code = named(e->latest->stream) ? drain(e->latest->stream, 1) : OK;
   return code ? code : NOT_READY;
 }
-API cuEventSynchronize(Event *e) { IN_CONTEXT; NOT_CAPTURING; return reach(e, e->recorded); }
-API cuStreamWaitEvent(Stream *s, Event *e, unsigned) { IN_CONTEXT; long generation = e->recorded; return submit(s, [=] { return reach(e, generation); }); }
+API cuEventSynchronize(Event *e) { IN_CONTEXT; NOT_CAPTURING; return reach(e->latest); }
+API cuStreamWaitEvent(Stream *s, Event *e, unsigned) { IN_CONTEXT; Recorded r = e->latest; return submit(s, [=] { return reach(r); }); }
 API cuEventElapsedTime_v2(float *ms, Event *a, Event *b) {
   LOCKED;
-  if (!a->recorded || !b->recorded) return error(INVALID_HANDLE, "an event that was never recorded");
-  if (a->done < a->recorded || b->done < b->recorded) return NOT_READY;
-  *ms = (float)(b->milliseconds - a->milliseconds);
+  if (!a->latest || !b->latest) return error(INVALID_HANDLE, "an event that was never recorded");
+  if (!a->latest->done || !b->latest->done) return error(NOT_READY, "an event that is not ready");
+  *ms = (float)(b->latest->milliseconds - a->latest->milliseconds);
   return OK;
 }
 API cuEventElapsedTime(float *ms, Event *a, Event *b) { return cuEventElapsedTime_v2(ms, a, b); }

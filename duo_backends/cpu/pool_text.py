@@ -1,11 +1,12 @@
 """LLVM text of the thread pool: fork-join over pthreads that spin for a while, then sleep.
 
-One caller at a time owns the pool (`@duo.lock`); its task is a phase of a kernel, cut into chunks that threads claim by
-raising `next` or lowering `end` in `claim` (epoch, end and next in one word, so that a thread that slept through a task cannot
-claim from it with what it read of another): even threads from the front, odd ones from the back, so that each call finds most
-of a chunk's memory in the cache of the core that used it last. In every second run (`turn`) each half of the chunks is gone through
-the other way round: of memory that is a little too large for a cache, what was read last is read first. The caller works too and waits only until every chunk is done, not for threads that
-are still waking up. A sleeper announces itself in `sleepers` (or `waiting`) *before* it looks at its word a last
+One caller at a time owns the pool (`@duo.lock`); its task is a phase of a kernel, cut into chunks that are dealt to the threads before
+they start: each finds most of its memory in the cache of the core that used it last. A thread takes its own chunks from the front, then
+other threads' from the back. What is left of a thread's chunks is a word that only thieves contend for (epoch, end and next in one, so
+that a thread that slept through a task cannot claim from it with what it read of another), and what it has done is counted beside it: a
+cache line that two cores write takes 0.1 to 0.4 us a time, and here few do. In every second run (`turn`) each part is gone through the
+other way round: of memory that is a little too large for a cache, what was read last is read first. The caller works too and waits only
+until every chunk is done, not for threads that are still waking up. A sleeper announces itself in `sleepers` (or `waiting`) *before* it looks at its word a last
 time, and a waker changes the word before it looks for sleepers, all sequentially consistent: no wake-up is lost.
 Workers start on first use, which is also how they come back after fork.
 """
@@ -80,77 +81,104 @@ define internal void @duo.leave_fp(i64 %old) nounwind {
 }
 """
 
-# The task: what threads below `limit` share. Status words of chunk c lie at status + 64 c.
+# The task: what threads below its number of parts share, and last its epoch, in one cache line: to see a new task is to have it. Then each
+# thread's line: what is left of its chunks, and how many chunks it has done. Status words of chunk c lie at status + 64 c.
 _TASK = """
-%duo.task.t = type { ptr, ptr, ptr, i64, i64, ptr, ptr, i64 }
+%duo.task.t = type { ptr, ptr, ptr, i64, ptr, ptr, i32, i16, i16, i32 }
+%duo.line.t = type { i64, i32, [116 x i8] }
 @duo.task = internal global %duo.task.t zeroinitializer, align 128
-@duo.claim = internal global i64 0, align 128
-@duo.turn = internal global i64 0, align 128
-@duo.done = internal global i32 0, align 128
+@duo.lines = internal global [MAX_THREADS x %duo.line.t] zeroinitializer, align 128
+@duo.turn = internal global i32 0, align 128
+@duo.ended = internal global i32 0, align 128
 @duo.waiting = internal global i32 0, align 128
 @duo.sleepers = internal global i32 0, align 128
-define internal void @duo.share(i64 %tid) nounwind {
+define internal void @duo.share(i64 %tid, i32 %epoch) nounwind {
 entry:
-  br label %look
-look:
-  %claim = load atomic i64, ptr @duo.claim acquire, align 8
-  %next = and i64 %claim, 65535
-  %high = lshr i64 %claim, 16
-  %end.of = and i64 %high, 65535
-  %left = icmp ult i64 %next, %end.of
-  br i1 %left, label %read, label %exit
-read:
   %fn = load atomic ptr, ptr @duo.task monotonic, align 8
   %args = load atomic ptr, ptr getelementptr (%duo.task.t, ptr @duo.task, i64 0, i32 1) monotonic, align 8
   %dims = load atomic ptr, ptr getelementptr (%duo.task.t, ptr @duo.task, i64 0, i32 2) monotonic, align 8
   %units = load atomic i64, ptr getelementptr (%duo.task.t, ptr @duo.task, i64 0, i32 3) monotonic, align 8
-  %limit = load atomic i64, ptr getelementptr (%duo.task.t, ptr @duo.task, i64 0, i32 4) monotonic, align 8
-  %scratch = load atomic ptr, ptr getelementptr (%duo.task.t, ptr @duo.task, i64 0, i32 5) monotonic, align 8
-  %words = load atomic ptr, ptr getelementptr (%duo.task.t, ptr @duo.task, i64 0, i32 6) monotonic, align 8
-  %chunks = load atomic i64, ptr getelementptr (%duo.task.t, ptr @duo.task, i64 0, i32 7) monotonic, align 8
+  %scratch = load atomic ptr, ptr getelementptr (%duo.task.t, ptr @duo.task, i64 0, i32 4) monotonic, align 8
+  %words = load atomic ptr, ptr getelementptr (%duo.task.t, ptr @duo.task, i64 0, i32 5) monotonic, align 8
+  %turn = load atomic i32, ptr getelementptr (%duo.task.t, ptr @duo.task, i64 0, i32 6) monotonic, align 4
+  %chunks16 = load atomic i16, ptr getelementptr (%duo.task.t, ptr @duo.task, i64 0, i32 7) monotonic, align 2
+  %parts16 = load atomic i16, ptr getelementptr (%duo.task.t, ptr @duo.task, i64 0, i32 8) monotonic, align 2
   fence acquire
-  %odd = trunc i64 %tid to i1
-  %change = select i1 %odd, i64 -65536, i64 1
-  %raised = add i64 %claim, %change
-  %last.of = sub i64 %end.of, 1
-  %chunk = select i1 %odd, i64 %last.of, i64 %next
-  %mine = icmp ult i64 %tid, %limit
-  br i1 %mine, label %try, label %exit
+  %back = trunc i32 %turn to i1
+  %chunks = zext i16 %chunks16 to i64
+  %parts = zext i16 %parts16 to i64
+  %done.at = getelementptr [MAX_THREADS x %duo.line.t], ptr @duo.lines, i64 0, i64 %tid, i32 1
+  %called = icmp ult i64 %tid, %parts
+  br i1 %called, label %visit, label %exit
+visit:
+  %whose = phi i64 [ %tid, %entry ], [ %following, %onward ]
+  %visits = phi i64 [ 1, %entry ], [ %visits2, %onward ]
+  %line = getelementptr [MAX_THREADS x %duo.line.t], ptr @duo.lines, i64 0, i64 %whose
+  %own = icmp eq i64 %whose, %tid
+  %change = select i1 %own, i64 1, i64 -65536
+  br label %look
+look:
+  %claim = load atomic i64, ptr %line acquire, align 8
+  %next = and i64 %claim, 65535
+  %high = lshr i64 %claim, 16
+  %end.of = and i64 %high, 65535
+  %tag64 = lshr i64 %claim, 32
+  %tag = trunc i64 %tag64 to i32
+  %current = icmp eq i32 %tag, %epoch
+  %left = icmp ult i64 %next, %end.of
+  %some = and i1 %current, %left
+  br i1 %some, label %try, label %onward
 try:
-  %got = cmpxchg ptr @duo.claim, i64 %claim, i64 %raised acq_rel monotonic
+  %changed = add i64 %claim, %change
+  %last.of = sub i64 %end.of, 1
+  %chunk = select i1 %own, i64 %next, i64 %last.of
+  %got = cmpxchg ptr %line, i64 %claim, i64 %changed acq_rel monotonic
   %ok = extractvalue { i64, i1 } %got, 1
   br i1 %ok, label %work, label %look
 work:
-  %turn = load i64, ptr @duo.turn
-  %back = trunc i64 %turn to i1
-  %half = lshr i64 %chunks, 1
-  %low = icmp ult i64 %chunk, %half
-  %low.ends = sub i64 %half, 1
-  %high.ends = add i64 %low.ends, %chunks
-  %ends = select i1 %low, i64 %low.ends, i64 %high.ends
+  %first = call i64 @duo.first_chunk(i64 %whose, i64 %chunks, i64 %parts)
+  %whose.next = add i64 %whose, 1
+  %behind = call i64 @duo.first_chunk(i64 %whose.next, i64 %chunks, i64 %parts)
+  %ends0 = add i64 %first, %behind
+  %ends = sub i64 %ends0, 1
   %mirrored = sub i64 %ends, %chunk
   %place = select i1 %back, i64 %mirrored, i64 %chunk
   %b0 = mul i64 %units, %place
   %begin = udiv i64 %b0, %chunks
   %e0 = add i64 %b0, %units
   %end = udiv i64 %e0, %chunks
-  %line = shl i64 %place, 6
-  %status = getelementptr i8, ptr %words, i64 %line
+  %status.at = shl i64 %place, 6
+  %status = getelementptr i8, ptr %words, i64 %status.at
   call void %fn(ptr %args, ptr %dims, i64 %begin, i64 %end, i64 %tid, ptr %scratch, ptr %status)
-  %d = atomicrmw add ptr @duo.done, i32 1 seq_cst
+  %d = atomicrmw add ptr %done.at, i32 1 seq_cst
   %w = load atomic i32, ptr @duo.waiting seq_cst, align 4
   %blocked = icmp ne i32 %w, 0
   br i1 %blocked, label %notify, label %look
 notify:
-  call void @duo.wake(ptr @duo.done)
+  %n = atomicrmw add ptr @duo.ended, i32 1 seq_cst
+  call void @duo.wake(ptr @duo.ended)
   br label %look
+onward:
+  %beside = add i64 %whose, 1
+  %past = icmp eq i64 %beside, %parts
+  %following = select i1 %past, i64 0, i64 %beside
+  %visits2 = add i64 %visits, 1
+  %more = icmp ule i64 %visits2, %parts
+  br i1 %more, label %visit, label %exit
 exit:
   ret void
+}
+; The caller, who is there first, has the longest part.
+define internal i64 @duo.first_chunk(i64 %part, i64 %chunks, i64 %parts) alwaysinline nounwind {
+  %n0 = mul i64 %part, %chunks
+  %n1 = add i64 %n0, %parts
+  %n2 = sub i64 %n1, 1
+  %first = udiv i64 %n2, %parts
+  ret i64 %first
 }
 """
 
 _POOL = """
-@duo.epoch = internal global i32 0, align 128
 @duo.lock = internal global i32 0, align 128
 @duo.size = internal global i64 1, align 128
 @duo.wanted = internal global i64 1, align 8
@@ -176,7 +204,7 @@ idle:
   br label %spin
 spin:
   %i = phi i64 [ 0, %idle ], [ %next, %again ]
-  %seen = load atomic i32, ptr @duo.epoch acquire, align 4
+  %seen = load atomic i32, ptr EPOCH acquire, align 4
   %new = icmp ne i32 %seen, %last
   br i1 %new, label %work, label %again
 again:
@@ -188,11 +216,11 @@ drowsy:
   %s0 = atomicrmw add ptr @duo.sleepers, i32 1 seq_cst
   br label %asleep
 asleep:
-  %later = load atomic i32, ptr @duo.epoch seq_cst, align 4
+  %later = load atomic i32, ptr EPOCH seq_cst, align 4
   %called = icmp ne i32 %later, %last
   br i1 %called, label %awake, label %sleep
 sleep:
-  call void @duo.wait(ptr @duo.epoch, i32 %last)
+  call void @duo.wait(ptr EPOCH, i32 %last)
   br label %asleep
 awake:
   %s1 = atomicrmw sub ptr @duo.sleepers, i32 1 seq_cst
@@ -203,44 +231,68 @@ work:
   %stop = icmp ne i32 %stopping, 0
   br i1 %stop, label %exit, label %run
 run:
-  call void @duo.share(i64 %tid)
+  call void @duo.share(i64 %tid, i32 %now)
   br label %idle
 exit:
   ret ptr null
 }
 
 define internal void @duo.call_workers() nounwind {
-  %e = atomicrmw add ptr @duo.epoch, i32 1 seq_cst
+  %e = atomicrmw add ptr EPOCH, i32 1 seq_cst
   %s = load atomic i32, ptr @duo.sleepers seq_cst, align 4
   %some = icmp ne i32 %s, 0
   br i1 %some, label %wake, label %done
 wake:
-  call void @duo.wake(ptr @duo.epoch)
+  call void @duo.wake(ptr EPOCH)
   br label %done
 done:
   ret void
 }
 
-; Runs the task of @duo.task in `chunks` chunks and returns when all are done.
-define internal void @duo.fork(i64 %chunks) nounwind {
+; Runs the task of @duo.task in `chunks` chunks on `parts` threads and returns when all are done.
+define internal void @duo.fork(i64 %chunks, i64 %parts) nounwind {
 entry:
-  store atomic i64 %chunks, ptr getelementptr (%duo.task.t, ptr @duo.task, i64 0, i32 7) monotonic, align 8
+  %turn = load i32, ptr @duo.turn
+  store atomic i32 %turn, ptr getelementptr (%duo.task.t, ptr @duo.task, i64 0, i32 6) monotonic, align 4
+  %chunks16 = trunc i64 %chunks to i16
+  store atomic i16 %chunks16, ptr getelementptr (%duo.task.t, ptr @duo.task, i64 0, i32 7) monotonic, align 2
+  %parts16 = trunc i64 %parts to i16
+  store atomic i16 %parts16, ptr getelementptr (%duo.task.t, ptr @duo.task, i64 0, i32 8) monotonic, align 2
+  %w = load atomic i32, ptr @duo.waiting monotonic, align 4
+  %was = icmp ne i32 %w, 0
+  br i1 %was, label %settle, label %begin
+settle:
   store atomic i32 0, ptr @duo.waiting monotonic, align 4
-  store atomic i32 0, ptr @duo.done monotonic, align 4
-  %e = load i32, ptr @duo.epoch
-  %e64 = zext i32 %e to i64
+  br label %begin
+begin:
+  %e = load i32, ptr EPOCH
+  %epoch = add i32 %e, 1
+  %e64 = zext i32 %epoch to i64
   %high = shl i64 %e64, 32
-  %middle = shl i64 %chunks, 16
-  %claim = or i64 %high, %middle
-  store atomic i64 %claim, ptr @duo.claim release, align 8
+  br label %deal
+deal:
+  %t = phi i64 [ 0, %begin ], [ %t2, %deal ]
+  %t2 = add i64 %t, 1
+  %first = call i64 @duo.first_chunk(i64 %t, i64 %chunks, i64 %parts)
+  %behind = call i64 @duo.first_chunk(i64 %t2, i64 %chunks, i64 %parts)
+  %middle = shl i64 %behind, 16
+  %range = or i64 %middle, %first
+  %claim = or i64 %high, %range
+  %done.at = getelementptr [MAX_THREADS x %duo.line.t], ptr @duo.lines, i64 0, i64 %t, i32 1
+  store atomic i32 0, ptr %done.at monotonic, align 4
+  %line = getelementptr [MAX_THREADS x %duo.line.t], ptr @duo.lines, i64 0, i64 %t
+  store atomic i64 %claim, ptr %line release, align 8
+  %another = icmp ult i64 %t2, %parts
+  br i1 %another, label %deal, label %dealt
+dealt:
   call void @duo.call_workers()
-  call void @duo.share(i64 0)
+  call void @duo.share(i64 0, i32 %epoch)
   %all = trunc i64 %chunks to i32
   %spins = load i64, ptr @duo.spins
   br label %spin
 spin:
-  %i = phi i64 [ 0, %entry ], [ %next, %again ]
-  %d = load atomic i32, ptr @duo.done acquire, align 4
+  %i = phi i64 [ 0, %dealt ], [ %next, %again ]
+  %d = call i32 @duo.count(i64 %parts)
   %finished = icmp eq i32 %d, %all
   br i1 %finished, label %exit, label %again
 again:
@@ -252,14 +304,31 @@ block:
   store atomic i32 1, ptr @duo.waiting seq_cst, align 4
   br label %blocked
 blocked:
-  %d2 = load atomic i32, ptr @duo.done seq_cst, align 4
+  %ended = load atomic i32, ptr @duo.ended seq_cst, align 4
+  %d2 = call i32 @duo.count(i64 %parts)
   %finished2 = icmp eq i32 %d2, %all
   br i1 %finished2, label %exit, label %sleep
 sleep:
-  call void @duo.wait(ptr @duo.done, i32 %d2)
+  call void @duo.wait(ptr @duo.ended, i32 %ended)
   br label %blocked
 exit:
   ret void
+}
+; How many chunks are done.
+define internal i32 @duo.count(i64 %parts) nounwind {
+entry:
+  br label %next
+next:
+  %t = phi i64 [ 0, %entry ], [ %t2, %next ]
+  %sum = phi i32 [ 0, %entry ], [ %sum2, %next ]
+  %done.at = getelementptr [MAX_THREADS x %duo.line.t], ptr @duo.lines, i64 0, i64 %t, i32 1
+  %d = load atomic i32, ptr %done.at seq_cst, align 4
+  %sum2 = add i32 %sum, %d
+  %t2 = add i64 %t, 1
+  %more = icmp ult i64 %t2, %parts
+  br i1 %more, label %next, label %exit
+exit:
+  ret i32 %sum2
 }
 
 ; Takes the pool if nobody has it, and sees to it that its workers run. Returns the number of threads, 0 if busy.
@@ -295,7 +364,7 @@ entry:
   %r0 = call i32 @sigfillset(ptr %all)
   %r1 = call i32 @pthread_sigmask(i32 SIG_SETMASK, ptr %all, ptr %old)
   store i32 0, ptr @duo.stopping
-  %e = load i32, ptr @duo.epoch
+  %e = load i32, ptr EPOCH
   %e64 = zext i32 %e to i64
   %high = shl i64 %e64, 32
   %from = load i64, ptr @duo.size
@@ -364,7 +433,6 @@ define void @duo_forget() nounwind {
   store i64 1, ptr @duo.size
   store i32 0, ptr @duo.sleepers
   store i32 0, ptr @duo.waiting
-  store i64 0, ptr @duo.claim
   store i32 0, ptr @duo.lock
   ret void
 }
@@ -399,7 +467,7 @@ define internal void @duo.release() nounwind {
 define internal void @duo.wake(ptr %word) nounwind {
   ret void
 }
-define internal void @duo.fork(i64 %chunks) nounwind {
+define internal void @duo.fork(i64 %chunks, i64 %parts) nounwind {
   ret void
 }
 define void @duo_resize(i64 %n, i64 %patience) nounwind {
@@ -421,7 +489,8 @@ SYMBOLS = ("duo_resize", "duo_forget", "duo_set_spins", "duo_relax_times")
 
 def pool_text(arch: str, wait_text: str | None, sig_setmask: int) -> str:
     """The pool for an architecture ('x86_64', 'aarch64', other) and a system (its wait_text, None without pthreads)."""
+    epoch = "getelementptr (%duo.task.t, ptr @duo.task, i64 0, i32 9)"
     machine = {"x86_64": _X86, "aarch64": _AARCH64}.get(arch, _OTHER)
     pool = _NO_POOL if wait_text is None else wait_text + _POOL
-    pool = pool.replace("MAX_THREADS", str(MAX_THREADS)).replace("SIG_SETMASK", str(sig_setmask))
-    return machine + _TASK + pool
+    pool = pool.replace("EPOCH", epoch).replace("MAX_THREADS", str(MAX_THREADS)).replace("SIG_SETMASK", str(sig_setmask))
+    return machine + _TASK.replace("MAX_THREADS", str(MAX_THREADS)) + pool

@@ -167,10 +167,9 @@ together:
   store atomic ptr %args, ptr getelementptr (%duo.task.t, ptr @duo.task, i64 0, i32 1) monotonic, align 8
   store atomic ptr %dims, ptr getelementptr (%duo.task.t, ptr @duo.task, i64 0, i32 2) monotonic, align 8
   store atomic i64 %units, ptr getelementptr (%duo.task.t, ptr @duo.task, i64 0, i32 3) monotonic, align 8
-  store atomic i64 %parts, ptr getelementptr (%duo.task.t, ptr @duo.task, i64 0, i32 4) monotonic, align 8
-  store atomic ptr %scratch, ptr getelementptr (%duo.task.t, ptr @duo.task, i64 0, i32 5) monotonic, align 8
-  store atomic ptr %status, ptr getelementptr (%duo.task.t, ptr @duo.task, i64 0, i32 6) monotonic, align 8
-  call void @duo.fork(i64 %chunks)
+  store atomic ptr %scratch, ptr getelementptr (%duo.task.t, ptr @duo.task, i64 0, i32 4) monotonic, align 8
+  store atomic ptr %status, ptr getelementptr (%duo.task.t, ptr @duo.task, i64 0, i32 5) monotonic, align 8
+  call void @duo.fork(i64 %chunks, i64 %parts)
   br label %merge
 merge:
   %t = phi i64 [ 0, %together ], [ %t2, %fine ]
@@ -213,9 +212,9 @@ ask:
   %busy = icmp eq i64 %got, 0
   br i1 %busy, label %serial, label %parallel
 parallel:
-  %turn = load i64, ptr @duo.turn
-  %next.turn = add i64 %turn, 1
-  store i64 %next.turn, ptr @duo.turn
+  %turn = load i32, ptr @duo.turn
+  %next.turn = add i32 %turn, 1
+  store i32 %next.turn, ptr @duo.turn
   %threads = call i64 @llvm.umin.i64(i64 %got, i64 %room)
   %r1 = call i64 @duo.interpret(ptr %frame, ptr %code, i64 %threads)
   call void @duo.release()

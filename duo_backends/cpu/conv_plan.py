@@ -24,7 +24,7 @@ SHARED_BYTES = 1 << 20  # packed weights up to here are shared by all units, bey
 REREAD = 8  # so many times: threads would otherwise fetch from each other's caches what they could pack themselves
 MOST_SHARED = 1 << 26
 UNITS = 8  # that the work is cut into at least, while
-UNIT_WORK = 1 << 18  # multiply-adds of a unit are more than this
+UNIT_WORK = 1 << 15  # multiply-adds of a unit are more than this
 MOST_RUNS = 4096  # in the table of all blocks, which the code writes out
 _ALIGN = 64
 
@@ -441,4 +441,12 @@ def _unit(
             high = -(-high // (2 * tile_high)) * tile_high
         else:
             break
-    return high, panels
+    return _alike(h.count, high, tile_high), panels
+
+
+def _alike(total: int, high: int, tile_high: int) -> int:
+    """The rows of a unit, or down to half of them where that makes all units alike: a thread waits for the one that got a longer last one."""
+    if high >= total:
+        return high
+    halves = range(high, (high - 1) // 2, -1)
+    return next((part for part in halves if total % part == 0 and part % tile_high == 0), high)

@@ -212,10 +212,11 @@ class _Driver:
         )  # fmt: skip
 
         with f.loop("%begin", "%end") as unit:
-            rest = f.div(unit.index, row_units)
-            first_tile = f.mul(f.rem(unit.index, row_units), str(plan.unit_tiles))
-            first_panel = f.mul(f.rem(rest, column_units), str(plan.unit_panels))
-            number = f.div(rest, column_units)
+            # rows outermost: the threads that take units from the front and from the back keep to their own rows, as in other kernels
+            rest = f.div(unit.index, column_units)
+            first_panel = f.mul(f.rem(unit.index, column_units), str(plan.unit_panels))
+            first_tile = f.mul(f.rem(rest, row_units), str(plan.unit_tiles))
+            number = f.div(rest, row_units)
             self.batch: list[str] = []
             for axis in reversed(range(len(kernel.batch))):
                 size = self.dim(kernel.batch[axis])

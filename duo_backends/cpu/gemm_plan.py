@@ -23,6 +23,7 @@ TRANSPOSED_VECTORS = 4  # vectors of columns of a panel of such a B; half as man
 B_AHEAD = 8
 WAITING_ROWS, BYTES_AHEAD = 4, 4096  # up to so many rows B is asked for so early
 OFTEN = 256  # rows of A from which on packing B costs next to nothing
+FAR_ROWS = 1024  # bytes between rows of B from which one block of them is packed: nothing foresees the next row
 UNIT_SIDE = 512  # largest rows and columns of a unit
 UNITS = 16  # units that large work is cut into at least
 UNIT_WORK = 1 << 19  # multiply-adds of a unit below which it is not cut further
@@ -189,7 +190,7 @@ def make_plan(kernel: ContractKernel, target: Target) -> Plan:
     panels = math.inf if column_vectors is None else -(-column_vectors // vectors)
     tiles = math.inf if m is None else -(-m // rows)
     pack_b = (b_column != 1 and not transposing) or (
-        tiles > 2 and (b_type is not compute or _thrashes(m, b_step, compute.itemsize))
+        tiles > 2 and (b_type is not compute or _thrashes(m, _known(kernel.k), b_step, compute.itemsize))
     )
     pack_a = (not isinstance(a_row, int) and m != 1) or (
         panels > 2 and (a_type is not compute or (_conflicts(rows, a_row, a_step, compute.itemsize) and tiles > 1))
@@ -222,9 +223,13 @@ def _conflicts(rows: int, a_row: DimLike, a_step: DimLike, itemsize: int) -> boo
     return not isinstance(a_step, int) or a_step * itemsize >= 2048
 
 
-def _thrashes(m: int | None, b_step: DimLike, itemsize: int) -> bool:
-    """Whether rows of B read in place fall into so few cache sets that packing pays: they must also be read often."""
-    return m is not None and m >= OFTEN and isinstance(b_step, int) and b_step * itemsize % 4096 == 0
+def _thrashes(m: int | None, k: int | None, b_step: DimLike, itemsize: int) -> bool:
+    """Whether rows of B read in place fall into so few cache sets, or of a short k so far from each other, that packing pays: they must also
+    be read often."""
+    if m is None or m < OFTEN or not isinstance(b_step, int):
+        return False
+    apart = b_step * itemsize
+    return apart % 4096 == 0 or (k is not None and k <= BLOCK and apart >= FAR_ROWS)
 
 
 def _unit(

@@ -340,6 +340,7 @@ def test_symbolic_sizes(width: str, symbolic: str) -> None:
 def test_large() -> None:
     where = machine_or_skip("native")
     matmul(where, 530, 530, 70)
+    matmul(where, 530, 290, 40, batch=2)
     matmul(where, 200, 1100, 600, b_order="column", symbolic="m")
     matmul(where, 300, 60, 1030, a_order="column", symbolic="mk")
 

@@ -16,11 +16,13 @@ import numpy as np
 from duo_backends.binding import kernels_of
 from duo_backends.cache import DiskCache, disk_cache
 from duo_backends.cuda.code import GpuTarget, KernelCode
-from duo_backends.cuda.compiler import Compiler, compile_cached, find_compiler
+from duo_backends.cuda.compiler import Compiler, compile_cached, disassembled, find_compiler
 from duo_backends.cuda.driver import Driver, PycudaDriver
 from duo_backends.cuda.emit import compile_kernel, source
 from duo_backends.cuda.executable import CudaExecutable
 from duo_backends.cuda.memory import DeviceBuffer, Pool
+from duo_backends.cuda.peaks import Peaks, measure
+from duo_backends.cuda.profile import Recording
 from duo_backends.cuda.streams import SCALARS_NAME, SCALARS_TEXT, Runtime
 from duo_backends.cuda.work import LoadedKernel
 from duo_ir.errors import ArgumentError
@@ -77,6 +79,15 @@ class CudaBackend:
         p = self.driver.properties
         return GpuTarget(p.arch, p.multiprocessors, self._fast, min(MOST_SHARED, p.shared))
 
+    def recording(self, capacity: int) -> Recording:
+        """A profile of the device, to be entered."""
+        return Recording(self.runtime, capacity)
+
+    @cached_property
+    def peaks(self) -> Peaks:
+        """What the device does at most, measured."""
+        return measure(self)
+
     @property
     def disk(self) -> DiskCache:
         """Where machine code is kept between processes."""
@@ -105,10 +116,17 @@ class CudaBackend:
         """The kernel's CUDA C for this device."""
         return compile_kernel(kernel, self.target)
 
+    def assembly(self, kernel: Kernel) -> str:
+        """The kernel as CUDA C, and as machine code where CUDA's `cuobjdump` is installed."""
+        code = self.emit(kernel)
+        (cubin,) = compile_cached([source([code])], self.driver.properties.arch, self.compiler, self.disk)
+        listing = disassembled(cubin)
+        return code.text if listing is None else f"{code.text}\n{listing}"
+
     def _load(self, codes: Sequence[KernelCode]) -> list[LoadedKernel]:
         unit = self.compiler.unit
         groups = [codes[n : n + unit] for n in range(0, len(codes), unit)]
-        modules = self._modules([source(group) for group in groups])
+        modules = self.load_text([source(group) for group in groups])
         most = self.driver.properties.shared  # bytes that a launch may ask for
         loaded = []
         with self.driver:
@@ -118,7 +136,8 @@ class CudaBackend:
                     loaded.append(LoadedKernel(code, tuple(functions), module))
         return loaded
 
-    def _modules(self, sources: Sequence[str]) -> list[Any]:
+    def load_text(self, sources: Sequence[str]) -> list[Any]:
+        """Modules of CUDA C, compiled or found on disk."""
         cubins = compile_cached(sources, self.driver.properties.arch, self.compiler, self.disk)
         with self.driver:
             return [self.driver.load(cubin) for cubin in cubins]
@@ -128,7 +147,7 @@ class CudaBackend:
 
     @cached_property
     def _scalars_loaded(self) -> tuple[Any, Any]:
-        (module,) = self._modules([SCALARS_TEXT])
+        (module,) = self.load_text([SCALARS_TEXT])
         with self.driver:
             return self.driver.function(module, SCALARS_NAME), module
 

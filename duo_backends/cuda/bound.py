@@ -12,7 +12,8 @@ import os
 from collections import Counter, OrderedDict
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from functools import partial
+from itertools import accumulate, groupby
 from typing import Any
 
 import numpy as np
@@ -254,6 +255,10 @@ class CudaBound:
     def _hand_over(self, number: int, placement: _Placement, stream: Stream) -> None:
         """A block's work: by itself the first time, then as a graph."""
         work, runtime = self.table.blocks[number].work, self.runtime
+        if runtime.recording is not None:
+            for note, parts in groupby(work, lambda item: item.note):
+                runtime.recording.run(note, stream, partial(self._launch, list(parts), placement, stream))
+            return
         graph = placement.graphs[number]
         if len(work) < GRAPH_LEAST or graph is False:
             self._launch(work, placement, stream)

@@ -92,6 +92,18 @@ def _failed(tool: str, arch: int, log: str) -> CompileError:
     )
 
 
+def disassembled(cubin: bytes) -> str | None:
+    """Machine code as text, by `cuobjdump` of the CUDA toolkit; None where that is not installed."""
+    tool = _tool("cuobjdump")
+    if tool is None:
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "duo.cubin"
+        path.write_bytes(cubin)
+        done = subprocess.run([tool, "-sass", str(path)], capture_output=True, text=True)
+    return None if done.returncode else done.stdout
+
+
 # ------------------------------------------------------------------------------------------------------------------- NVRTC
 def _nvrtc_libraries() -> Iterator[str]:
     """Where libnvrtc may be: the wheels of NVIDIA, the CUDA toolkit, the system's path."""
@@ -152,10 +164,14 @@ class Nvrtc:
 # -------------------------------------------------------------------------------------------------------------------- nvcc
 def find_nvcc() -> str | None:
     """The path of nvcc: on PATH, or in the toolkit."""
-    on_path = shutil.which("nvcc")
+    return _tool("nvcc")
+
+
+def _tool(name: str) -> str | None:
+    on_path = shutil.which(name)
     if on_path:
         return on_path
-    name = "nvcc.exe" if sys.platform == "win32" else "nvcc"
+    name = f"{name}.exe" if sys.platform == "win32" else name
     return next((str(root / "bin" / name) for root in _toolkits() if (root / "bin" / name).exists()), None)
 
 

@@ -64,13 +64,14 @@ class _Current(threading.local):
 
 class Runtime:
     """`lock` is held while work is handed to a stream. `tracking`: whether buffers are marked, from the second stream on; `launches`: of
-    functions by themselves, `replays`: of graphs."""
+    functions by themselves, `replays`: of graphs; `recording`: of a profile (profile.py)."""
 
     def __init__(self, driver: Driver, pool: Pool, scalars: Callable[[], Any]) -> None:
         self.driver, self.pool = driver, pool
         self.lock = threading.RLock()
         self.launches = self.replays = 0
         self.tracking = False
+        self.recording: Any = None
         self._scalars = scalars  # loads the function of SCALARS_TEXT
         self._failed: IndexOutOfRange | None = None
         self._idle: list[Pinned] = []

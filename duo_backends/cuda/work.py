@@ -37,7 +37,7 @@ class LoadedKernel:
 
 @dataclass(frozen=True)
 class Launch:
-    """A kernel's function: `first` to `last` number its words."""
+    """A kernel's function: `first` to `last` number its words; `note`: of which step."""
 
     function: Any
     blocks: int
@@ -45,6 +45,7 @@ class Launch:
     shared: int
     first: int
     last: int
+    note: StepNote
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ class Copy:
     target: int
     source: int
     nbytes: int
+    note = None
 
 
 Work: TypeAlias = Launch | Copy
@@ -165,12 +167,13 @@ class _Coder(Flattener):
         self.word(STATUS, STATUS_STRIDE * len(self.notes) if step.kernel.sites else 0)
         for size in sizes.values():
             self.word(CONSTANT, size)
+        note = StepNote(step, sizes)
         if step.kernel.sites:
-            self.notes.append(StepNote(step, sizes))
+            self.notes.append(note)
         self.scratch = max(self.scratch, loaded.code.scratch(sizes))
         last = len(self.bases)
         for function, launch, blocks in launches:
-            self.actions.append(Launch(function, blocks, launch.threads, launch.shared(sizes), first, last))
+            self.actions.append(Launch(function, blocks, launch.threads, launch.shared(sizes), first, last, note))
 
     def copy_bytes(self, source: int, target: int, nbytes: int) -> None:
         if source != target and nbytes:

@@ -71,8 +71,8 @@ _exported: dict[int, tuple[Any, ...]] = {}  # address of what a capsule holds ->
 
 
 @_call_deleter
-def _delete(address: int) -> None:
-    _exported.pop(address, None)
+def _delete(address: int, pop: Any = _exported.pop) -> None:
+    pop(address, None)
 
 
 @ctypes.PYFUNCTYPE(None, ctypes.c_void_p)
@@ -136,11 +136,10 @@ class Taken(NamedTuple):
 
 def take(capsule: Any) -> Taken:
     """Takes the memory out of a capsule, which can be done once. Raises ArgumentError, DTypeError."""
-    for name, used, kind in _KINDS:
-        if _is_valid(id(capsule), name):
-            break
-    else:
+    found = next((kind for kind in _KINDS if _is_valid(id(capsule), kind[0])), None)
+    if found is None:
         raise ArgumentError(f"{capsule!r} is no DLPack capsule, or one that was taken already")
+    name, used, kind = found
     address = _pointer(id(capsule), name)
     held = kind.from_address(address)
     if kind is _Versioned and held.major > 1:

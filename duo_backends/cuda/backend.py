@@ -5,6 +5,7 @@ Nothing of CUDA is touched before the first program or buffer asks for it.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import OrderedDict
 from collections.abc import Collection, Sequence
@@ -71,7 +72,8 @@ class CudaBackend:
     @cached_property
     def runtime(self) -> Runtime:
         """The streams, the memory, and what waits to be checked."""
-        return Runtime(self.driver, Pool(self.driver, self._memory_limit, self._exact), self._scalars)
+        pool = Pool(self.driver, self._memory_limit, self._exact, f"cuda:{self._device}")
+        return Runtime(self.driver, pool, self._scalars)
 
     @cached_property
     def target(self) -> GpuTarget:
@@ -158,6 +160,13 @@ class CudaBackend:
     def from_numpy(self, array: np.ndarray, copy: bool = True) -> DeviceBuffer:
         """See `duo_backends.base.Backend`; the device cannot address host memory, so it is always a copy."""
         return self.runtime.upload(np.ascontiguousarray(array))
+
+    def filled(self, value: Any, dtype: DType, shape: Sequence[int]) -> DeviceBuffer:
+        """A buffer whose elements are all that Python number or NumPy scalar."""
+        one = np.full((), value, dtype.numpy).tobytes()
+        if len(set(one)) > 1:
+            return self.from_numpy(np.full(shape, value, dtype.numpy))
+        return self.runtime.filled(one[0], len(one) * math.prod(shape))
 
     def to_numpy(self, buffer: DeviceBuffer, dtype: DType, shape: Sequence[int], copy: bool = True) -> np.ndarray:
         """See `duo_backends.base.Backend`; always a copy. Waits, and raises IndexOutOfRange for a run whose check failed."""

@@ -10,6 +10,7 @@ none left, free blocks go back to it and the request is tried again.
 from __future__ import annotations
 
 import ctypes
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -47,7 +48,7 @@ class Uses:
 
 
 class DeviceBuffer:
-    """A block of device memory: `ptr` (address on the device) and `nbytes`."""
+    """A block of device memory: `ptr` (address on the device), `nbytes`, and the device's name."""
 
     __slots__ = ("__weakref__", "_home", "nbytes", "ptr", "shared", "uses")
 
@@ -71,6 +72,10 @@ class DeviceBuffer:
         return f"DeviceBuffer({self.nbytes} bytes at {self.ptr:#x})"
 
     @property
+    def device(self) -> str:
+        return self._home.device  # type: ignore[no-any-return]
+
+    @property
     def donatable(self) -> bool:
         """Whether its memory belongs to it alone, so that a program may write its result there."""
         return not self.shared
@@ -79,11 +84,11 @@ class DeviceBuffer:
 class Blocks(list[int]):
     """Free blocks of one size on one shelf, a heap of addresses; one push or pop needs no lock. `made`: those that there are, free or not."""
 
-    __slots__ = ("made", "pool", "shelf", "size")
+    __slots__ = ("device", "made", "pool", "shelf", "size")
 
     def __init__(self, size: int, shelf: Shelf) -> None:
         super().__init__()
-        self.size, self.shelf, self.pool = size, shelf, shelf.pool
+        self.size, self.shelf, self.pool, self.device = size, shelf, shelf.pool, shelf.pool.device
         self.made = 0
 
     def retire(self, ptr: int, uses: Uses) -> None:
@@ -103,7 +108,7 @@ class Borrowed:
     """The home of a buffer whose memory is somebody else's: `owner` is let go of when duo's work on it is done."""
 
     def __init__(self, pool: Pool, owner: Any) -> None:
-        self._pool, self.owner = pool, owner
+        self._pool, self.owner, self.device = pool, owner, pool.device
 
     def retire(self, ptr: int, uses: Uses) -> None:
         self._pool.late.append((list(uses.last.values()), self, ptr))
@@ -154,10 +159,10 @@ class Shelf:
 class Pool:
     """The memory of one device. `limit`: the most bytes that it takes from the device (None: what there is); `exact`: every buffer has an
     allocation of its own of just its size, so that tools that watch accesses see a buffer's end (slow). `late`: blocks that other streams
-    still use, (marks, home, address); `live`, `most`: bytes in live buffers, and the most at any time, counted without a lock."""
+    still use, (marks, home, address); `device`: its name; `live`, `most`: bytes in live buffers, and the most at any time, counted without a lock."""
 
-    def __init__(self, driver: Driver, limit: int | None = None, exact: bool = False) -> None:
-        self.driver, self.limit, self.exact = driver, limit, exact
+    def __init__(self, driver: Driver, limit: int | None = None, exact: bool = False, device: str = "cuda:0") -> None:
+        self.driver, self.limit, self.exact, self.device = driver, limit, exact, sys.intern(device)
         self.lock = threading.RLock()
         self.late: deque[tuple[Sequence[Mark], Blocks | Borrowed, int]] = deque()
         self.live = self.most = 0

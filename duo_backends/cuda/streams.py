@@ -184,6 +184,17 @@ class Runtime:
         with self.lock, self.driver:
             stream.transfers.download(array, buffer.ptr)
 
+    def filled(self, byte: int, nbytes: int) -> DeviceBuffer:
+        """A buffer whose bytes are all `byte`."""
+        stream = self.stream
+        buffer = stream.allocate(nbytes)
+        with self.lock, self.driver:
+            if nbytes:
+                self.driver.fill(buffer.ptr, byte, nbytes, stream.queue)
+            if self.tracking:
+                self.release(stream, (), (buffer,))
+        return buffer
+
     def duplicate(self, buffer: DeviceBuffer) -> DeviceBuffer:
         """A buffer of its own with the same bytes."""
         stream = self.stream

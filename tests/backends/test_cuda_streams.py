@@ -235,3 +235,16 @@ def test_counts_of_live_bytes(gpu):
     assert pool.most == 5 << 20
     del x
     assert pool.allocated == 0
+
+
+@pytest.mark.parametrize("value", [0, 1.5, -1])
+def test_filled_and_copied_buffers(gpu, value):
+    runtime = gpu.runtime
+    a, b = runtime.new_stream(), runtime.new_stream()
+    with runtime.on(a):
+        x = gpu.filled(value, f32, (N,))
+    with runtime.on(b):
+        y = runtime.duplicate(x)
+        runtime.copy(x, gpu.from_numpy(values()), 4 * N)
+    assert (read(gpu, y) == np.float32(value)).all() and (read(gpu, x) == values()).all()
+    assert gpu.filled(value, f32, (0,)).nbytes == 0 and x.device == "cuda:0"

@@ -41,6 +41,7 @@ FLOORS: dict[str, list[list[str]]] = {
             "duo_backends.cache",
             "duo_backends.calls",
             "duo_backends.cells",
+            "duo_backends.dlpack",
             "duo_backends.flat",
         ],
         ["duo_backends.cpu", "duo_backends.cuda"],

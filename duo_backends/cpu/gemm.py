@@ -15,7 +15,8 @@ from typing import NamedTuple
 
 from duo_backends.cpu.body import Emitter
 from duo_backends.cpu.code import SIGNATURE, KernelCode, Phase, Target
-from duo_backends.cpu.gemm_epilogue import ask_every, emit_asks, emit_epilogue, lines, pointers
+from duo_backends.cpu.gemm_ahead import Block, ahead_offsets, emit_ahead_asks, piece_of
+from duo_backends.cpu.gemm_epilogue import ask_every, emit_asks, emit_epilogue, in_place, lines, pointers
 from duo_backends.cpu.gemm_pack import emit_copy, emit_copy_tiles, emit_gather, emit_transpose, emit_turn
 from duo_backends.cpu.gemm_plan import CHUNK_BLOCKS, SEQUENTIAL_K, Plan, make_plan
 from duo_backends.cpu.gemm_rows import emit_rows_kernel
@@ -73,6 +74,18 @@ class _Panel(NamedTuple):
     column: str
     columns: str
     tail: str
+
+
+class _Unit(NamedTuple):
+    """SSA names: batch indices, row tiles [t0, t1), panels [p0, p1), the addresses of the first element of A and of B in this batch entry."""
+
+    batch: tuple[str, ...]
+    t0: str
+    t1: str
+    p0: str
+    p1: str
+    a: str
+    b: str
 
 
 class _Driver:
@@ -182,7 +195,7 @@ class _Driver:
         kernel, plan = self.kernel, self.plan
         f = self.f = Function(self.module, f"define {self.linkage}void @{self.name}({SIGNATURE}) #0")
         emitter = Emitter(f, self.target, kernel.args, pointers(f, kernel), kernel.dims)
-        self.dim = emitter.dim
+        self.dim, self.pointers = emitter.dim, emitter.pointers
         self.m, self.n, self.k = (self.dim(d) for d in (kernel.m, kernel.n, kernel.k))
         # like Plan.scratch, per thread
         levels = "1"
@@ -195,39 +208,47 @@ class _Driver:
             levels = f.op(f"select i1 {self.long}, i64 {f.sub('65', zeros, f.top)}, i64 1", f.top)
         share = f.add(str(plan.a_bytes + plan.b_bytes), f.mul(levels, str(plan.sums_bytes), f.top), f.top)
         mine = f.gep("i8", "%scratch", f.mul("%tid", share, f.top), f.top)
-        self.b_packed = mine
-        self.a_packed = f.gep("i8", mine, str(plan.b_bytes), f.top)
+        self.b_packed = self.b_slots = mine
+        self.a_packed = self.a_slots = f.gep("i8", mine, str(plan.b_bytes), f.top)
         self.sums = f.gep("i8", mine, str(plan.a_bytes + plan.b_bytes), f.top)
         self.lines = lines(plan, self.streams)
         self.asking = ask_every(plan, self.streams) > 0
-        self.table = "null"
+        self.table, self.written = "null", "0"
         if self.asking:
-            self.table = f.alloca("ptr", sum(self.lines) * plan.segments[0].rows)
+            ahead = len(ahead_offsets(plan)) * plan.ahead_steps
+            self.table = f.alloca("ptr", self.lines.most * plan.segments[0].rows + ahead)
+            for n, there in zip(self.lines.written, in_place(f, kernel, self.pointers, plan, self.streams)):
+                more = str(n) if there == "false" else f.pure(f"select i1 {there}, i64 0, i64 {n}", f.top)
+                self.written = f.add(self.written, more, f.top)
         self._count_tiles()
         self.panels = self._ceil_div(self.n, plan.panel)
-        row_units = self._ceil_div(self.tiles, plan.unit_tiles)
-        column_units = self._ceil_div(self.panels, plan.unit_panels)
+        self.row_units = self._ceil_div(self.tiles, plan.unit_tiles)
+        self.column_units = self._ceil_div(self.panels, plan.unit_panels)
         self.blocks = "1" if plan.one_block else f.call(
             "smax", "i64", [("i64", self._ceil_div(self.k, BLOCK)), ("i64", "1")], region=f.top
         )  # fmt: skip
 
         with f.loop("%begin", "%end") as unit:
-            # rows outermost: the threads that take units from the front and from the back keep to their own rows, as in other kernels
-            rest = f.div(unit.index, column_units)
-            first_panel = f.mul(f.rem(unit.index, column_units), str(plan.unit_panels))
-            first_tile = f.mul(f.rem(rest, row_units), str(plan.unit_tiles))
-            number = f.div(rest, row_units)
-            self.batch: list[str] = []
-            for axis in reversed(range(len(kernel.batch))):
-                size = self.dim(kernel.batch[axis])
-                self.batch.insert(0, f.rem(number, size) if axis else number)
-                number = f.div(number, size) if axis else number
-            self.t0, self.t1 = first_tile, f.min(f.add(first_tile, str(plan.unit_tiles)), self.tiles)
-            self.p0, self.p1 = first_panel, f.min(f.add(first_panel, str(plan.unit_panels)), self.panels)
-            self.a = self._operand(emitter.pointers, kernel.a, self.a_type)
-            self.b = self._operand(emitter.pointers, kernel.b, self.b_type)
-            self._unit()
+            self.unit = self._unit(unit.index)
+            self._multiply_unit(unit.index)
         f.finish()
+
+    def _unit(self, number: str) -> _Unit:
+        f, plan, kernel = self.f, self.plan, self.kernel
+        # rows outermost: the threads that take units from the front and from the back keep to their own rows, as in other kernels
+        rest = f.div(number, self.column_units)
+        p0 = f.mul(f.rem(number, self.column_units), str(plan.unit_panels))
+        t0 = f.mul(f.rem(rest, self.row_units), str(plan.unit_tiles))
+        entry = f.div(rest, self.row_units)
+        batch: list[str] = []
+        for axis in reversed(range(len(kernel.batch))):
+            size = self.dim(kernel.batch[axis])
+            batch.insert(0, f.rem(entry, size) if axis else entry)
+            entry = f.div(entry, size) if axis else entry
+        t1 = f.min(f.add(t0, str(plan.unit_tiles)), self.tiles)
+        p1 = f.min(f.add(p0, str(plan.unit_panels)), self.panels)
+        a, b = self._operand(batch, kernel.a, self.a_type), self._operand(batch, kernel.b, self.b_type)
+        return _Unit(tuple(batch), t0, t1, p0, p1, a, b)
 
     def _ceil_div(self, x: str, y: int) -> str:
         return self.f.div(self.f.add(x, str(y - 1), self.f.top), str(y), self.f.top)
@@ -251,25 +272,23 @@ class _Driver:
             row = f.add(row, f.mul(count, str(segment.rows), f.top), f.top)
         self.tiles = tile
 
-    def _operand(self, pointers: Sequence[str], access: Access, dtype: DType) -> str:
-        """The address of an operand's first element in this batch entry."""
+    def _operand(self, batch: Sequence[str], access: Access, dtype: DType) -> str:
+        """The address of an operand's first element in a batch entry."""
         f = self.f
         at = self.dim(access.at.offset)
-        for index, stride in zip(self.batch, access.at.strides, strict=False):
+        for index, stride in zip(batch, access.at.strides, strict=False):
             at = f.add(at, f.mul(index, self.dim(stride)))
-        return f.gep(memory_type(dtype), pointers[access.buffer], at)
+        return f.gep(memory_type(dtype), self.pointers[access.buffer], at)
 
     def _bytes(self, stride: DimLike, dtype: DType) -> str:
         return self.f.mul(self.dim(stride), str(dtype.itemsize), self.f.top)
 
-    def _unit(self) -> None:
-        f, plan = self.f, self.plan
-        a_step, b_step = self.kernel.a.at.strides[-1], self.kernel.b.at.strides[-2]
+    def _multiply_unit(self, number: str) -> None:
+        f, plan, unit = self.f, self.plan, self.unit
         with f.loop("0", self.blocks, runs=True) as block:
             k0 = f.mul(block.index, str(BLOCK))
             k = f.min(f.sub(self.k, k0), str(BLOCK))
-            a = f.gep("i8", self.a, f.mul(k0, self._bytes(a_step, self.a_type)))
-            b = f.gep("i8", self.b, f.mul(k0, self._bytes(b_step, self.b_type)))
+            a, b = self._from_step(unit, k0)
             sums, add = self.sums, "false"
             if not plan.one_block:
                 add = f.op(f"icmp ne i64 {block.index}, 0")
@@ -286,20 +305,82 @@ class _Driver:
             if not plan.one_block:
                 last_block = f.op(f"icmp eq i64 {block.index}, {f.sub(self.blocks, '1', f.top)}")
             finish = None if plan.may_be_long else last_block
-            self._pack_b(b, k)
-            if plan.pack_a:
-                with f.loop(self.t0, self.t1, plan.cached_tiles, runs=True) as cached:
-                    last = f.min(f.add(cached.index, str(plan.cached_tiles)), self.t1)
+            if plan.ahead:
+                self._begin_block(number, block.index, k0, k, last_block)
+            if not (plan.ahead and plan.pack_b):
+                self._pack_b(b, k, unit.p0, unit.p1, self.b_packed)
+            if plan.pack_a and not plan.ahead:
+                with f.loop(unit.t0, unit.t1, plan.cached_tiles, runs=True) as cached:
+                    last = f.min(f.add(cached.index, str(plan.cached_tiles)), unit.t1)
                     self._pack_a(a, k, cached.index, last)
                     self._multiply(cached.index, last, a, b, k, sums, add, finish)
             else:
-                self._multiply(self.t0, self.t1, a, b, k, sums, add, finish)
+                self._multiply(unit.t0, unit.t1, a, b, k, sums, add, finish)
             if plan.may_be_long:
                 with f.when(self.long):
                     self._combine_chunks(block.index, chunk, level)
         if plan.may_be_long:
-            with self._sweep(self.t0, self.t1) as (panel, tile):
+            with self._sweep(unit.t0, unit.t1) as (panel, tile):
                 self._finish_tile(tile, panel, self.sums)
+
+    def _from_step(self, unit: _Unit, k0: str) -> tuple[str, str]:
+        """The addresses of a unit's A and B from k step k0 on."""
+        a_step, b_step = self.kernel.a.at.strides[-1], self.kernel.b.at.strides[-2]
+        a = self.f.gep("i8", unit.a, self.f.mul(k0, self._bytes(a_step, self.a_type)))
+        return a, self.f.gep("i8", unit.b, self.f.mul(k0, self._bytes(b_step, self.b_type)))
+
+    # ------------------------------------------------------------------------------------------------ packing ahead
+    def _begin_block(self, number: str, block: str, k0: str, k: str, last: str) -> None:
+        """Packs a call's first block; then says which slot holds this block of unit `number`, and in `self.next` what is packed meanwhile. `last`:
+        the i1 that tells whether it is its unit's last block."""
+        f, plan = self.f, self.plan
+        place = f.add(f.mul(f.sub(number, "%begin"), self.blocks), block)
+        first = f.op(f"icmp eq i64 {place}, 0")
+        odd = f.op(f"trunc i64 {place} to i1")
+        even_slot = self.a_slots if plan.pack_a else self.b_slots
+        odd_slot = f.gep("i8", even_slot, str(plan.a_block_bytes if plan.pack_a else plan.b_block_bytes), f.top)
+        here, there = self._choose(odd, odd_slot, even_slot, "ptr"), self._choose(odd, even_slot, odd_slot, "ptr")
+        if plan.pack_a:
+            self.a_packed = here
+        else:
+            self.b_packed = here
+        with f.when(first):
+            self._pack_piece(self._block(self.unit, k0, k, here, k), "0", k)
+        after = f.add(number, self._choose(last, "1", "0"))
+        more = f.op(f"icmp slt i64 {after}, %end")
+        begin = self._choose(last, "0", f.add(k0, str(BLOCK)))
+        steps = self._choose(more, f.min(f.sub(self.k, begin), str(BLOCK)), "0")
+        unit = self.unit
+        calls = f.mul(f.sub(unit.t1, unit.t0), f.sub(unit.p1, unit.p0))
+        piece = f.div(f.add(steps, f.sub(calls, "1")), calls)
+        self.next = self._block(self._unit(self._choose(more, after, number)), begin, steps, there, piece)
+
+    def _block(self, unit: _Unit, k0: str, k: str, to: str, piece: str) -> Block:
+        """What is packed of a unit from k step k0 on."""
+        f, plan = self.f, self.plan
+        a, b = self._from_step(unit, k0)
+        if plan.pack_a:
+            step = self._bytes(self.kernel.a.at.strides[-1], self.a_type)
+            return Block(a, f.mul(self._row(unit.t0), str(self.a_type.itemsize)), step, k, to, unit.t0, unit.t1, piece)
+        step = self._bytes(self.kernel.b.at.strides[-2], self.b_type)
+        return Block(b, f.mul(unit.p0, str(plan.panel * self.b_type.itemsize)), step, k, to, unit.p0, unit.p1, piece)
+
+    def _pack_piece(self, block: Block, begin: str, end: str) -> None:
+        """Packs k steps [begin, end) of a block."""
+        f, plan = self.f, self.plan
+        source, k = f.gep("i8", block.source, f.mul(begin, block.step)), f.sub(end, begin)
+        lanes = plan.a_stride if plan.pack_a else plan.lanes
+        to = f.gep("i8", block.to, f.mul(begin, str(lanes * plan.compute.itemsize)))
+        (self._copy_a if plan.pack_a else self._pack_panels)(source, k, block.low, block.high, to)
+
+    def _pack_ahead(self, number: str) -> str:
+        """Before micro-kernel `number` of a block: packs its piece of the next block, and puts down which lines the piece after that is in; their
+        number."""
+        f, block = self.f, self.next
+        begin, end = piece_of(f, block, number)
+        with f.when(f.op(f"icmp slt i64 {begin}, {end}")):
+            self._pack_piece(block, begin, end)
+        return emit_ahead_asks(f, self.plan, block, end, self.table) if self.asking else "0"
 
     # ------------------------------------------------------------------------------------------------------ tiles
     def _select(self, tile: str, choices: list[str], type_: str = "i64") -> str:
@@ -316,17 +397,23 @@ class _Driver:
         """A loop over row tiles [t0, t1)."""
         f = self.f
         with f.loop(t0, t1, runs=True) as loop:
-            tile, rows = loop.index, self._select(loop.index, [str(s.rows) for s in self.plan.segments])
-            first = self._select(tile, [first for first, _, _ in self.spans])
-            row = f.add(self._select(tile, [row for _, _, row in self.spans]), f.mul(f.sub(tile, first), rows))
-            yield _RowTile(tile, row, rows)
+            yield _RowTile(loop.index, self._row(loop.index), self._rows(loop.index))
+
+    def _rows(self, tile: str) -> str:
+        return self._select(tile, [str(s.rows) for s in self.plan.segments])
+
+    def _row(self, tile: str) -> str:
+        """The first row of a tile."""
+        f = self.f
+        first = self._select(tile, [first for first, _, _ in self.spans])
+        return f.add(self._select(tile, [row for _, _, row in self.spans]), f.mul(f.sub(tile, first), self._rows(tile)))
 
     @contextmanager
     def _sweep(self, t0: str, t1: str) -> Iterator[tuple[_Panel, _RowTile]]:
         """A loop over the unit's panels and, inside, over row tiles [t0, t1)."""
         f, plan = self.f, self.plan
         whole = f.div(self.n, str(plan.panel), f.top)
-        with f.loop(self.p0, self.p1, runs=True) as loop:
+        with f.loop(self.unit.p0, self.unit.p1, runs=True) as loop:
             column = f.mul(loop.index, str(plan.panel))
             columns = f.min(f.sub(self.n, column), str(plan.panel))
             tail = f.pure(f"icmp sge i64 {loop.index}, {whole}") if plan.has_tail else "false"
@@ -356,7 +443,7 @@ class _Driver:
                 b_at = f.gep(
                     "i8",
                     self.b_packed,
-                    f.mul(f.sub(panel.number, self.p0), str(self.plan.vectors * self.plan.strip_bytes)),
+                    f.mul(f.sub(panel.number, self.unit.p0), str(self.plan.vectors * self.plan.strip_bytes)),
                 )
             else:
                 packed = panel.tail if plan.pack_tail else "false"
@@ -377,14 +464,20 @@ class _Driver:
                 for s in plan.segments
             ]
             name, place = self._select(tile.number, names, "ptr"), self._sums_of(tile, panel, sums)
+            ahead = "0"
+            if plan.ahead:
+                unit = self.unit
+                number = f.mul(f.sub(panel.number, unit.p0), f.sub(unit.t1, unit.t0))
+                ahead = self._pack_ahead(f.add(number, f.sub(tile.number, unit.t0)))
             more = ""
             if self.asking:
-                counts = [f.mul(tile.rows, str(n)) for n in self.lines]
+                counts = [f.mul(tile.rows, n) for n in (str(self.lines.read), self.written)]
                 reads, writes = [self._choose(finish or "false", n, "0") for n in counts]
-                more = f", ptr {self.table}, i64 {reads}, i64 {writes}"
-            if any(self.lines) and finish is not None:
+                more = f", ptr {self.table}, i64 {f.add(ahead, reads)}, i64 {writes}"
+            if self.lines.most and finish is not None:
                 with f.when(finish):
-                    self._call_on_tile(self.asks(), tile, panel, f", ptr {self.table}")
+                    table = f.gep("ptr", self.table, ahead)
+                    self._call_on_tile(self.asks(), tile, panel, f", ptr {table}")
             f.emit(
                 f"call void {name}(i64 {k}, ptr {a_at}, i64 {a_step}, ptr {b_at}, i64 {b_step}, ptr {place}, i1 {add}{more})"
             )
@@ -396,7 +489,7 @@ class _Driver:
         if self.plan.one_block:
             return sums
         f, plan = self.f, self.plan
-        number = f.add(f.mul(f.sub(panel.number, self.p0), str(plan.unit_tiles)), f.sub(tile.number, self.t0))
+        number = f.add(f.mul(f.sub(panel.number, self.unit.p0), str(plan.unit_tiles)), f.sub(tile.number, self.unit.t0))
         return f.gep("i8", sums, f.mul(number, str(plan.tile_elements * plan.compute.itemsize)))
 
     def _finish_tile(self, tile: _RowTile, panel: _Panel, sums: str) -> None:
@@ -407,17 +500,25 @@ class _Driver:
         )  # fmt: skip
 
     def _call_on_tile(self, name: str, tile: _RowTile, panel: _Panel, more: str) -> None:
-        batch = "".join(f"i64 {b}, " for b in self.batch)
+        batch = "".join(f"i64 {b}, " for b in self.unit.batch)
         self.f.emit(
             f"call void @{name}(ptr %args, ptr %dims, ptr %status, {batch}i64 {tile.row}, i64 {tile.rows}, "
             f"i64 {panel.column}, i64 {panel.columns}{more})"
         )
 
     # --------------------------------------------------------------------------------------------------- packing
-    def _pack_b(self, b: str, k: str) -> None:
+    def _pack_b(self, b: str, k: str, p0: str, p1: str, to: str) -> None:
+        """The panels [p0, p1) of B, or the last one of them, where they are packed."""
         f, plan = self.f, self.plan
-        if not (plan.pack_b or plan.pack_tail):
-            return
+        if plan.pack_b:
+            self._pack_panels(b, k, p0, p1, to)
+        elif plan.pack_tail:
+            whole = f.div(self.n, str(plan.panel), f.top)
+            with f.when(f.op(f"icmp sgt i64 {p1}, {whole}")):
+                self._pack_panels(b, k, whole, f.add(whole, "1", f.top), to)
+
+    def _pack_panels(self, b: str, k: str, p0: str, p1: str, to: str) -> None:
+        f, plan = self.f, self.plan
         step, lane = self.kernel.b.at.strides[-2:]
         lanes = plan.lanes
         if not isinstance(lane, int) or (lane != 1 and isinstance(self.kernel.n, int) and self.kernel.n < lanes):
@@ -427,38 +528,23 @@ class _Driver:
         lane_bytes, step_bytes = self._bytes(lane, self.b_type), self._bytes(step, self.b_type)
         size = plan.compute.itemsize
         last = f.sub(self.n, "1", f.top)
-
-        def pack(panel: str, slot: str) -> None:
+        with f.loop(p0, p1, runs=True) as panel:
+            slot = f.gep("i8", to, f.mul(f.sub(panel.index, p0), str(plan.vectors * plan.strip_bytes)))
             with f.loop("0", str(plan.panel), at_once, runs=True) as loop:
                 # lanes wholly beyond the last column repeat it
-                column = f.min(f.add(f.mul(panel, str(plan.panel)), loop.index), last)
+                column = f.min(f.add(f.mul(panel.index, str(plan.panel)), loop.index), last)
                 from_ = f.gep("i8", b, f.mul(column, lane_bytes))
                 valid = f.min(f.sub(self.n, column), str(at_once))
                 strip = f.mul(f.div(loop.index, str(plan.lanes)), str(plan.strip_bytes))
-                to = f.gep("i8", slot, f.add(strip, f.mul(f.rem(loop.index, str(plan.lanes)), str(size))))
+                place = f.gep("i8", slot, f.add(strip, f.mul(f.rem(loop.index, str(plan.lanes)), str(size))))
                 f.emit(
                     f"call void @{name}(ptr {from_}, i64 {lane_bytes}, i64 {step_bytes}, i64 {valid}, i64 {k}, "
-                    f"ptr {to}, i64 {plan.lanes * size})"
+                    f"ptr {place}, i64 {plan.lanes * size})"
                 )
-
-        if plan.pack_b:
-            with f.loop(self.p0, self.p1, runs=True) as panel:
-                pack(
-                    panel.index,
-                    f.gep(
-                        "i8",
-                        self.b_packed,
-                        f.mul(f.sub(panel.index, self.p0), str(self.plan.vectors * self.plan.strip_bytes)),
-                    ),
-                )
-            return
-        whole = f.div(self.n, str(plan.panel), f.top)
-        with f.when(f.op(f"icmp sgt i64 {self.p1}, {whole}")):
-            pack(whole, self.b_packed)
 
     def _pack_a(self, a: str, k: str, t0: str, t1: str) -> None:
         if self.kernel.a.at.strides[-2] == 1:
-            self._copy_a(a, k, t0, t1)
+            self._copy_a(a, k, t0, t1, self.a_packed)
             return
         f, plan = self.f, self.plan
         lane, step = self.kernel.a.at.strides[-2:]
@@ -477,7 +563,7 @@ class _Driver:
                     f"ptr {to}, i64 {plan.a_stride * size})"
                 )
 
-    def _copy_a(self, a: str, k: str, t0: str, t1: str) -> None:
+    def _copy_a(self, a: str, k: str, t0: str, t1: str, packed: str) -> None:
         """Rows of A side by side in memory: all tiles of a height at once, so that a cache line is read once for all that it holds."""
         f, plan = self.f, self.plan
         step_bytes = self._bytes(self.kernel.a.at.strides[-1], self.a_type)
@@ -487,7 +573,7 @@ class _Driver:
             with f.when(f.op(f"icmp slt i64 {begin}, {end}")):
                 at = f.add(row, f.mul(f.sub(begin, first), str(segment.rows)))
                 from_ = f.gep("i8", a, f.mul(at, str(self.a_type.itemsize)))
-                to = f.gep("i8", self.a_packed, f.mul(f.sub(begin, t0), str(plan.a_tile_bytes)))
+                to = f.gep("i8", packed, f.mul(f.sub(begin, t0), str(plan.a_tile_bytes)))
                 f.emit(f"call void @{name}(ptr {from_}, i64 {step_bytes}, i64 {f.sub(end, begin)}, i64 {k}, ptr {to})")
 
     # ----------------------------------------------------------------------------------------------------- long K

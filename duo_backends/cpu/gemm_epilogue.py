@@ -6,16 +6,21 @@ micro-kernel waiting. So their addresses are put down before a tile's last block
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 from duo_backends.cpu.body import Emitter, Scope, Value
 from duo_backends.cpu.code import Target
 from duo_backends.cpu.convert import convert
+from duo_backends.cpu.gemm_ahead import ahead_offsets
 from duo_backends.cpu.gemm_plan import Plan
 from duo_backends.cpu.gemm_tile import BLOCK, LINE, ask
 from duo_backends.cpu.llvm import Function, Module, memory_type, register_type, vector
 from duo_ir.kernels.kernel import Access, ContractKernel
 from duo_ir.types import product
 
-_NEAREST, _APART = 2, 4  # k steps from one line to the next that is asked for, at least and at most
+_APART = 4  # k steps from one line to the next that is asked for, at most
+_WORK = 24  # multiply-adds to each line, at least
 _FAR = 1 << 19  # bytes of a result that is written without being looked at, from which it is not near
 
 
@@ -93,22 +98,56 @@ def _row_lines(plan: Plan, access: Access) -> range:
     return range(0, plan.panel * plan.kernel.args[access.buffer].dtype.itemsize, LINE)
 
 
-def lines(plan: Plan, streams: frozenset[int]) -> tuple[int, int]:
-    """How many lines of each row of a tile are asked for: to be read, to be written. None where B is turned in registers (`gemm_rows.py`)."""
+class Lines(NamedTuple):
+    """How many lines of each row of a tile are asked for: to be read, and for each access to be written. `twins[i]`: arguments read at the very
+    places that access i writes; where the result lies in the memory of one of them, its lines are there already."""
+
+    read: int
+    written: tuple[int, ...]
+    twins: tuple[frozenset[int], ...]
+
+    @property
+    def most(self) -> int:
+        return self.read + sum(self.written)
+
+    @property
+    def least(self) -> int:
+        """Where every result that can lies in the memory of an operand."""
+        return self.read + sum(n for n, twins in zip(self.written, self.twins) if not twins)
+
+
+def lines(plan: Plan, streams: frozenset[int]) -> Lines:
+    """What is asked for. Nothing where B is turned in registers (`gemm_rows.py`)."""
     if not plan.pack_b and plan.kernel.b.at.strides[-1] != 1:
-        return 0, 0
-    read, written = (sum(len(_row_lines(plan, a)) for a in _met(plan.kernel, write, streams)) for write in (0, 1))
-    return read, written
+        return Lines(0, (), ())
+    reads, writes = (_met(plan.kernel, write, streams) for write in (0, 1))
+    dtypes = [arg.dtype for arg in plan.kernel.args]
+    twins = [frozenset(r.buffer for r in reads if r.at == w.at and dtypes[r.buffer] is dtypes[w.buffer]) for w in writes]
+    return Lines(sum(len(_row_lines(plan, r)) for r in reads), tuple([len(_row_lines(plan, w)) for w in writes]), tuple(twins))
+
+
+def in_place(f: Function, kernel: ContractKernel, pointers: Sequence[str], plan: Plan, streams: frozenset[int]) -> list[str]:
+    """For each access to be written the i1 that says whether its lines are read too."""
+    found = []
+    for access, twins in zip(_met(kernel, 1, streams), lines(plan, streams).twins):
+        same = "false"
+        for twin in sorted(twins):
+            one = f.pure(f"icmp eq ptr {pointers[access.buffer]}, {pointers[twin]}", f.top)
+            same = one if same == "false" else f.pure(f"or i1 {same}, {one}", f.top)
+        found.append(same)
+    return found
 
 
 def ask_every(plan: Plan, streams: frozenset[int]) -> int:
-    """K steps of a micro-kernel from one line that it asks for to the next; 0: it asks for none, as there are none, or too many."""
-    count, k = sum(lines(plan, streams)) * plan.segments[0].rows, plan.kernel.k
+    """K steps of a micro-kernel from one line that it asks for to the next; 0: it asks for none, as there are none, or too many. Where it has too few
+    steps for all of them, the last ones are left out."""
+    rows, k = plan.segments[0].rows, plan.kernel.k
+    count = lines(plan, streams).least * rows + len(ahead_offsets(plan)) * plan.ahead_steps
     if count == 0:
         return 0
     last = (k - 1) % BLOCK + 1 if isinstance(k, int) and k > 0 else BLOCK  # steps of the last block
     every = min(_APART, last // count)
-    return every if every >= _NEAREST else 0
+    return every if every * rows * plan.vectors >= _WORK else 0
 
 
 def emit_asks(module: Module, target: Target, plan: Plan, name: str, streams: frozenset[int]) -> None:
@@ -117,17 +156,20 @@ def emit_asks(module: Module, target: Target, plan: Plan, name: str, streams: fr
     kernel = plan.kernel
     f, batch = _on_tile(module, kernel, name, "ptr %asks")
     emitter = Emitter(f, target, kernel.args, pointers(f, kernel), kernel.dims)
-    at, at_once = "%asks", ask_every(plan, streams) == 0
-    for write in (0, 1):
-        accesses = _met(kernel, write, streams)
+    at_once = ask_every(plan, streams) == 0
+    reads, writes = _met(kernel, 0, streams), _met(kernel, 1, streams)
+    same = ["false"] * len(reads) + in_place(f, kernel, emitter.pointers, plan, streams)
+    at = "%asks"
+    for write, accesses in enumerate((reads, writes)):
         if not accesses:
             continue
         with f.loop("0", "%rows", 1, [("ptr", at)], runs=True) as loop:
             row, at = f.op(f"add i64 %row, {loop.index}"), loop.values[0]
-            for access in accesses:
+            for access, there in zip(accesses, same[len(reads) * write :]):
                 position, _, _ = emitter.affine(Scope.flat((*batch, row, "%column")), access.at)
                 dtype = kernel.args[access.buffer].dtype
                 start = f.gep(memory_type(dtype), emitter.pointers[access.buffer], position)
+                before = at
                 for offset in _row_lines(plan, access):
                     line = f.gep("i8", start, str(offset))
                     if at_once:
@@ -135,6 +177,8 @@ def emit_asks(module: Module, target: Target, plan: Plan, name: str, streams: fr
                         continue
                     f.emit(f"store ptr {line}, ptr {at}, align 8")
                     at = f.op(f"getelementptr i8, ptr {at}, i64 8")
+                if there != "false":
+                    at = f.op(f"select i1 {there}, ptr {before}, ptr {at}")
             loop.next = [at]
         at = loop.results[0]
     f.finish()

@@ -27,6 +27,7 @@ FAR_ROWS = 1024  # bytes between rows of B from which one block of them is packe
 UNIT_SIDE = 512  # largest rows and columns of a unit
 UNITS = 16  # units that large work is cut into at least
 UNIT_WORK = 1 << 19  # multiply-adds of a unit below which it is not cut further
+AHEAD_CALLS = 8  # micro-kernels of a block from which on the next one's operand is packed between them
 STREAMED_ROWS = 48  # with one or two row tiles a unit counts as having these rows: it waits for B's memory
 _ALIGN = 64
 
@@ -82,6 +83,29 @@ class Plan:
         return min(self.unit_tiles, max(1, CACHED_ROWS // self.segments[0].rows))
 
     @property
+    def ahead(self) -> bool:
+        """Whether the one operand that is packed, by plain copies of rows of lanes, is packed a block ahead (`gemm_ahead.py`)."""
+        kernel = self.kernel
+        if not all(isinstance(d, int) for d in (kernel.m, kernel.n, kernel.k)) or self.may_be_long or self.pack_a == self.pack_b:
+            return False
+        if kernel.b.at.strides[-1] != 1 or (self.pack_a and (kernel.a.at.strides[-2] != 1 or self.unit_tiles > self.cached_tiles)):
+            return False
+        return self.unit_tiles * self.unit_panels >= AHEAD_CALLS
+
+    @property
+    def ahead_steps(self) -> int:
+        """K steps of the next block that are packed before each micro-kernel of a whole unit."""
+        return -(-self.k_block // (self.unit_tiles * self.unit_panels)) if self.ahead else 0
+
+    @property
+    def ahead_bytes(self) -> int:
+        """Bytes of a k step of what is packed ahead, as it lies in memory."""
+        access, lanes = self.kernel.b, self.unit_panels * self.panel
+        if self.pack_a:
+            access, lanes = self.kernel.a, self.unit_tiles * self.segments[0].rows
+        return lanes * self.kernel.args[access.buffer].dtype.itemsize
+
+    @property
     def b_ahead(self) -> int:
         """How many k steps early rows of B are asked for: where B is read once, by few rows, which wait for its memory, or by panels that
         split the pairs of lines that the hardware fetches."""
@@ -116,11 +140,21 @@ class Plan:
 
     @property
     def b_bytes(self) -> int:
+        return self.b_block_bytes * (2 if self.ahead and self.pack_b else 1)
+
+    @property
+    def b_block_bytes(self) -> int:
+        """Of what is packed of a block of B."""
         panels = self.unit_panels if self.pack_b else 1 if self.pack_tail else 0
         return _round(panels * self.vectors * self.strip_bytes)
 
     @property
     def a_bytes(self) -> int:
+        return self.a_block_bytes * (2 if self.ahead and self.pack_a else 1)
+
+    @property
+    def a_block_bytes(self) -> int:
+        """Of the tiles of A that are packed at a time."""
         return self.cached_tiles * self.a_tile_bytes if self.pack_a else 0
 
     @property

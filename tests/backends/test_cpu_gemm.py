@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pytest
 
-from duo_backends.cpu import stream
+from duo_backends.cpu import gemm, gemm_plan, stream
 from duo_backends.cpu.code import KernelCode
 from duo_backends.cpu.gemm import compile_contract
 from duo_backends.cpu.jit import Library, Machine, build, machine
@@ -260,6 +260,25 @@ def test_tiles_of_a_that_lie_side_by_side(width: str, symbolic: str) -> None:
     where = machine_or_skip(width)
     matmul(where, 401, 80, 24, a_order="column", symbolic=symbolic, special=True)
     matmul(where, 101, 70, 530, a_order="column", symbolic=symbolic, d=f16)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("packed", ("a", "b"))
+def test_packing_a_block_ahead(width: str, packed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over blocks of K, units, batch entries and calls, with tiles and panels of two sizes and a last block so short that not every micro-kernel has
+    a piece to pack. Sizes for which an operand would be packed are large: here it is in any case, in small units."""
+    where, plans = machine_or_skip(width), []
+    monkeypatch.setattr(gemm_plan, "_conflicts", lambda *given: packed == "a")
+    monkeypatch.setattr(gemm_plan, "_thrashes", lambda *given: packed == "b")
+    monkeypatch.setattr(gemm_plan, "UNIT_WORK", 1 << 14)
+    monkeypatch.setattr(gemm_plan, "AHEAD_CALLS", 2)
+    monkeypatch.setattr(gemm, "make_plan", lambda *given: plans.append(gemm_plan.make_plan(*given)) or plans[-1])
+    order = "column" if packed == "a" else "row"
+    matmul(where, 61, 200, 514, a_order=order, special=True)
+    matmul(where, 40, 150, 1030, a_order=order)
+    matmul(where, 45, 150, 20, a_order=order, batch=3, shared="b")
+    matmul(where, 61, 120, 3, a_order=order, d=f64)
+    assert {(plan.ahead, plan.pack_a, plan.pack_b) for plan in plans} == {(True, packed == "a", packed == "b")}
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="protects a page")

@@ -1,8 +1,9 @@
 """Attention on the CPU: a block of 64 queries against blocks of 64 keys, softmax on the way; scores never leave the first-level cache.
 
-A work unit is one block of queries of one head. Scores are kept transposed, lanes over queries, so that maxima, sums and
-rescaling run down the columns; queries are transposed once a unit, and the result back. The order is that of
-`duo_ir/ops/attention.py`; keys and values are read where they lie, or copied block by block. The gradient is in `attention_gradient.py`.
+A work unit is one block of queries of one head. Scores are kept transposed, lanes over queries, so that maxima and sums run down
+the columns; queries are transposed for that once a unit. Sums of values have lanes over their columns, as the result has. The order is that
+of `duo_ir/ops/attention.py`; keys and values are read where they lie, or copied block by block, and what comes next is asked for by products
+on their way. The gradient is in `attention_gradient.py`.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from duo_backends.cpu.attention_gradient import emit_gradient
-from duo_backends.cpu.attention_parts import ADD, SET, Parts
+from duo_backends.cpu.attention_parts import ADD, SET, Asked, Parts
 from duo_backends.cpu.body import Scope, Value
 from duo_backends.cpu.code import KernelCode, Target
 from duo_backends.cpu.code import Phase as PhaseCode
@@ -22,6 +23,7 @@ from duo_ir.scalar import explog
 from duo_ir.types import DimLike, evaluate
 
 _INF = float("inf")
+CHAINS = 4  # maxima of a query that are found side by side
 
 
 def compile_attention(kernel: AttentionKernel, target: Target) -> KernelCode:
@@ -58,15 +60,19 @@ class _Forward:
         kernel = self.kernel
         self.q, self.k, self.v = kernel.reads
         self.width, self.value_width = kernel.width, kernel.value_width
-        self.copies = not parts.in_place(self.k, self.width, False), not parts.in_place(self.v, self.value_width, False)
+        self.copies = (
+            not parts.in_place(self.k, self.width, False, parts.rows),  # a tile reads so many rows side by side
+            not parts.in_place(self.v, self.value_width, True, parts.rows),
+        )
         row, wide = parts.padded(self.width), parts.padded(self.value_width)
+        self.wide = wide * parts.size  # bytes of a row of sums
         offsets = [
             parts.reserve(self.width, BLOCK),  # queries, scaled: [d][i]
             parts.reserve(BLOCK, BLOCK),  # scores, then exponentials: [j][i]
-            parts.reserve(self.value_width, BLOCK),  # sums of values: [e][i]
-            *[parts.reserve(1, BLOCK) for _ in range(3)],  # maxima, sums of exponentials, factors at the end
+            parts.reserve(BLOCK, wide),  # sums of values: [i][e]
+            *[parts.reserve(1, BLOCK) for _ in range(3)],  # maxima, sums of exponentials, factors of the sums of values
             parts.reserve(BLOCK, row) if self.copies[0] else 0,
-            parts.reserve(BLOCK, wide),  # values, and the result on its way out
+            parts.reserve(BLOCK, wide) if self.copies[1] else 0,
         ]
         f = self.f
         base = f.gep("i8", "%scratch", f.mul("%tid", str(parts.share), f.top), f.top)
@@ -77,9 +83,13 @@ class _Forward:
         f, e, kernel = self.f, self.e, self.kernel
         t = e.dim(kernel.queries)
         blocks = f.div(f.add(t, str(BLOCK - 1), f.top), str(BLOCK), f.top)
+        last = f.sub("%end", "1", f.top)
         with f.loop("%begin", "%end") as units:
             block = f.rem(units.index, blocks)
             batch = self.p.phase.unravel(f.div(units.index, blocks), kernel.batch)
+            following = f.min(f.add(units.index, "1"), last)
+            self.next_batch = self.p.phase.unravel(f.div(following, blocks), kernel.batch)
+            self.next_block = f.rem(following, blocks)
             self._unit(batch, block, f.mul(block, str(BLOCK)), t)
         f.finish()
 
@@ -91,7 +101,7 @@ class _Forward:
             with f.loop("0", str(self.width * p.grid_row), p.lanes * p.size, runs=True) as loop:
                 at = f.gep("i8", self.queries, loop.index)
                 p.store(p.op("fmul", p.load(at), p.number(kernel.scale)), at)
-        p.fill(self.sums, self.value_width * BLOCK, 0.0)
+        p.fill(self.sums, BLOCK * p.padded(self.value_width), 0.0)
         p.fill(self.top, BLOCK, -_INF)
         p.fill(self.total, BLOCK, 0.0)
         keys = self.e.dim(kernel.keys)
@@ -99,10 +109,27 @@ class _Forward:
         if kernel.causal:
             blocks = f.min(blocks, f.add(block, "1"))
         with f.loop("0", blocks) as loop:
-            self._block(batch, loop.index, block, i0, count, keys)
+            asked = self._asked(batch, i0, count, f.add(loop.index, "1"), blocks, keys, t)
+            self._block(batch, loop.index, block, i0, count, keys, asked)
         self._finish(batch, i0, count)
 
-    def _block(self, batch: list[str], number: str, block: str, i0: str, count: str, keys: str) -> None:
+    def _asked(
+        self, batch: list[str], i0: str, count: str, number: str, blocks: str, keys: str, t: str
+    ) -> tuple[list[Asked], list[Asked]]:  # fmt: skip
+        """What the products of both halves ask for, with keys and with values: block `number` of both, or the first of the next unit; where
+        the result will go, and the next unit's queries."""
+        f, p = self.f, self.p
+        more = f.op(f"icmp slt i64 {number}, {blocks}")
+        place = [f.op(f"select i1 {more}, i64 {a}, i64 {b}") for a, b in zip(batch, self.next_batch)]
+        j0 = f.op(f"select i1 {more}, i64 {f.mul(number, str(BLOCK))}, i64 0")
+        rows, q0 = f.sub(keys, j0), f.mul(self.next_block, str(BLOCK))
+        k, v = (p.asked(x, place, j0, rows, w) for x, w in ((self.k, self.width), (self.v, self.value_width)))
+        q = p.asked(self.q, self.next_batch, q0, f.sub(t, q0), self.width)
+        return [k, p.asked(self.kernel.writes[0], batch, i0, count, self.value_width)], [v, q]
+
+    def _block(
+        self, batch: list[str], number: str, block: str, i0: str, count: str, keys: str, asked: tuple[list[Asked], list[Asked]]
+    ) -> None:  # fmt: skip
         """One block of keys, for each half of the queries."""
         f, p, kernel = self.f, self.p, self.kernel
         j0 = f.mul(number, str(BLOCK))
@@ -114,20 +141,30 @@ class _Forward:
         with f.loop("0", halves, runs=True) as half:
             first = f.mul(half.index, str(HALF))
             offset = f.mul(first, str(p.size))
-            queries, scores, sums = (f.gep("i8", at, offset) for at in (self.queries, self.scores, self.sums))
+            queries, scores = (f.gep("i8", at, offset) for at in (self.queries, self.scores))
+            there = f.min(f.sub(count, first), str(HALF))
             some = rows
             if kernel.causal:
                 near = f.min(rows, f.add(first, str(HALF)))
                 some = f.op(f"select i1 {diagonal}, i64 {near}, i64 {rows}")
-            p.multiply(some, str(self.width), k, k_row, k_step, queries, grid, HALF, scores, p.grid_row, SET)
+            ask_keys, ask_values = (self._of_half(half.index, pair) for pair in asked)
+            p.multiply(some, str(self.width), k, k_row, k_step, queries, grid, HALF, scores, p.grid_row, SET, ask_keys)
             p.add_mask(batch, scores, f.add(i0, first), j0, some, f.sub(count, first), HALF, query_lanes=True)
             if kernel.causal:
                 with f.when(diagonal):
                     p.cut_triangle(scores, some, first, HALF, query_lanes=True)
             with f.loop("0", str(HALF * p.size), p.vectors * p.lanes * p.size, runs=True) as panel:
                 self._softmax(f.add(offset, panel.index), some, number)
-            # the transpose of the values: rows are their columns
-            p.multiply(str(self.value_width), some, v, p.size, str(v_row), scores, grid, HALF, sums, p.grid_row, ADD)
+            # of the weights' transpose: rows are queries
+            sums, wide = p.at(self.sums, (first, self.wide)), p.padded(self.value_width)
+            p.multiply(there, some, scores, p.size, grid, v, str(v_row), wide, sums, self.wide, ADD, ask_values)
+
+    def _of_half(self, half: str, pair: list[Asked]) -> Asked:
+        """What is asked for in the first half, or in the second."""
+        f, (a, b) = self.f, pair
+        second = f.op(f"icmp ne i64 {half}, 0")
+        at = f.op(f"select i1 {second}, ptr {b.at}, ptr {a.at}")
+        return Asked(at, f.op(f"select i1 {second}, i64 {b.row}, i64 {a.row}"), min(a.lines, b.lines))
 
     def _rows(
         self, which: int, batch: list[str], j0: str, rows: str, width: int, to: str
@@ -153,10 +190,21 @@ class _Forward:
             start = p.at(f.gep("i8", self.scores, offset), (index, p.grid_row))
             return [f.gep("i8", start, str(v * width)) for v in range(p.vectors)]
 
-        with f.loop("0", rows, 1, [(p.type, m) for m in old], runs=True) as loop:
-            found = [p.load(at) for at in line(loop.index)]
-            loop.next = [p.select(p.compare("ogt", s, m), s, m) for s, m in zip(found, loop.values)]
-        new = loop.results
+        def larger(s: str, m: str) -> str:
+            return p.select(p.compare("ogt", s, m), s, m)
+
+        # several maxima a query, as each waits for the one before it
+        found = [*old, *[p.number(-_INF)] * ((CHAINS - 1) * p.vectors)]
+        whole = f.op(f"and i64 {rows}, {-CHAINS}")
+        for begin, end, count in (("0", whole, CHAINS), (whole, rows, 1)):
+            with f.loop(begin, end, count, [(p.type, m) for m in found]) as loop:
+                lines = [at for k in range(count) for at in line(f.add(loop.index, str(k)))]
+                kept = loop.values[len(lines) :]
+                loop.next = [*(larger(p.load(at), m) for at, m in zip(lines, loop.values)), *kept]
+            found = loop.results
+        while len(found) > p.vectors:
+            found = [*(larger(a, b) for a, b in zip(found, found[-p.vectors :])), *found[p.vectors : -p.vectors]]
+        new = found
         safe = [p.select(p.compare("oeq", m, p.number(-_INF)), p.number(0.0), m) for m in new]
         again = [p.recipe(explog.exp, p.op("fsub", m, n)) for m, n in zip(old, safe)]
         with f.loop("0", rows, 1, [(p.type, p.number(0.0))] * p.vectors, runs=True) as loop:
@@ -177,11 +225,14 @@ class _Forward:
         bits = f.op(f"bitcast {lanes} {some} to i{p.lanes}")
         differs, later = f.op(f"icmp ne i{p.lanes} {bits}, 0"), f.op(f"icmp ne i64 {number}, 0")
         # times 1 changes nothing, and the first block finds zeros
-        with f.when(f.op(f"and i1 {differs}, {later}")), f.loop("0", str(self.value_width), runs=True) as loop:
-            start = p.at(f.gep("i8", self.sums, offset), (loop.index, p.grid_row))
+        with f.when(f.op(f"and i1 {differs}, {later}")):
+            factors = f.gep("i8", self.factor, offset)
             for v, a in enumerate(again):
-                at = f.gep("i8", start, str(v * width))
-                p.store(p.op("fmul", p.load(at), a), at)
+                p.store(a, f.gep("i8", factors, str(v * width)))
+            sums = f.gep("i8", self.sums, f.mul(offset, str(self.wide // p.size)))
+            with f.loop("0", str(p.vectors * p.lanes), runs=True) as loop:
+                factor = p.splat_at(p.at(factors, (loop.index, p.size)))
+                p.scale_row(p.at(sums, (loop.index, self.wide)), self.wide, factor)
 
     def _finish(self, batch: list[str], i0: str, count: str) -> None:
         f, p, kernel = self.f, self.p, self.kernel
@@ -199,8 +250,8 @@ class _Forward:
             scope = Scope.flat((*batch, f.add(i0, str(number * p.lanes))), len(batch), p.lanes, live)
             with f.when(f.op(f"icmp sgt i64 {count}, {number * p.lanes}")):
                 self.e.store(Store(kernel.sums, 0), [Value(lse, p.compute, True, 0)], scope)
-        with f.loop("0", str(self.value_width), runs=True) as loop:
-            for number in range(BLOCK // p.lanes):
-                place = p.at(self.sums, (loop.index, p.grid_row), (str(number), width))
-                p.store(p.op("fmul", p.load(place), p.load(f.gep("i8", self.factor, str(number * width)))), place)
-        p.turned_out(kernel.writes[0], batch, i0, count, self.value_width, self.sums, self.value_rows)
+
+        def factor(row: str) -> str:
+            return p.splat_at(p.at(self.factor, (row, p.size)))
+
+        p.copy_out(kernel.writes[0], batch, i0, count, self.value_width, self.sums, factor)

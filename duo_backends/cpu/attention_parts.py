@@ -6,13 +6,15 @@ through one micro-kernel, c[r][*] (+)= fma over ascending k of a[r, k] * b[k][*]
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from duo_backends.cpu.body import Scope, Value
 from duo_backends.cpu.code import Target
 from duo_backends.cpu.convert import convert
 from duo_backends.cpu.gemm_pack import emit_gather, emit_transpose, emit_turn
-from duo_backends.cpu.gemm_tile import broadcast, registers_of, transposed_lanes
+from duo_backends.cpu.gemm_tile import LINE, ask, broadcast, registers_of, transposed_lanes
 from duo_backends.cpu.llvm import Function as LlvmFunction
 from duo_backends.cpu.llvm import Module, literal, register_type, splat_literal, vector
 from duo_backends.cpu.nest import Phase
@@ -22,9 +24,19 @@ from duo_ir.ops.attention import BLOCK
 from duo_ir.types import DimLike, DType
 
 SET, ADD = "set", "add"  # c = sum, c += sum
-FAR = 1024  # bytes between rows from which a block of rows shares too few sets of the first-level cache
+PAGE = 4096  # bytes of addresses after which the sets of a first-level cache repeat
+WAYS = 8  # lines that may share a set of it
 
 UNROLLED = 8  # vectors of a row that are copied without a loop
+
+
+class Asked(NamedTuple):
+    """Rows of a tensor that will be met soon, which products ask for on their way: each of the first `lines` tiles asks for one line of a row,
+    a row a step. `row`: bytes between rows."""
+
+    at: str
+    row: str
+    lines: int
 
 
 class Parts:
@@ -101,6 +113,18 @@ class Parts:
     def lane_numbers(self, first: int) -> str:
         return f"<{', '.join(f'i32 {first + lane}' for lane in range(self.lanes))}>"
 
+    def splat_at(self, place: str) -> str:
+        """The number at `place` in all lanes."""
+        return self.splat(self.f.op(f"load {self.element}, ptr {place}, align {self.size}"))
+
+    def scale_row(self, row: str, nbytes: int, factor: str) -> None:
+        """Multiplies so many bytes of whole vectors."""
+        width = self.lanes * self.size
+        with self.f.loop("0", str(nbytes), math.gcd(nbytes, UNROLLED * width), runs=True) as loop:
+            for offset in range(0, math.gcd(nbytes, UNROLLED * width), width):
+                at = self.f.gep("i8", row, self.f.add(loop.index, str(offset)))
+                self.store(self.op("fmul", self.load(at), factor), at)
+
     def fill(self, base: str, numbers: int, value: float) -> None:
         """`numbers`, a multiple of the lanes, set from `base` on."""
         with self.f.loop("0", str(numbers * self.size), self.lanes * self.size, runs=True) as loop:
@@ -108,7 +132,8 @@ class Parts:
 
     # ------------------------------------------------------------------------------------------------------ products
     def multiply(
-        self, rows: str, k: str, a: str, a_row: int, a_step: str, b: str, b_step: str, columns: int | str, c: str, c_row: int, mode: str
+        self, rows: str, k: str, a: str, a_row: int, a_step: str, b: str, b_step: str, columns: int | str, c: str, c_row: int, mode: str,
+        asked: Asked | None = None,
     ) -> None:  # fmt: skip
         """c[rows][columns] from a (bytes between rows and between steps) and b. `columns`: a multiple of the lanes, or, in bytes, a value
         that is a multiple of a panel's."""
@@ -117,22 +142,29 @@ class Parts:
         tiles, left = f.div(rows, str(self.rows)), f.rem(rows, str(self.rows))
 
         def panel(offset: str, count: int) -> None:
+            met = f.mul(f.div(offset, str(step)), f.add(tiles, "1")) if asked is not None else "0"  # tiles before
             b_at, c_at = f.gep("i8", b, offset), f.gep("i8", c, offset)
 
-            def tile(height: int, first: str) -> None:
-                name = self._micro_kernel(height, count, a_row, c_row, mode)
+            def tile(height: int, first: str, number: str) -> None:
+                name = self._micro_kernel(height, count, a_row, c_row, mode, asked is not None)
                 a_from, c_to = self.at(a, (first, a_row)), self.at(c_at, (first, c_row))
-                f.emit(f"call void @{name}(i64 {k}, ptr {a_from}, i64 {a_step}, ptr {b_at}, i64 {b_step}, ptr {c_to})")
+                more = ""
+                if asked is not None:
+                    line = self.at(asked.at, (f.min(f.add(met, number), str(asked.lines - 1)), LINE))
+                    more = f", ptr {line}, i64 {asked.row}"
+                f.emit(
+                    f"call void @{name}(i64 {k}, ptr {a_from}, i64 {a_step}, ptr {b_at}, i64 {b_step}, ptr {c_to}{more})"
+                )
 
             with f.loop("0", tiles) as loop:
-                tile(self.rows, f.mul(loop.index, str(self.rows)))
+                tile(self.rows, f.mul(loop.index, str(self.rows)), loop.index)
             done = f.mul(tiles, str(self.rows))
             for height in (8, 4, 2, 1):
                 if height >= self.rows:
                     continue
                 bit = f.pure(f"and i64 {left}, {height}")
                 with f.when(f.op(f"icmp ne i64 {bit}, 0")):
-                    tile(height, done)
+                    tile(height, done, tiles)
                 done = f.add(done, bit)
 
         whole, rest = (
@@ -146,23 +178,32 @@ class Parts:
         if rest:
             panel(whole, rest // width)
 
-    def _micro_kernel(self, rows: int, vectors: int, a_row: int, c_row: int, mode: str) -> str:
-        key = (rows, vectors, a_row, c_row, mode)
+    def _micro_kernel(self, rows: int, vectors: int, a_row: int, c_row: int, mode: str, asks: bool) -> str:
+        key = (rows, vectors, a_row, c_row, mode, asks)
         if key not in self._made:
             self._made[key] = f"{self.phase.name}_tile{len(self._made)}"
-            self._emit_micro_kernel(self._made[key], rows, vectors, a_row, c_row, mode)
+            self._emit_micro_kernel(self._made[key], rows, vectors, a_row, c_row, mode, asks)
         return self._made[key]
 
-    def _emit_micro_kernel(self, name: str, rows: int, vectors: int, a_row: int, c_row: int, mode: str) -> None:
+    def _emit_micro_kernel(
+        self, name: str, rows: int, vectors: int, a_row: int, c_row: int, mode: str, asks: bool
+    ) -> None:  # fmt: skip
         f = LlvmFunction(
             self.module,
             f"define internal void @{name}(i64 %k, ptr noalias readonly %a, i64 %as, ptr noalias readonly %b, i64 %bs, "
-            "ptr noalias %c) noinline #0",
+            f"ptr noalias %c{', ptr %ask, i64 %ask_step' if asks else ''}) noinline #0",
         )
         width = self.lanes * self.size
         carried = [("ptr", "%a"), ("ptr", "%b"), *[(self.type, "zeroinitializer")] * (rows * vectors)]
+        if asks:
+            carried.append(("ptr", "%ask"))
         with f.loop("0", "%k", 1, carried) as loop:
             a_at, b_at, *acc = loop.values
+            after: list[str] = []
+            if asks:
+                line = acc.pop()
+                ask(f, line)
+                after = [f.op(f"getelementptr i8, ptr {line}, i64 %ask_step")]
             loaded = [
                 f.op(f"load {self.type}, ptr {f.gep('i8', b_at, str(v * width))}, align {self.size}")
                 for v in range(vectors)
@@ -174,7 +215,7 @@ class Parts:
                     operands = [(self.type, x) for x in (factor, loaded[v], acc[r * vectors + v])]
                     acc[r * vectors + v] = f.op(f.intrinsic("fma", self.type, operands))
             following = [f.op("getelementptr i8, ptr " + p) for p in (f"{a_at}, i64 %as", f"{b_at}, i64 %bs")]
-            loop.next = [*following, *acc]
+            loop.next = [*following, *acc, *after]
         for r in range(rows):
             for v in range(vectors):
                 place, value = f.gep("i8", "%c", str(r * c_row + v * width)), loop.results[2 + r * vectors + v]
@@ -198,13 +239,21 @@ class Parts:
         row, column = (self.f.mul(self.e.dim(s), str(size), self.f.top) for s in access.at.strides[-2:])
         return row, column
 
-    def in_place(self, access: Access, width: int, whole_vectors: bool) -> bool:
-        """Whether products may read the rows where they lie: of the compute dtype, at known strides, near each other; by vectors
-        too where that is asked for."""
+    def in_place(self, access: Access, width: int, whole_vectors: bool, together: int = BLOCK) -> bool:
+        """Whether products may read the rows where they lie: of the compute dtype, at known strides, so many `together` in enough sets of the
+        first-level cache; by vectors too where that is asked for."""
         row, column = access.at.strides[-2:]
         if self.kernel.args[access.buffer].dtype is not self.compute or not isinstance(row, int) or column != 1:
             return False
-        return row * self.size < FAR and (not whole_vectors or width % self.lanes == 0)
+        sets = min(PAGE // LINE, PAGE // math.gcd(row * self.size, PAGE))
+        return together <= sets * WAYS and (not whole_vectors or width % self.lanes == 0)
+
+    def asked(self, access: Access, batch: Sequence[str], row: str, rows: str, width: int) -> Asked:
+        """A block of rows to ask for; of one that is not whole the first row alone."""
+        f = self.f
+        dtype = self.kernel.args[access.buffer].dtype
+        step = f.op(f"select i1 {f.op(f'icmp sge i64 {rows}, {BLOCK}')}, i64 {self.strides(access)[0]}, i64 0")
+        return Asked(self.pointer(access, batch, row), step, max(1, width * dtype.itemsize // LINE))
 
     def copy_in(
         self, access: Access, batch: Sequence[str], row: str, rows: str, width: int, to: str, factor: float | None = None
@@ -226,18 +275,24 @@ class Parts:
             self._vectors(width, emit)
 
     def copy_out(
-        self, access: Access, batch: Sequence[str], row: str, rows: str, width: int, source: str, factor: float | None = None
+        self, access: Access, batch: Sequence[str], row: str, rows: str, width: int, source: str,
+        factor: float | Callable[[str], str] | None = None,
     ) -> None:  # fmt: skip
-        """Rows of whole vectors at `source`, multiplied and rounded, to a tensor."""
+        """Rows of whole vectors at `source`, multiplied (by one number, or by each row's own) and rounded, to a tensor."""
         f, e = self.f, self.e
         dtype = self.kernel.args[access.buffer].dtype
         with f.loop("0", rows, runs=True) as loop:
             line, origin = f.add(row, loop.index), self.at(source, (loop.index, self.padded(width) * self.size))
+            times = None
+            if factor is not None and factor != 1.0:
+                times = self.number(factor) if isinstance(factor, float) else factor(loop.index)
 
-            def emit(column: str, lanes: int, mask: str | None, line: str = line, origin: str = origin) -> None:
+            def emit(
+                column: str, lanes: int, mask: str | None, line: str = line, origin: str = origin, times: str | None = times
+            ) -> None:  # fmt: skip
                 value = self.load(self.at(origin, (column, self.size)))
-                if factor is not None and factor != 1.0:
-                    value = self.op("fmul", value, self.number(factor))
+                if times is not None:
+                    value = self.op("fmul", value, times)
                 value = convert(f, self.target, value, self.compute, dtype, lanes, None)
                 scope = Scope.flat((*batch, line, column), len(batch) + 1, lanes, mask)
                 e.store(Store(access, 0), [Value(value, dtype, True, 0)], scope)
@@ -301,24 +356,6 @@ class Parts:
             if apart is not None:
                 emit_turn(self.module, self.target, name, loose, dtype, self.compute, apart)
         return self._made[key]
-
-    def turned_out(
-        self, access: Access, batch: Sequence[str], row: str, rows: str, width: int, source: str, spare: str
-    ) -> None:
-        """The columns of [width][64] at `source` as rows of a tensor; `spare`: room for 64 rows of whole vectors."""
-        row_bytes, _ = self.strides(access)
-        direct = self.kernel.args[access.buffer].dtype is self.compute and access.at.strides[-1] == 1
-        direct = direct and width % transposed_lanes(self.target, self.compute) == 0
-        to, step = (
-            (self.pointer(access, batch, row), row_bytes) if direct else (spare, str(self.padded(width) * self.size))
-        )
-        # of the transpose lanes are columns of the result here, steps its rows
-        apart = self.grid_row if width % self.lanes == 0 else None
-        self._transpose(
-            source, str(self.grid_row), str(self.size), str(width), rows, to, step, self.compute, True, apart
-        )
-        if not direct:
-            self.copy_out(access, batch, row, rows, width, spare)
 
     # --------------------------------------------------------------------------------------------------------- masks
     def add_mask(

@@ -54,8 +54,9 @@ class Backend(Protocol):
 
     name: str
 
-    def compile(self, program: Program, scalars: Collection[int] = ()) -> Executable:
-        """Machine code for every kernel of the program. `scalars`: numbers of 0-d inputs that will be Python numbers."""
+    def compile(self, program: Program, scalars: Collection[int] = (), numerics: str = "strict") -> Executable:
+        """Machine code for every kernel of the program. `scalars`: numbers of 0-d inputs that will be Python numbers. `numerics`: "strict" keeps
+        the orders and roundings that every backend shares; "fast" lets this one use what its hardware is quicker at."""
         ...
 
     def allocate(self, nbytes: int) -> Any:

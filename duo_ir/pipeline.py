@@ -41,13 +41,21 @@ STAGES = ("input", "simplify", "layout", "fuse", "plan")
 class Compiles(Protocol[E]):
     """What is asked of a backend here."""
 
-    def compile(self, program: Program, scalars: Collection[int] = ()) -> E: ...
+    def compile(self, program: Program, scalars: Collection[int] = (), numerics: str = "strict") -> E: ...
 
 
-def compile(function: Function, backend: Compiles[E], *, fusion: bool = True, scalars: Collection[int] = ()) -> E:
+def compile(
+    function: Function,
+    backend: Compiles[E],
+    *,
+    fusion: bool = True,
+    scalars: Collection[int] = (),
+    numerics: str = "strict",
+) -> E:
     """The executable of `function` on `backend`. Without `fusion`, one kernel per op: the same bits, compiled sooner.
-    `scalars`: numbers of 0-d parameters whose values will be Python numbers."""
-    return backend.compile(lower(function, fusion=fusion), scalars)
+    `scalars`: numbers of 0-d parameters whose values will be Python numbers. `numerics`: 'strict', or 'fast', in which a backend may use
+    orders and roundings of its own."""
+    return backend.compile(lower(function, fusion=fusion), scalars, numerics)
 
 
 def lower(function: Function, fusion: bool = True) -> Program:

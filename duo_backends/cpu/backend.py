@@ -65,9 +65,9 @@ class CpuBackend:
         """How much object code this process generated, and how much it read from disk."""
         return jit.statistics
 
-    def compile(self, program: Program, scalars: Collection[int] = ()) -> CpuExecutable:
+    def compile(self, program: Program, scalars: Collection[int] = (), numerics: str = "strict") -> CpuExecutable:
         """Machine code for every kernel of `program` that is not loaded yet. `scalars`: numbers of 0-d inputs that will be Python
-        numbers."""
+        numbers. `numerics`: the bits are those of "strict" in any case, as nothing here would be quicker for others."""
         wanted = dict.fromkeys(kernels_of(program))
         with self._lock:
             found = {k: self._kernels[k] for k in wanted if k in self._kernels}

@@ -9,6 +9,7 @@ import math
 import threading
 from collections import OrderedDict
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -19,7 +20,7 @@ from duo_backends.cache import DiskCache, disk_cache
 from duo_backends.cuda.code import GpuTarget, KernelCode
 from duo_backends.cuda.compiler import Compiler, compile_cached, disassembled, find_compiler
 from duo_backends.cuda.driver import Driver, PycudaDriver
-from duo_backends.cuda.emit import compile_kernel, source
+from duo_backends.cuda.emit import compile_kernel, has_fast_form, source
 from duo_backends.cuda.executable import CudaExecutable
 from duo_backends.cuda.memory import DeviceBuffer, Pool
 from duo_backends.cuda.peaks import Peaks, measure
@@ -32,13 +33,12 @@ from duo_ir.kernels.program import Program
 from duo_ir.types import DType
 
 KERNEL_LIMIT = 8192  # loaded kernels kept for programs to come
-MOST_SHARED = 96 << 10  # bytes of dynamic shared memory that kernels are emitted for, where the device has as many
 
 
 class CudaBackend:
-    """Runs programs on GPU number `device`. `memory_limit`: the most bytes that it takes there; `fast`: whether tensor cores may be used.
-    `driver`, `compiler` and `exact` (every buffer an allocation of just its size) are for tests. `compile_count` counts kernels that
-    went through the emitter, `loaded_count` those found loaded."""
+    """Runs programs on GPU number `device`. `memory_limit`: the most bytes that it takes there. `driver`, `compiler` and `exact` (every
+    buffer an allocation of just its size) are for tests. `compile_count` counts kernels that went through the emitter, `loaded_count` those
+    found loaded."""
 
     name = "cuda"
 
@@ -47,14 +47,13 @@ class CudaBackend:
         device: int = 0,
         *,
         memory_limit: int | None = None,
-        fast: bool = False,
         driver: Driver | None = None,
         compiler: Compiler | None = None,
         exact: bool = False,
     ) -> None:
-        self._device, self._memory_limit, self._fast, self._exact = device, memory_limit, fast, exact
+        self._device, self._memory_limit, self._exact = device, memory_limit, exact
         self._given_driver, self._given_compiler = driver, compiler
-        self._kernels: OrderedDict[Kernel, LoadedKernel] = OrderedDict()
+        self._kernels: OrderedDict[tuple[Kernel, bool], LoadedKernel] = OrderedDict()
         self._lock = threading.Lock()
         self.compile_count = 0
         self.loaded_count = 0
@@ -77,9 +76,9 @@ class CudaBackend:
 
     @cached_property
     def target(self) -> GpuTarget:
-        """What kernels are emitted for."""
+        """What kernels are emitted for, in strict numerics."""
         p = self.driver.properties
-        return GpuTarget(p.arch, p.multiprocessors, self._fast, min(MOST_SHARED, p.shared))
+        return GpuTarget(p.arch, p.multiprocessors, False, p.shared)
 
     def recording(self, capacity: int) -> Recording:
         """A profile of the device, to be entered."""
@@ -95,28 +94,29 @@ class CudaBackend:
         """Where machine code is kept between processes."""
         return disk_cache()
 
-    def compile(self, program: Program, scalars: Collection[int] = ()) -> CudaExecutable:
+    def compile(self, program: Program, scalars: Collection[int] = (), numerics: str = "strict") -> CudaExecutable:
         """Machine code for every kernel of `program` that is not loaded yet. `scalars`: numbers of 0-d inputs that will be Python
-        numbers."""
-        wanted = dict.fromkeys(kernels_of(program))
+        numbers. `numerics`: with "fast" products are computed on tensor cores (`mma.py`) and by cuBLASLt."""
+        fast = numerics == "fast"
+        wanted = {kernel: (kernel, fast and has_fast_form(kernel)) for kernel in kernels_of(program)}
         with self._lock:
-            found = {k: self._kernels[k] for k in wanted if k in self._kernels}
+            found = {kernel: self._kernels[key] for kernel, key in wanted.items() if key in self._kernels}
             for kernel in found:
-                self._kernels.move_to_end(kernel)
+                self._kernels.move_to_end(wanted[kernel])
             self.loaded_count += len(found)
         missing = [kernel for kernel in wanted if kernel not in found]
         if missing:
-            found.update(zip(missing, self._load([self.emit(kernel) for kernel in missing])))
+            found.update(zip(missing, self._load([self.emit(kernel, numerics) for kernel in missing])))
             with self._lock:
                 self.compile_count += len(missing)
-                self._kernels.update((k, found[k]) for k in missing)
+                self._kernels.update((wanted[k], found[k]) for k in missing)
                 while len(self._kernels) > KERNEL_LIMIT:
                     self._kernels.popitem(last=False)
-        return CudaExecutable(program, found, self.runtime, scalars)
+        return CudaExecutable(program, found, self.runtime, scalars, numerics)
 
-    def emit(self, kernel: Kernel) -> KernelCode:
+    def emit(self, kernel: Kernel, numerics: str = "strict") -> KernelCode:
         """The kernel's CUDA C for this device."""
-        return compile_kernel(kernel, self.target)
+        return compile_kernel(kernel, replace(self.target, fast=numerics == "fast" and has_fast_form(kernel)))
 
     def assembly(self, kernel: Kernel) -> str:
         """The kernel as CUDA C, and as machine code where CUDA's `cuobjdump` is installed."""

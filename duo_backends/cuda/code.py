@@ -30,7 +30,7 @@ class GpuTarget:
     arch: int = 90
     multiprocessors: int = 132
     fast: bool = False
-    shared: int = 96 << 10
+    shared: int = 227 << 10
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 
 from duo_backends.cuda.body import Emitter
 from duo_backends.cuda.code import GpuTarget, KernelCode, polynomial
-from duo_backends.cuda.gemm import Operand, Product, aligned_vector, compile_product
+from duo_backends.cuda.gemm import compile_product
+from duo_backends.cuda.products import Operand, Product, aligned_vector
 from duo_ir.kernels.kernel import ConvKernel
 from duo_ir.types import DimLike, product
 

@@ -31,6 +31,11 @@ def compile_kernel(kernel: Kernel, target: GpuTarget) -> KernelCode:
     return compile_scatter(kernel, target)
 
 
+def has_fast_form(kernel: Kernel) -> bool:
+    """Whether `fast` numerics may make another text of such a kernel."""
+    return isinstance(kernel, ContractKernel | ConvKernel)
+
+
 @cache
 def header(name: str = "device.cuh") -> str:
     """The text of a header; every source starts with `device.cuh`."""

@@ -13,13 +13,19 @@ from duo_ir.kernels.program import Program
 
 
 class CudaExecutable(SizedExecutable[CudaBound]):
-    """A program and its loaded kernels on a device. `scalars`: numbers of the inputs that are given as Python numbers."""
+    """A program and its loaded kernels on a device. `scalars`: numbers of the inputs that are given as Python numbers; `numerics`: what the
+    kernels were made for."""
 
     def __init__(
-        self, program: Program, kernels: Mapping[Kernel, LoadedKernel], runtime: Runtime, scalars: Collection[int] = ()
+        self,
+        program: Program,
+        kernels: Mapping[Kernel, LoadedKernel],
+        runtime: Runtime,
+        scalars: Collection[int] = (),
+        numerics: str = "strict",
     ) -> None:
         super().__init__(program, scalars)
-        self.kernels, self._runtime = kernels, runtime
+        self.kernels, self.numerics, self._runtime = kernels, numerics, runtime
 
     def make_bound(self, sizes: Mapping[str, int]) -> CudaBound:
         table = build_table(self.program, self.kernels, sizes, share=not self._runtime.pool.exact)

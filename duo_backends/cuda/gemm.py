@@ -8,7 +8,7 @@ never padded: -0.0 + 0.0*0.0 is +0.0.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from duo_backends.cuda.body import Emitter, Scope, Value, Writer, arithmetic, convert, literal
@@ -26,9 +26,10 @@ from duo_backends.cuda.code import (
     symbol,
     wide_positions,
 )
-from duo_backends.cuda.packs import emit_points, pack_width
-from duo_ir.kernels.kernel import Access, ContractKernel, ConvKernel
-from duo_ir.types import DimLike, DType, evaluate, exact_div, product
+from duo_backends.cuda.mma import compile_fast, on_tensor_cores
+from duo_backends.cuda.products import Operand, Product, emit_results, matrices
+from duo_ir.kernels.kernel import ContractKernel
+from duo_ir.types import DType, evaluate, product
 
 BLOCK = 512  # k of a block sum
 SEQUENTIAL_K = 16384
@@ -53,70 +54,15 @@ class Tile:
 _TILES = (Tile(128, 128, 8, 8), Tile(64, 64, 4, 4), Tile(32, 32, 2, 2), Tile(8, 64, 1, 4))
 
 
-@dataclass(frozen=True)
-class Operand:
-    """A matrix [row, k] for each batch. `buffer`, `dtype`: what is read. `near_k`: neighbouring k are neighbours in memory. `vector`: elements that
-    one access may read along the near axis (1: no alignment known). `address(batch, row, k)`: emits what is needed and gives the
-    element's number and the condition under which it is read, +0 elsewhere; empty: always."""
-
-    buffer: int
-    dtype: DType
-    near_k: bool
-    vector: int
-    address: Callable[[Emitter, Sequence[str], str, str], tuple[str, str]]
-
-
-@dataclass(frozen=True)
-class Product:
-    """What is computed: batch axes, m, n, k, both operands, and how batch, m and n are the indices of the epilogue."""
-
-    kernel: ContractKernel | ConvKernel
-    batch: tuple[DimLike, ...]
-    m: DimLike
-    n: DimLike
-    k: DimLike
-    a: Operand
-    b: Operand
-    indices: Callable[[Emitter, Sequence[str], str, str], tuple[str, ...]]
-
-
 def compile_contract(kernel: ContractKernel, target: GpuTarget) -> KernelCode:
     """CUDA C and launches of a ContractKernel."""
-    a = _matrix(kernel, kernel.a, transposed=False)
-    b = _matrix(kernel, kernel.b, transposed=True)
-
-    def indices(e: Emitter, batch: Sequence[str], m: str, n: str) -> tuple[str, ...]:
-        return (*batch, m, n)
-
-    return compile_product(Product(kernel, kernel.batch, kernel.m, kernel.n, kernel.k, a, b, indices), target)
-
-
-def _matrix(kernel: ContractKernel, access: Access, transposed: bool) -> Operand:
-    """An operand of a matrix product; B is affine over (batch..., k, n)."""
-    *outer, first, second = access.at.strides
-    row, k = (second, first) if transposed else (first, second)
-    dtype = kernel.args[access.buffer].dtype
-    near_k = k == 1 or (row != 1 and isinstance(k, int) and isinstance(row, int) and k < row)
-    near, far, size = (k, row, kernel.k) if near_k else (row, k, kernel.n if transposed else kernel.m)
-    vector = aligned_vector(dtype, (access.at.offset, far, size, *outer)) if near == 1 else 1
-
-    def address(e: Emitter, batch: Sequence[str], r: str, kk: str) -> tuple[str, str]:
-        order = (kk, r) if transposed else (r, kk)
-        return e.affine(access.at, (*batch, *order)), ""
-
-    return Operand(access.buffer, dtype, near_k, vector, address)
-
-
-def aligned_vector(dtype: DType, sizes: Sequence[DimLike]) -> int:
-    """Elements that one access may read where all positions are sums of multiples of `sizes`."""
-    vector = 16 // dtype.itemsize if dtype.itemsize >= 4 else 4
-    while vector > 1 and any(exact_div(d, vector) is None for d in sizes):
-        vector //= 2
-    return vector
+    return compile_product(matrices(kernel), target)
 
 
 def compile_product(p: Product, target: GpuTarget) -> KernelCode:
     """One launch, or two where K is cut."""
+    if target.fast and on_tensor_cores(p):
+        return compile_fast(p, target)
     return _Contraction(p, target).compile()
 
 
@@ -163,15 +109,12 @@ class _Contraction:
         k = evaluate(self.p.k, sizes)
         return 1 if k <= SEQUENTIAL_K else ceil_div(k, CHUNK_K)
 
-    def tiles(self, sizes: Mapping[str, int]) -> int:
-        return ceil_div(evaluate(self.p.m, sizes), self.tile.m) * ceil_div(evaluate(self.p.n, sizes), self.tile.n)
-
     def compile(self) -> KernelCode:
         p, tile = self.p, self.tile
         self._product()
 
         def blocks(sizes: Mapping[str, int]) -> int:
-            return self.tiles(sizes) * points(p.batch, sizes) * self.chunks(sizes)
+            return p.tiles(tile.m, tile.n, sizes) * self.chunks(sizes)
 
         shared = self.stage_bytes + self.total_bytes
         first = Launch(self.name, tile.threads, blocks, lambda sizes: shared)
@@ -371,28 +314,7 @@ class _Contraction:
                         f"for (int l = 0; l < {group_n}; ++l) if (first + l < N) (({register(self.acc)} *)scratch)[{place}] = {value % 'l'};"
                     )
                 else:
-                    self._epilogue(batch, value, group_n)
-
-    def _epilogue(self, batch: Sequence[str], value: str, count: int) -> None:
-        w, kernel, p = self.w, self.kernel, self.p
-        indices = p.indices(self.e, batch, "m", "first")
-        result = kernel.result
-        body, stores = kernel.body, kernel.stores
-        width = min(count, pack_width(kernel.args, [(body, stores)], p.n, False))
-        point = "(m*N + first)"
-        for start in range(0, count, width):
-            here = (*indices[:-1], f"first + {start}" if start else "first")
-            with w.block(f"if ({here[-1]} < N)"):
-                if width > 1:
-                    acc = Value(f"({convert(value % f'{start} + l', self.acc, result)})", result)
-                    emit_points(self.e, body, stores, here, width, point, acc)
-                    continue
-                acc = self.e.define(result, convert(value % start, self.acc, result), "acc")
-                last = f"({here[-1]})" if start else "first"
-                scope = Scope((*here[:-1], last), f"(long long){point} + {start}", acc=acc)
-                values = self.e.emit(body, scope)
-                for store in stores:
-                    self.e.store(store, values, scope)
+                    emit_results(self.e, self.p, batch, value, group_n)
 
     def _combine(self) -> None:
         """The second launch: chunks by the adjacent tree, run as a binary counter, then the epilogue."""

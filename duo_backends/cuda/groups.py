@@ -27,6 +27,7 @@ from duo_ir.types import evaluate, product
 COLUMNS = 32  # outer points of a block where neighbouring threads are neighbouring points
 _MOST_SETS = 32  # sets of 16 threads in a group
 _BLOCK = 128
+_SHARED = 48 << 10  # bytes of shared memory of a group, so that a multiprocessor has several
 
 
 def fits_groups(kernel: LoopKernel, columns: bool, target: GpuTarget) -> bool:
@@ -38,7 +39,7 @@ def fits_groups(kernel: LoopKernel, columns: bool, target: GpuTarget) -> bool:
         return True
     rows = product(kernel.axes)
     few = isinstance(rows, int) and rows < target.multiprocessors and chunks > _MOST_SETS
-    return not columns and not few and chunks * _state_bytes(kernel) * LANES * 3 // 2 <= target.shared // 2
+    return not columns and not few and chunks * _state_bytes(kernel) * LANES * 3 // 2 <= min(_SHARED, target.shared)
 
 
 def _most_chunks(kernel: LoopKernel) -> int | None:

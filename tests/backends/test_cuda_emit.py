@@ -95,11 +95,31 @@ def test_nvcc_takes_the_kernels_of_the_op_table(arch: int, tmp_path: Path) -> No
     _nvcc(tmp_path, source(codes), arch)
 
 
+def _convolution(dtype: DType, channels: int) -> Kernel:
+    def f(x: Value, w: Value) -> Value:
+        return ops.conv(x, w, strides=(1, 1), padding=((1, 1), (1, 1)), x_dilation=(1, 1), w_dilation=(1, 1), groups=1)
+
+    types = [TensorType(dtype, (64, 28, 28, channels)), TensorType(dtype, (3, 3, channels, channels))]
+    (kernel,) = kernels_of(lower(function_of(f, *types)))
+    return kernel
+
+
+def _fast_products() -> list[Kernel]:
+    """Every tile and layout."""
+    layouts = [(ta, tb) for ta in (False, True) for tb in (False, True)]
+    large = [_product(d, 4096, 4096, 4096, ta, tb) for d in (bf16, f32) for ta, tb in layouts]
+    others = [(1024, 1024, 1024), (256, 256, 512), (4, 4096, 4096), (4096, 10, 512), (4095, 4097, 4093), (Dim.symbol("b"), 512, 784)]
+    small = [_product(d, *sizes) for d in (bf16, f32) for sizes in others]
+    return [*large, *small, *[_convolution(d, c) for d in (bf16, f32) for c in (64, 256)]]
+
+
 @needs_nvcc
+@pytest.mark.parametrize("fast", [False, True], ids=["strict", "fast"])
 @pytest.mark.parametrize("arch", [80, 90])
-def test_products_do_not_spill(arch: int, tmp_path: Path) -> None:
-    chosen = _products()[:: 1 if arch == 90 else 3]
-    codes = [compile_kernel(kernel, GpuTarget(arch)) for kernel in chosen]
+def test_products_do_not_spill(arch: int, fast: bool, tmp_path: Path) -> None:
+    chosen = _fast_products() if fast else [*_products(), _convolution(f32, 64)][:: 1 if arch == 90 else 3]
+    target = GpuTarget(arch, fast=fast, shared=(163 if arch == 80 else 227) << 10)
+    codes = [compile_kernel(kernel, target) for kernel in chosen]
     said = _nvcc(tmp_path, source(codes), arch)
     frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", said)
     functions = re.findall(r"Compiling entry function '(\w+)'", said)

@@ -16,6 +16,7 @@ import cuda_conformance as cuda
 import numpy as np
 from test_cuda_conformance_products import attention_cases, product_case, product_of
 from test_cuda_conformance_reductions import softmax, statistics
+from test_cuda_fast import LITTLE, MIDDLE, convolutions, whole
 
 from duo_backends.binding import kernels_of
 from duo_backends.cuda.code import GpuTarget, KernelCode
@@ -23,7 +24,7 @@ from duo_backends.cuda.emit import compile_kernel, header
 from duo_ir import ops
 from duo_ir.kernels.kernel import Kernel
 from duo_ir.ops import broadcasting as nd
-from duo_ir.types import TensorType, f32
+from duo_ir.types import TensorType, bf16, f32
 from tests.cuda_emulator.support import needs_emulator
 
 pytestmark = needs_emulator
@@ -99,6 +100,11 @@ def case_of(name: str) -> tuple[cuda.Case, GpuTarget]:
         "causal": lambda: (next(attention_cases(f32, 70, 70, 8, 8, True, "", False)), GpuTarget()),
         "gradient": lambda: (next(attention_cases(f32, 70, 130, 70, 70, False, "", True)), GpuTarget()),
         "causal gradient": lambda: (_attention(True), GpuTarget()),
+        "fast": lambda: (next(whole(product_case(bf16, 70, 56, 164, epilogue="bias"))), LITTLE),
+        "fast words": lambda: (next(whole(product_case(f32, 70, 52, 37, ta=True))), LITTLE),
+        "fast across": lambda: (next(whole(product_case(bf16, 66, 56, 60, ta=True, tb=True))), LITTLE),
+        "fast chunks": lambda: (next(whole(product_case(bf16, 3, 16, 1090, epilogue="bias"))), MIDDLE),
+        "fast convolution": lambda: (next(convolutions(bf16)), LITTLE),
     }  # fmt: skip
     return made[name]()
 
@@ -192,17 +198,42 @@ FAULTS = (
     ("gradient", "weight * (dp[i][j] - slope)", "weight * dp[i][j] - weight * slope"),
     ("causal gradient", "i0 == j0 && ty * 4 >= HALF ? HALF : 0", "false ? HALF : 0"),
     ("causal gradient", "j0 + c > i0 + r", "j0 + c >= i0 + r"),
+    ("fast", "duo_arrived<2>", "duo_arrived<3>"),
+    ("fast", "duo_commit();", "", 0),
+    ("fast", "duo_commit();", "", 1),
+    ("fast", "step + 3 < steps", "step + 4 < steps"),
+    ("fast", "int now = 0, next = 3;", "int now = 0, next = 0;"),  # a stage that is still read
+    ("fast", "row < M", "row <= M"),
+    ("fast", "row < N", "row <= N"),
+    ("fast", "col < k_end", "col <= k_end"),
+    ("fast", "m >= M", "m > M"),
+    ("fast", ", there);", ", true);"),
+    ("fast", "lane % 16, step * 32 + lane / 16 * 16", "lane % 16, step * 32 + lane / 8 % 2 * 16"),
+    ("fast", "step * 16 + lane % 16, (first", "step * 16 + lane % 8, (first"),
+    ("fast", "(byte ^ ((row / ROWS & MASK) << 4))", "byte"),  # right, but a row of units in the same banks
+    ("fast", "stage + duo_unit<64>", "stage + duo_unit<128>"),
+    ("fast", "t / 32*640", "t / 32*320"),
+    ("fast", "lane % 4*2) = {{sum[i][j][2], sum[i][j][3]}}", "lane % 4*2) = {{sum[i][j][3], sum[i][j][2]}}"),
+    ("fast words", "k + i / 2 * 4, (row + i % 2 * 8) * 4", "k + i % 2 * 4, (row + i / 2 * 8) * 4"),
+    ("fast words", "stage + duo_word<256>", "stage + duo_unit<256>"),
+    ("fast across", "lane / 16 * 8 + lane % 8, (first + lane / 8 % 2 * 8)", "lane / 8 % 2 * 8 + lane % 8, (first + lane / 16 * 8)"),
+    ("fast chunks", "chunk*320", "chunk*288"),
+    ("fast chunks", "group*chunks + chunk", "group*chunks"),
+    ("fast chunks", "unit >= 1*size", "unit > 1*size - 16"),
+    ("fast convolution", "col < k_end && (", "col < k_end || ("),
 )  # fmt: skip
 
 
 def barriers() -> Iterator[Planted]:
-    """Every barrier of these kernels; of attention's header those of the functions that the kernel calls."""
+    """Every barrier of these kernels, and those of a warp; of attention's header those of the functions that the kernel calls."""
     backward = header("attention.cuh").split("// p and ds of")[0].count(BARRIER)
-    for name in ("chunked rows", "columns", "passes", "product", "large tile", "convolution", "attention", "gradient"):
+    for name in ("chunked rows", "columns", "passes", "product", "large tile", "convolution", "attention", "gradient", "fast", "fast chunks"):
         _, codes = generated(name)
         count = "".join(code.text for code in codes.values()).count(BARRIER)
         for n in range(backward if name == "gradient" else 0, backward if name == "attention" else count):
             yield Planted(name, BARRIER, "", n)
+    for n in (0, 1):
+        yield Planted("fast", "__syncwarp();", "", n)
 
 
 def plant(code: KernelCode, fault: Planted, number: int) -> KernelCode:

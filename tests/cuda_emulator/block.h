@@ -23,6 +23,8 @@ struct EmuBlock {
   EmuDim block, block_size, grid_size;
   unsigned char *shared;
   int votes;                                                       // of __syncthreads_or and _count
+  const char *complaint;                                           // what a thread did that no GPU lets pass, or that is slow on all
+  int eager;                                                       // copies that run on their own do so at once
   void (*wait)(EmuState why, unsigned mask, const char *where);    // returns when the thread may go on
 };
 

@@ -179,17 +179,64 @@ EMU void duo_mma_f16(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[
 EMU void duo_mma_tf32(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {  // m16n8k8
   emu_mma(d, a, b, 8, "mma.tf32", [](unsigned bits, int) { return emu_tf32(bits); });
 }
-// Four 8 x 8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8.
-EMU void duo_ldmatrix4(unsigned (&r)[4], const void *row) {
+EMU unsigned duo_to_tf32(unsigned x) {  // nearest, ties away from zero
+  return (x & 0x7f800000u) == 0x7f800000u ? x : (x + 0x1000u) & 0xffffe000u;
+}
+// Four 8 x 8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8. It gets two neighbours of row l / 4, or of column l / 4.
+EMU void emu_ldmatrix4(unsigned (&r)[4], const void *row, bool transposed) {
   EmuWarp &warp = emu_warp();
   const int lane = emu_lane();
+  if ((unsigned long long)row % 16) emu_block->complaint = "ldmatrix of a misaligned row";
   __builtin_memcpy(warp.post[lane], row, 16);
+  warp.post[lane][2] = (unsigned long long)row / 16 % 8;
   emu_block->wait(EMU_WARP, 0xffffffffu, "ldmatrix");
-  for (int m = 0; m < 4; m++) __builtin_memcpy(&r[m], (const char *)warp.seen[m * 8 + lane / 4] + 4 * (lane % 4), 4);
+  unsigned banks = 0;  // that the eight rows of the lane's matrix lie in
+  for (int i = 0; i < 8; i++) banks |= 1u << warp.seen[lane / 8 * 8 + i][2];
+  if (banks != 0xff) emu_block->complaint = "ldmatrix of rows in the same banks";
+  for (int m = 0; m < 4; m++) {
+    unsigned short pair[2];
+    for (int i = 0; i < 2; i++) {
+      const int at = lane % 4 * 2 + i, line = transposed ? at : lane / 4, place = transposed ? lane / 4 : at;
+      __builtin_memcpy(&pair[i], (const char *)warp.seen[m * 8 + line] + 2 * place, 2);
+    }
+    __builtin_memcpy(&r[m], pair, 4);
+  }
 }
-EMU void duo_cp_async16(void *shared, const void *global) { __builtin_memcpy(shared, global, 16); }
-EMU void duo_cp_async_commit() {}
-EMU void duo_cp_async_wait() {}
+EMU void duo_ldmatrix4(unsigned (&r)[4], const void *row) { emu_ldmatrix4(r, row, false); }
+EMU void duo_ldmatrix4_trans(unsigned (&r)[4], const void *row) { emu_ldmatrix4(r, row, true); }
+
+// Copies that run on their own: as late as the program allows, when it waits for their group, or at once, under the second schedule.
+struct EmuCopy { void *to; const void *from; int there, bytes; };
+struct EmuCopies { EmuCopy list[256]; int count, ends[16], groups; };
+static EmuCopies emu_copies[1024];  // of each thread: those that have not run, and where groups end among them
+EMU void emu_copy(const EmuCopy &c) {
+  if (c.there) __builtin_memcpy(c.to, c.from, (unsigned long)c.bytes);
+  else __builtin_memset(c.to, 0, (unsigned long)c.bytes);
+}
+template <int BYTES> EMU void duo_copy_async(void *to, const void *from, bool there) {
+  static_assert(BYTES == 4 || BYTES == 8 || BYTES == 16, "cp.async copies 4, 8 or 16 bytes");
+  EmuCopies &all = emu_copies[emu_block->current->linear];
+  if (((unsigned long long)to | (unsigned long long)from) % BYTES) emu_block->complaint = "cp.async of misaligned memory";
+  if (all.count == 256) __builtin_trap();
+  const EmuCopy copy = {to, from, there, BYTES};
+  if (emu_block->eager) emu_copy(copy);
+  else all.list[all.count++] = copy;
+}
+EMU void duo_commit() {
+  EmuCopies &all = emu_copies[emu_block->current->linear];
+  if (all.groups == 16) __builtin_trap();
+  all.ends[all.groups++] = all.count;
+}
+template <int N> EMU void duo_arrived() {
+  EmuCopies &all = emu_copies[emu_block->current->linear];
+  const int done = all.groups - N;
+  if (done <= 0) return;
+  const int upto = all.ends[done - 1];
+  for (int i = 0; i < upto; i++) emu_copy(all.list[i]);
+  for (int i = upto; i < all.count; i++) all.list[i - upto] = all.list[i];
+  for (int i = done; i < all.groups; i++) all.ends[i - done] = all.ends[i] - upto;
+  all.count -= upto, all.groups = N;
+}
 
 // ----------------------------------------------------------------------------------------------------------- entry points
 template <class T> EMU T emu_argument(const char *at) {
@@ -207,6 +254,10 @@ template <class... A> EMU void emu_call(void (*kernel)(A...), const char *argume
   emu_unpack(kernel, arguments, EmuNumbers<__integer_pack(sizeof...(A))...>());
 }
 #define EMU_KERNEL(name)                                                                     \
-  static void emu_run_##name(const char *arguments) { emu_call(name, arguments); }             \
+  static void emu_run_##name(const char *arguments) {                                        \
+    EmuCopies &copies = emu_copies[emu_block->current->linear];                              \
+    copies.count = copies.groups = 0;                                                        \
+    emu_call(name, arguments);                                                               \
+  }                                                                                          \
   extern "C" __attribute__((visibility("default"))) EmuKernel emu_kernel_##name;             \
   EmuKernel emu_kernel_##name = {emu_run_##name, emu_count(name)};

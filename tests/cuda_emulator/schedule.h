@@ -188,7 +188,9 @@ static bool run_blocks(const unsigned *grid, unsigned shared) {
     run.block.block = {unsigned(k % grid[0]), unsigned(k / grid[0] % grid[1]), unsigned(k / grid[0] / grid[1])};
     memset(run.block.shared - slack, 0xa5, slack);
     memset(run.block.shared, 0xff, room);  // NaN, as poison
+    run.block.complaint = nullptr;
     if (!run_block()) return false;
+    if (run.block.complaint) return fail(run.block.complaint);
     for (size_t i = 1; i <= slack; i++)
       if (run.block.shared[-(long)i] != 0xa5) return fail("a write before the start of shared memory");
     for (size_t i = shared; i < room; i++)
@@ -209,6 +211,7 @@ static std::string launch(const EmuKernel *kernel, const unsigned *grid, const u
   }
   const char *order = getenv("DUO_EMU_ORDER");
   run.order = order ? atoi(order) : 0;
+  run.block.eager = run.order == 1;
   run.kernel = kernel, run.arguments = arguments, run.error.clear();
   run.count = block[0] * block[1] * block[2];
   run.block.block_size = {block[0], block[1], block[2]};

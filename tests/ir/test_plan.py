@@ -301,7 +301,7 @@ def test_print(golden: Any) -> None:
 
 def test_dump_and_compile(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     class Backend:
-        def compile(self, program: Program, scalars: Any = ()) -> tuple[Program, Any]:
+        def compile(self, program: Program, scalars: Any = (), numerics: str = "strict") -> tuple[Program, Any]:
             return program, scalars
 
     function = function_of(lambda a: a + 0.0 * 1.0, F(2))

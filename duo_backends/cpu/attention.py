@@ -147,7 +147,7 @@ class _Forward:
             if kernel.causal:
                 near = f.min(rows, f.add(first, str(HALF)))
                 some = f.op(f"select i1 {diagonal}, i64 {near}, i64 {rows}")
-            ask_keys, ask_values = (self._of_half(half.index, pair) for pair in asked)
+            ask_keys, ask_values = (p.of_half(half.index, pair) for pair in asked)
             p.multiply(some, str(self.width), k, k_row, k_step, queries, grid, HALF, scores, p.grid_row, SET, ask_keys)
             p.add_mask(batch, scores, f.add(i0, first), j0, some, f.sub(count, first), HALF, query_lanes=True)
             if kernel.causal:
@@ -158,13 +158,6 @@ class _Forward:
             # of the weights' transpose: rows are queries
             sums, wide = p.at(self.sums, (first, self.wide)), p.padded(self.value_width)
             p.multiply(there, some, scores, p.size, grid, v, str(v_row), wide, sums, self.wide, ADD, ask_values)
-
-    def _of_half(self, half: str, pair: list[Asked]) -> Asked:
-        """What is asked for in the first half, or in the second."""
-        f, (a, b) = self.f, pair
-        second = f.op(f"icmp ne i64 {half}, 0")
-        at = f.op(f"select i1 {second}, ptr {b.at}, ptr {a.at}")
-        return Asked(at, f.op(f"select i1 {second}, i64 {b.row}, i64 {a.row}"), min(a.lines, b.lines))
 
     def _rows(
         self, which: int, batch: list[str], j0: str, rows: str, width: int, to: str

@@ -8,7 +8,7 @@ block of queries, from scores computed again. The order is that of `duo_ir/ops/a
 
 from __future__ import annotations
 
-from duo_backends.cpu.attention_parts import ADD, SET, Parts
+from duo_backends.cpu.attention_parts import ADD, SET, Asked, Parts
 from duo_backends.cpu.body import Scope
 from duo_backends.cpu.code import Target
 from duo_backends.cpu.llvm import Module
@@ -52,8 +52,8 @@ class _Gradient:
         self.width, self.value_width = kernel.width, kernel.value_width
         row, wide = parts.padded(self.width), parts.padded(self.value_width)
         self.row, self.wide = row * parts.size, wide * parts.size  # bytes
-        self.copy_k = not parts.in_place(self.k, self.width, True)
-        self.copy_g = not parts.in_place(self.g, self.value_width, True)
+        self.copy_k = not parts.in_place(self.k, self.width, True, parts.rows)  # a tile reads so many rows side by side
+        self.copy_g = not parts.in_place(self.g, self.value_width, True, parts.rows)
         offsets = [
             parts.reserve(self.width, BLOCK),  # keys: [d][j]
             parts.reserve(self.value_width, BLOCK),  # values: [e][j]
@@ -93,6 +93,9 @@ class _Gradient:
             )
             if self.makes == ALL:
                 batch = p.phase.unravel(units.index, kernel.batch)
+                self.next_batch = p.phase.unravel(
+                    f.min(f.add(units.index, "1"), f.sub("%end", "1", f.top)), kernel.batch
+                )
                 self._clear_dq(self.t)
                 with f.loop("0", key_blocks) as loop:
                     self._keys(batch, loop.index, loop.index if kernel.causal else "0", query_blocks)
@@ -131,11 +134,38 @@ class _Gradient:
             p.fill(self.dk, BLOCK * p.padded(self.width), 0.0)
             p.fill(self.dv, BLOCK * p.padded(self.value_width), 0.0)
         with f.loop(begin, end) as loop:
-            self._pair(batch, number, loop.index, j0, rows, key_rows, key_step)
+            asked = self._asked(batch, number, loop.index, end, rows) if self.makes == ALL else {}
+            self._pair(batch, number, loop.index, j0, rows, key_rows, key_step, asked)
         if self.makes == QUERIES:
             return
         p.copy_out(kernel.writes[1], batch, j0, rows, self.width, self.dk)
         p.copy_out(kernel.writes[2], batch, j0, rows, self.value_width, self.dv)
+
+    def _asked(self, batch: list[str], number: str, block: str, end: str, keys: str) -> dict[str, list[Asked]]:
+        """What the products of a pair ask for, in their first and second half, by what they make: what the next pair or, after a block's
+        last pair, the next block of keys or the next head will read, and where the gradients will go."""
+        f, p, kernel = self.f, self.p, self.kernel
+        dq, dk, dv = kernel.writes
+        width, value_width = self.width, self.value_width
+
+        def after(index: str, count: str) -> tuple[list[str], str]:
+            """The block after `index` of `count`, in the next head where there is none."""
+            following = f.add(index, "1")
+            more = f.op(f"icmp slt i64 {following}, {count}")
+            place = [f.op(f"select i1 {more}, i64 {a}, i64 {b}") for a, b in zip(batch, self.next_batch)]
+            return place, f.mul(f.op(f"select i1 {more}, i64 {following}, i64 0"), str(BLOCK))
+
+        key_blocks = f.div(f.add(self.s, str(BLOCK - 1), f.top), str(BLOCK), f.top)
+        (q_batch, i0), (k_batch, j0) = after(block, end), after(number, key_blocks)
+        queries, more_keys = f.sub(self.t, i0), f.sub(self.s, j0)
+        here, row = f.mul(block, str(BLOCK)), f.mul(number, str(BLOCK))
+        own = p.asked(dq, batch, here, f.sub(self.t, here), width)
+        return {
+            "scores": [p.asked(self.q, q_batch, i0, queries, width), p.asked(dk, batch, row, keys, width)],
+            "slopes": [p.asked(self.g, q_batch, i0, queries, value_width), p.asked(dv, batch, row, keys, value_width)],
+            "dq": [p.asked(x, k_batch, j0, more_keys, w) for x, w in ((self.k, width), (self.v, value_width))],
+            "dv": [own, own],
+        }
 
     def _rows(
         self, copy: bool, access: Access, batch: list[str], row: str, rows: str, width: int, to: str
@@ -150,8 +180,9 @@ class _Gradient:
         return p.pointer(access, batch, row), stride * p.size
 
     def _pair(
-        self, batch: list[str], number: str, block: str, j0: str, keys: str, key_rows: str, key_step: int
-    ) -> None:
+        self, batch: list[str], number: str, block: str, j0: str, keys: str, key_rows: str, key_step: int,
+        asked: dict[str, list[Asked]],
+    ) -> None:  # fmt: skip
         """A block of keys and one of queries."""
         f, p, kernel = self.f, self.p, self.kernel
         i0 = f.mul(block, str(BLOCK))
@@ -173,6 +204,7 @@ class _Gradient:
                 g_step,
                 key_rows,
                 key_step,
+                {name: p.of_half(half.index, pair) for name, pair in asked.items()},
             )
         if self.makes == QUERIES:
             return
@@ -190,12 +222,13 @@ class _Gradient:
                 dv, dk = p.at(self.dv, (first, self.wide)), p.at(self.dk, (first, self.row))
                 g_from, queries = p.at(g, (start, g_step)), p.at(self.queries, (start, self.row))
                 wide, width = p.padded(self.value_width), p.padded(self.width)
-                p.multiply(some, count, weights, p.size, grid, g_from, str(g_step), wide, dv, self.wide, ADD)
+                results = p.of_half(half.index, asked["dv"]) if asked else None
+                p.multiply(some, count, weights, p.size, grid, g_from, str(g_step), wide, dv, self.wide, ADD, results)
                 p.multiply(some, count, slopes, p.size, grid, queries, str(self.row), width, dk, self.row, ADD)
 
     def _queries(
         self, batch: list[str], i0: str, first: str, rows: str, j0: str, keys: str, diagonal: str, g: str, g_step: int, key_rows: str,
-        key_step: int,
+        key_step: int, asked: dict[str, Asked],
     ) -> None:  # fmt: skip
         """Half a block of queries (from row `first` on) and a block of keys: its weights, slopes and part of dq."""
         f, p = self.f, self.p
@@ -203,8 +236,10 @@ class _Gradient:
         near = f.op(f"select i1 {diagonal}, i64 {f.add(f.mul(first, str(p.size)), str(half))}, i64 {p.grid_row}")
         queries, g = p.at(self.queries, (first, self.row)), p.at(g, (first, g_step))
         scores, slopes = (p.at(x, (first, p.grid_row)) for x in (self.scores, self.slopes))
-        p.multiply(rows, str(self.width), queries, self.row, one, self.keys, grid, near, scores, p.grid_row, SET)
-        p.multiply(rows, str(self.value_width), g, g_step, one, self.values, grid, near, slopes, p.grid_row, SET)
+        ask_q, ask_g, ask_k = (asked.get(name) for name in ("scores", "slopes", "dq"))
+        p.multiply(rows, str(self.width), queries, self.row, one, self.keys, grid, near, scores, p.grid_row, SET, ask_q)
+        wide = str(self.value_width)
+        p.multiply(rows, wide, g, g_step, one, self.values, grid, near, slopes, p.grid_row, SET, ask_g)
         p.add_mask(batch, scores, f.add(i0, first), j0, rows, keys, BLOCK, query_lanes=False)
         if diagonal != "false":
             with f.when(diagonal):
@@ -214,9 +249,8 @@ class _Gradient:
             return
         some = f.min(keys, f.div(near, str(p.size)))
         dq = p.at(self.dq, (f.add(i0, first) if self.makes == ALL else first, self.row))
-        p.multiply(
-            rows, some, slopes, p.grid_row, one, key_rows, str(key_step), p.padded(self.width), dq, self.row, ADD
-        )
+        width = p.padded(self.width)
+        p.multiply(rows, some, slopes, p.grid_row, one, key_rows, str(key_step), width, dq, self.row, ADD, ask_k)
 
     def _slopes(self, batch: list[str], i0: str, rows: str, scores: str, slopes: str, columns: str) -> None:
         """Scores to exponentials, and their cotangents to ds = p * (dp - delta), in columns of so many bytes."""

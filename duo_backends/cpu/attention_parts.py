@@ -255,6 +255,13 @@ class Parts:
         step = f.op(f"select i1 {f.op(f'icmp sge i64 {rows}, {BLOCK}')}, i64 {self.strides(access)[0]}, i64 0")
         return Asked(self.pointer(access, batch, row), step, max(1, width * dtype.itemsize // LINE))
 
+    def of_half(self, half: str, pair: Sequence[Asked]) -> Asked:
+        """What is asked for in the first half of a block, or in the second."""
+        f, (a, b) = self.f, pair
+        second = f.op(f"icmp ne i64 {half}, 0")
+        at = f.op(f"select i1 {second}, ptr {b.at}, ptr {a.at}")
+        return Asked(at, f.op(f"select i1 {second}, i64 {b.row}, i64 {a.row}"), min(a.lines, b.lines))
+
     def copy_in(
         self, access: Access, batch: Sequence[str], row: str, rows: str, width: int, to: str, factor: float | None = None
     ) -> None:  # fmt: skip

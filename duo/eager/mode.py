@@ -13,30 +13,34 @@ from duo.eager.trie import GRAD_MODE
 def _switch(enabled: bool) -> None:
     """The mode is part of the path: results recorded without gradients end every history. What the trace says is looked at each time, as an
     interrupt may have come between the two."""
-    state.grad = enabled
-    trace = state.trace
-    last = trace.entries[-1]
-    if last is END or last.node.grad == enabled:  # type: ignore[union-attr]
+    mine = state.__dict__  # one look-up of this thread's state
+    mine["grad"] = enabled
+    trace = mine["trace"]
+    entries = trace.entries
+    last = entries[-1]
+    if last is END or last.node.grad == enabled:
         return
-    if len(trace.entries) == 1:
-        state.trace = _empty(trace, enabled)
+    if len(entries) == 1:
+        mine["trace"] = _empty(mine, trace, enabled)
     else:
         commit(trace, (GRAD_MODE, enabled))
 
 
-def _empty(trace: Trace, enabled: bool) -> Trace:
+def _empty(mine: dict[str, Any], trace: Trace, enabled: bool) -> Trace:
     """A trace of that mode in place of an empty one of the other, which waits for the next change."""
     if trace.__class__ is not Trace:
         return type(trace)(enabled)  # of a function that is being compiled
-    other, state.spare = state.spare, trace
+    other, mine["spare"] = mine["spare"], trace
     if other is None or len(other.entries) != 1 or other.leaves or other.born != forks[0]:
         return Trace(enabled)  # it was used meanwhile, or has the locks of a parent process
-    (root,) = other.entries
-    return other if root.node is not None and root.node.grad == enabled else Trace(enabled)
+    node = other.entries[0].node
+    return other if node is not None and node.grad == enabled else Trace(enabled)
 
 
 class _GradMode:
     """Sets the grad mode inside a `with` block or a decorated function."""
+
+    __slots__ = ("before", "enabled")
 
     def __init__(self, enabled: bool) -> None:
         self.enabled = enabled

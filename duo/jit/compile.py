@@ -279,7 +279,9 @@ class CompiledModule(Module):
         _compiled_modules[id(self)] = (module, Compiled(module.__call__, type(module).__qualname__))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return _compiled_modules[id(self)][1](*args, **kwargs)
+        compiled = _compiled_modules[id(self)][1]
+        out = compiled._fast(args, kwargs)  # as `Compiled.__call__` does
+        return out if out is not MISS else compiled._slow(args, kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return _compiled_modules[id(self)][0].forward(*args, **kwargs)

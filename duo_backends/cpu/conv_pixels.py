@@ -228,24 +228,32 @@ class _Pixels(TileEmitter):
             runs, count = self._runs_of(block.index)
             add = "false" if plan.blocks == 1 else f.op(f"icmp ne i64 {block.index}, {begin}")
             last = f.op(f"icmp eq i64 {block.index}, {plan.blocks - 1}")
+            distance = self._next_block(panel, block.index, last, vectors) if plan.fetches else "0"
             for tile in self._tiles():
                 sums = self._sums_of(tile, panel)
                 name = self._micro_kernel(tile.high, tile.wide, vectors)
                 operands = f"ptr {self._a_of(tile)}, ptr {b}, ptr {runs}, i64 {count}, ptr {sums}, i1 {add}"
-                f.emit(f"call void @{name}({operands}, i64 {self._ahead(tile, vectors)})")
+                f.emit(f"call void @{name}({operands}, i64 {self._ahead(tile, distance, vectors)})")
                 if plan.blocks == 1:
                     self._finish(tile, panel, vectors, sums)
                 elif plan.chunks == 1:
                     with f.when(last):
                         self._finish(tile, panel, vectors, sums)
 
-    def _ahead(self, tile: _Tile, vectors: int) -> str:
-        """How far from a row of w in place the tile fetches: the next block's, of which each of the first tiles takes one vector."""
+    def _next_block(self, panel: str, block: str, last: str, vectors: int) -> str:
+        """Bytes from a row of w in place to the same one of the next block, the next panel's after the last; after the last of all 0: what lies
+        there may be memory that other threads write."""
         f, plan = self.f, self.plan
-        if not plan.laid_out:
+        length = f.min(f.sub(str(plan.k), f.mul(block, str(BLOCK))), str(BLOCK))
+        final = f.op(f"and i1 {last}, {f.op(f'icmp eq i64 {panel}, {plan.panels - 1}')}")
+        return f.op(f"select i1 {final}, i64 0, i64 {f.mul(length, str(vectors * plan.lanes * self.size))}")
+
+    def _ahead(self, tile: _Tile, distance: str, vectors: int) -> str:
+        """How far from a row of w in place the tile fetches: at the next block each of the first tiles takes one vector."""
+        f, plan = self.f, self.plan
+        if not plan.fetches:
             return "0"
-        vector_bytes = plan.lanes * self.size
-        return f.add(str(BLOCK * vectors * vector_bytes), f.mul(f.rem(tile.number, str(vectors)), str(vector_bytes)))
+        return f.add(distance, f.mul(f.rem(tile.number, str(vectors)), str(plan.lanes * self.size)))
 
     def _sums_of(self, tile: _Tile, panel: str) -> str:
         f, plan = self.f, self.plan
@@ -292,7 +300,7 @@ class _Pixels(TileEmitter):
         if plan.k <= MOST_UNROLLED:
             steps = tuple([run.a + i * self.size for run in plan.runs[0] for i in range(run.length)])
         offsets = plan.row_offsets(high, wide)
-        tile = RunTile(offsets, vectors, plan.compute, self.size, steps, plan.blocks > 1, plan.laid_out)
+        tile = RunTile(offsets, vectors, plan.compute, self.size, steps, plan.blocks > 1, plan.laid_out, plan.fetches)
         return self._function(tile, "tile", lambda name: emit_run_kernel(self.module, self.target, name, tile))
 
     def _finish(self, tile: _Tile, panel: str, vectors: int, sums: str) -> None:

@@ -145,6 +145,11 @@ class Plan(ColumnPanels):
         return -(-self.k // BLOCK)
 
     @property
+    def fetches(self) -> bool:
+        """Whether tiles ask for the next block of w, which comes from far: where there are several."""
+        return self.laid_out and self.blocks > 1
+
+    @property
     def chunks(self) -> int:
         """Units split a long K too: each chunk's sums are combined afterwards."""
         return -(-self.blocks // CHUNK_BLOCKS) if self.k > SEQUENTIAL_K else 1

@@ -28,12 +28,13 @@ class RunTile:
     a_step: int | None  # bytes of A per k within a run; None: the third word of each says
     steps: tuple[int, ...] = ()
     adds: bool = True  # whether it is ever called with `add`
-    in_place: bool = False  # b is where it was given: it may be unaligned, and its next block comes from far
+    in_place: bool = False  # b is where it was given: it may be unaligned
+    fetches: bool = False  # what the call says of the next block of b, which comes from far
 
 
 def emit_run_kernel(module: Module, target: Target, name: str, tile: RunTile) -> None:
     """define void @name(ptr a, ptr b, ptr runs, i64 count, ptr tile, i1 add, i64 ahead): b is packed, `vectors` vectors each k step; the
-    sums are [rows][vectors * lanes], written or added to. Where b is in place, what lies `ahead` bytes on is fetched at each k step."""
+    sums are [rows][vectors * lanes], written or added to. A tile that `fetches` asks at each k step for what lies `ahead` bytes on."""
     f = Function(
         module,
         f"define internal void @{name}(ptr noalias readonly %a, ptr noalias readonly %b, ptr noalias readonly %runs, "
@@ -49,7 +50,7 @@ def emit_run_kernel(module: Module, target: Target, name: str, tile: RunTile) ->
         columns = []
         for v in range(vectors):
             columns.append(f.op(f"load {type_}, ptr {f.gep('i8', b_at, str((k * vectors + v) * size))}, align {align}"))
-        if tile.in_place and not tile.steps:
+        if tile.fetches and not tile.steps:
             next_ = f.gep("i8", b_at, "%ahead")
             f.emit(f.intrinsic("prefetch", "void", [("ptr", next_), ("i32", "0"), ("i32", "2"), ("i32", "1")], "p0"))
         for r, row in enumerate(tile.rows):

@@ -46,16 +46,17 @@ if hasattr(os, "register_at_fork"):
 
 @dataclass(frozen=True)
 class Machine:
-    """A CPU to compile for. `target` is what the emitters see; `cpu` and `features` are LLVM's names."""
+    """A CPU to compile for. `target` is what the emitters see; `cpu`, `features` and `triple` (without: this machine's) are LLVM's names."""
 
     name: str
     cpu: str
     features: str
     target: Target
+    triple: str = ""
 
     @property
     def key(self) -> str:
-        return f"{self.cpu} {self.features} {self.target.attributes}"
+        return f"{self.triple}{self.cpu} {self.features} {self.target.attributes}"
 
 
 @dataclass
@@ -121,11 +122,9 @@ def _has(host: Mapping[str, bool], features: str) -> bool:
 # ------------------------------------------------------------------------------------------------------- compiling
 def _target_machine(m: Machine, jit: bool) -> Any:
     # Position-independent code in the small model also serves files made ahead of time.
-    return (
-        _llvm()
-        .Target.from_default_triple()
-        .create_target_machine(cpu=m.cpu, features=m.features, opt=2, reloc="pic", codemodel="small", jit=jit)
-    )
+    llvm = _llvm()
+    made = llvm.Target.from_triple(m.triple) if m.triple else llvm.Target.from_default_triple()
+    return made.create_target_machine(cpu=m.cpu, features=m.features, opt=2, reloc="pic", codemodel="small", jit=jit)
 
 
 def _complete(text: str, m: Machine) -> str:

@@ -24,10 +24,10 @@ _libc.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 _FAILED = ctypes.c_void_p(-1).value
 
 
-def wait_text() -> str:
+def wait_text(arch: str | None = None) -> str:
     """LLVM text of @duo.wait(word, seen), which sleeps while *word == seen (it may also wake for no reason), and
-    @duo.wake(word), which wakes all sleepers of that word."""
-    number = {"x86_64": 202, "aarch64": 98, "riscv64": 98}[platform.machine()]
+    @duo.wake(word), which wakes all sleepers of that word. `arch`: without, this machine's."""
+    number = {"x86_64": 202, "aarch64": 98, "riscv64": 98}[arch or platform.machine()]
     return f"""
 declare i64 @syscall(i64, ...)
 define internal void @duo.wait(ptr %word, i32 %seen) nounwind {{

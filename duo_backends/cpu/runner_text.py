@@ -460,10 +460,13 @@ define internal float @duo.narrow(double %d) noinline nounwind {
 """
 
 
+def interpreter_text() -> str:
+    """`duo.run`, which walks a code table; belongs in one module with the text of `pool_text.py`."""
+    text = _INTERPRETER.replace("CHUNKS_PER_THREAD", str(CHUNKS_PER_THREAD))
+    return text.replace("PROFILE_HEADER", str(PROFILE_HEADER)).replace("EVENT_WORDS", str(EVENT_WORDS))
+
+
 def runner_text() -> str:
     """The runner; belongs in one module with the text of `pool_text.py`."""
     entry = _ENTRY.replace("OUT_OF_RANGE", str(OUT_OF_RANGE)).replace("WRONG_COUNT", str(WRONG_COUNT))
-    entry = cells_text() + entry.replace("REFUSED", str(REFUSED))
-    interpreter = _INTERPRETER.replace("CHUNKS_PER_THREAD", str(CHUNKS_PER_THREAD))
-    interpreter = interpreter.replace("PROFILE_HEADER", str(PROFILE_HEADER)).replace("EVENT_WORDS", str(EVENT_WORDS))
-    return interpreter + entry
+    return interpreter_text() + cells_text() + entry.replace("REFUSED", str(REFUSED))

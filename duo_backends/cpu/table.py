@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -62,7 +63,7 @@ class _Coder(Flattener):
         note = StepNote(step, sizes)
         for address, n in zip(loaded.addresses, units):
             if n > 0:
-                threads = _threads(cost, n)
+                threads = threads_for(cost, n)
                 most = max(most, *threads)
                 self.add([PHASE, address, args, dims, n, *threads], note)
         self.users.append((loaded.code, sizes, most))
@@ -74,7 +75,7 @@ class _Coder(Flattener):
         self.cost += cost
         args, dims = self.pointers([source, target]), len(self.dims)
         self.dims.append(nbytes)
-        self.add([PHASE, self.copy, args, dims, units, *_threads(cost, units)])
+        self.add([PHASE, self.copy, args, dims, units, *threads_for(cost, units)])
 
     def branch(self, place: int) -> int:
         return self.add([BRANCH, self.pointers([place]), 0])
@@ -123,8 +124,11 @@ def build_table(program: Program, kernels: Mapping[Kernel, LoadedKernel], sizes:
     return Table(code, dims, coder.places, arena, coder.cost, parallel, coder.loops, coder.notes, scratch)
 
 
-def _threads(cost: float, units: int) -> tuple[int, int]:
+THREAD_LIMITS = (SERIAL_NANOSECONDS, SHARE_NANOSECONDS, EAGER_NANOSECONDS, EAGER_SHARE_NANOSECONDS, MAX_THREADS)
+
+
+def threads_for(cost: float, units: int) -> tuple[int, int]:
     """How many threads to use at most: in any case, and while all workers are awake."""
-    patient = 1 if cost < SERIAL_NANOSECONDS else int(cost / SHARE_NANOSECONDS)
-    eager = 1 if cost < EAGER_NANOSECONDS else int(cost / EAGER_SHARE_NANOSECONDS)
+    patient = 1 if cost < SERIAL_NANOSECONDS else math.trunc(cost / SHARE_NANOSECONDS)
+    eager = 1 if cost < EAGER_NANOSECONDS else math.trunc(cost / EAGER_SHARE_NANOSECONDS)
     return min(units, patient, MAX_THREADS), min(units, max(patient, eager), MAX_THREADS)

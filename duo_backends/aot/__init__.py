@@ -1,0 +1,1 @@
+"""Ahead of time: programs as files and libraries that need no Python, no compiler and no framework (see `artefact.py`)."""

@@ -1,0 +1,55 @@
+"""From programs to a shared library: kernels and the artefact's module as object code, put together by `elf.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from duo_backends.aot.elf import shared_library
+from duo_backends.aot.module import Entry, module_text
+from duo_backends.aot.targets import AotTarget, initialise
+from duo_backends.binding import kernels_of
+from duo_backends.cpu import jit
+from duo_backends.cpu.code import KernelCode
+from duo_backends.cpu.emit import compile_kernel
+from duo_ir.kernels.kernel import Kernel
+from duo_ir.kernels.program import Program
+
+COMMON = ("create", "destroy", "message", "set_scratch")  # functions of every library, after its prefix and `_`
+
+
+def emit_kernels(programs: Sequence[Program], target: AotTarget) -> dict[Kernel, KernelCode]:
+    """The code of all kernels of the programs."""
+    kernels = dict.fromkeys(k for program in programs for k in kernels_of(program))
+    return {kernel: compile_kernel(kernel, target.code) for kernel in kernels}
+
+
+def build_library(
+    prefix: str,
+    entries: Sequence[Entry],
+    codes: Mapping[Kernel, KernelCode],
+    target: AotTarget,
+    *,
+    weights: bytes = b"",
+    states: int = 0,
+) -> bytes:
+    """The bytes of lib`prefix`.so. `weights` lie in it as they are."""
+    initialise()
+    texts = dict.fromkeys(code.text for code in codes.values())
+
+    def modules() -> Iterator[str]:
+        yield module_text(prefix, entries, target, states) + _weights_text(bool(weights))
+        yield from texts
+
+    objects = jit.object_codes(modules(), target.machine)
+    exports = [f"{prefix}_{name}" for name in COMMON]
+    for e in entries:
+        exports += [f"{prefix}_{e.name}", f"{prefix}_{e.name}_scratch_bytes"]
+    data_symbol = "duo_weights" if weights else ""
+    return shared_library(objects, target.arch, exports, f"lib{prefix}.so", weights, data_symbol)
+
+
+def _weights_text(inside: bool) -> str:
+    """`duo.weights`: where weights lie; 0 where the library has none in it."""
+    declared = "@duo_weights = external hidden constant i8\n" if inside else ""
+    value = "  %w = ptrtoint ptr @duo_weights to i64\n  ret i64 %w\n" if inside else "  ret i64 0\n"
+    return f"{declared}define internal i64 @duo.weights() nounwind {{\n{value}}}\n"

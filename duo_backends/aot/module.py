@@ -1,0 +1,383 @@
+"""The module of an artefact: LLVM text of the tables of its programs, of what prepares and runs them, and of the functions that callers see.
+
+Kernels are modules of their own (their emitters' text), so that their object code is made in parallel and kept in the disk cache. There are no
+addresses in the data: `bind` and `describe` put them where they belong when a model is made, so nothing has to be relocated when the code is loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from duo_backends.aot import runtime
+from duo_backends.aot.emit import HELPERS, SizeText
+from duo_backends.aot.plan import THREADS, Argument, Plan
+from duo_backends.aot.sizes import Size, dim
+from duo_backends.aot.subset import Unit
+from duo_backends.aot.targets import AotTarget
+from duo_backends.cpu.code import SIGNATURE
+from duo_backends.cpu.pool_text import pool_text
+from duo_backends.cpu.runner_text import BRANCH, CODE_WORDS, HAS_PARALLEL, JUMP, PHASE, interpreter_text
+from duo_backends.cpu.table import THREAD_LIMITS
+from duo_ir.types import evaluate
+
+MOST_BYTES = float(1 << 46)  # of what a call touches; far above any machine's memory, far below what overflows
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A program as callers see it. `given`: names of the pointers that they pass, in order; `sources[k]`: where the address of the program's argument k
+    comes from (kind of `runtime`, number); `copies`: pairs (argument, number in `given`) of results that are copied after a run; `swaps`: states
+    whose two places change roles then."""
+
+    name: str
+    plan: Plan
+    given: tuple[str, ...]
+    sources: tuple[tuple[int, int], ...]
+    copies: tuple[tuple[int, int], ...] = ()
+    swaps: tuple[int, ...] = ()
+
+    @property
+    def dims(self) -> tuple[str, ...]:
+        """The free dims, which are the first parameters."""
+        return self.plan.program.dims
+
+    def label(self, k: int) -> str:
+        """What the program's argument k is called."""
+        kind, value = self.sources[k]
+        return self.given[value] if kind == runtime.GIVEN else f"argument {k}"
+
+
+def module_text(
+    prefix: str, entries: Sequence[Entry], target: AotTarget, states: int = 0, extra: Unit | None = None
+) -> str:
+    """The module. `prefix` begins the names of the functions that callers see; `states`: how many places of states a model has."""
+    unit = extra or Unit()
+    unit.add(runtime.FUNCTIONS)
+    parts = [target.system_text(), HELPERS, _internal(pool_text(target.arch, target.wait_text(), target.sig_setmask))]
+    parts += [target.clock_text(), interpreter_text(), _BRIDGE]
+    symbols = sorted({row.symbol for e in entries for row in e.plan.rows if row.symbol is not None})
+    parts += [f"declare hidden void @{symbol}({SIGNATURE})" for symbol in symbols]
+    parts.append(_COPY)
+    parts += [_Program(n, e, unit).text() for n, e in enumerate(entries)]
+    parts.append(_describe(len(entries)))
+    parts.append(_functions(prefix, entries, _model_bytes(entries, states)))
+    return _declared_once("\n".join([*parts, unit.text()]))
+
+
+def _declared_once(text: str) -> str:
+    """A text made of parts that declare the same functions."""
+    seen: set[str] = set()
+    lines = []
+    for line in text.split("\n"):
+        if line.startswith("declare "):
+            name = line[line.index("@") : line.index("(")]
+            if name in seen:
+                continue
+            seen.add(name)
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def _internal(text: str) -> str:
+    """A text whose functions are seen within the module only."""
+    return text.replace("define void @duo_", "define internal void @duo_")
+
+
+def _model_bytes(entries: Sequence[Entry], states: int) -> int:
+    total = runtime.HEADER + runtime.RECORD * len(entries)
+    for e in entries:
+        plan = e.plan
+        for count in (CODE_WORDS * len(plan.rows), len(plan.dims), len(plan.words), len(e.sources), len(e.dims)):
+            total += _up(8 * count)
+    return total + _up(16 * states)
+
+
+def _up(n: int) -> int:
+    return -(-n // runtime.LINE) * runtime.LINE
+
+
+class _Program:
+    """Constants and functions of program number `n`."""
+
+    def __init__(self, n: int, entry: Entry, unit: Unit) -> None:
+        self.n, self.entry, self.unit, self.plan = n, entry, unit, entry.plan
+        self.parts: list[str] = []
+
+    def text(self) -> str:
+        n, entry, plan = self.n, self.entry, self.plan
+        starts, patches = self.users()
+        code = self.bind()
+        tables = {
+            runtime.TEMPLATE: self.table("code", code.ravel().tolist()),
+            runtime.KINDS: self.table("kinds", [w for pair in entry.sources for w in pair]),
+            runtime.STARTS: self.table("starts", starts),
+            runtime.PATCHES: self.table("patches", patches),
+            runtime.COPIES: self.table("copies", [w for pair in entry.copies for w in pair]),
+            runtime.SWAPS: self.table("swaps", list(entry.swaps)),
+        }
+        self.check()
+        self.names("name", [entry.label(k) for k in range(len(entry.sources))])
+        self.names("sizename", entry.dims)
+        self.notes()
+        functions = {
+            runtime.BIND: f"duo.p{n}.bind", runtime.CHECK: f"duo.p{n}.check", runtime.NOTE: f"duo.p{n}.note",
+            runtime.NAME: f"duo.p{n}.name", runtime.SIZE_NAME: f"duo.p{n}.sizename",
+        }  # fmt: skip
+        numbers = {
+            runtime.CODE_COUNT: code.size, runtime.DIM_COUNT: len(plan.dims), runtime.WORD_COUNT: len(plan.words),
+            runtime.SIZE_COUNT: len(entry.dims), runtime.ARGUMENT_COUNT: len(entry.sources),
+            runtime.FLAGS: HAS_PARALLEL if plan.parallel else 0, runtime.COPY_COUNT: len(entry.copies),
+            runtime.SWAP_COUNT: len(entry.swaps),
+        }  # fmt: skip
+        lines = [f"define internal i64 @duo.p{n}.describe(i64 %record) nounwind {{"]
+        values = {at: f"ptrtoint (ptr @{name} to i64)" for at, name in (tables | functions).items()}
+        for at, value in (values | {at: str(v) for at, v in numbers.items()}).items():
+            lines += _store("%record", at, value)
+        self.parts.append("\n".join([*lines, "  ret i64 0", "}"]))
+        return "\n".join(self.parts)
+
+    def users(self) -> tuple[list[int], list[int]]:
+        """Numbers of the pointer words that hold each argument's address, one after the other, and where each argument's begin."""
+        users: list[list[int]] = [[] for _ in self.entry.sources]
+        for number, place in enumerate(self.plan.words):
+            if isinstance(place, Argument):
+                users[place.k].append(number)
+        starts = [0]
+        for user in users:
+            starts.append(starts[-1] + len(user))
+        return starts, [word for user in users for word in user]
+
+    def table(self, name: str, words: list[int]) -> str:
+        full = f"duo.p{self.n}.{name}"
+        listed = ", ".join(f"i64 {w}" for w in words or [0])
+        self.parts.append(f"@{full} = internal constant [{max(len(words), 1)} x i64] [{listed}], align 64")
+        return full
+
+    def names(self, name: str, texts: Sequence[str]) -> None:
+        """A function from a number to the address of a text."""
+        self.parts.append(self.switch(name, "i64 %k", "%k", {k: self.unit.string(t) for k, t in enumerate(texts)}))
+
+    def switch(self, name: str, params: str, on: str, strings: dict[int, str]) -> str:
+        cases = " ".join(f"i64 {k}, label %l{k}" for k in strings)
+        lines = [f"define internal i64 @duo.p{self.n}.{name}({params}) nounwind {{"]
+        lines.append(f"  switch i64 {on}, label %none [{cases}]")
+        for k, s in strings.items():
+            lines += [f"l{k}:", f"  %r{k} = ptrtoint ptr @{s} to i64", f"  ret i64 %r{k}"]
+        lines += [
+            "none:",
+            f"  %r = ptrtoint ptr @{self.unit.string('an index is out of range')} to i64",
+            "  ret i64 %r",
+            "}",
+        ]
+        return "\n".join(lines)
+
+    def notes(self) -> None:
+        """What an index error says, by instruction and check: a format for the index and the axis' size. Both in one number for the switch."""
+        forms: dict[int, str] = {}
+        for k, row in enumerate(self.plan.rows):
+            for s, site in enumerate(row.sites):
+                forms[k * 64 + s + 1] = self.unit.string(_form(row.where, site))
+        head = [
+            f"define internal i64 @duo.p{self.n}.note(i64 %row, i64 %site) nounwind {{",
+            "  %high = shl i64 %row, 6", "  %both = add i64 %high, %site",
+            f"  %r = call i64 @duo.p{self.n}.form(i64 %both)", "  ret i64 %r", "}",
+        ]  # fmt: skip
+        self.parts.append(self.switch("form", "i64 %k", "%k", forms))
+        self.parts.append("\n".join(head))
+
+    # ------------------------------------------------------------------------------------------------ sizes
+    def bind(self) -> np.ndarray:
+        """Writes `bind`, and gives the code table's constant words."""
+        plan, program = self.plan, self.plan.program
+        code = np.zeros((len(plan.rows), CODE_WORDS), np.int64)
+        lines = [
+            f"define internal i64 @duo.p{self.n}.bind(i64 %sizes, i64 %threads, i64 %code, i64 %dims, i64 %words, i64 %bytes, i64 %out) nounwind {{"
+        ]
+        sizes, names = self.sizes()
+        lines += sizes
+        text = SizeText({**names, THREADS: "%threads"}, THREAD_LIMITS)
+        for k, row in enumerate(plan.rows):
+            code[k, 0] = row.kind
+            if row.kind == PHASE:
+                code[k, 2] = 64 + 8 * row.words
+                at = 8 * CODE_WORDS * k
+                symbol = row.symbol or "duo.copy"
+                text.lines += _store("%code", at + 8, f"ptrtoint (ptr @{symbol} to i64)")
+                place = text.new(f"add i64 %dims, {8 * row.dims}")
+                text.lines += _store("%code", at + 24, place)
+                for word, number in ((4, row.units), (5, row.threads[0]), (6, row.threads[1])):
+                    if isinstance(number, Size):
+                        text.lines += _store("%code", at + 8 * word, text.value(number))
+                    else:
+                        code[k, word] = number
+            elif row.kind == BRANCH:
+                code[k, 1], code[k, 2] = 64 + 8 * row.words, row.target
+            elif row.kind == JUMP:
+                code[k, 1] = row.target
+        for k, number in enumerate(plan.dims):
+            text.lines += _store("%dims", 8 * k, text.value(number))
+        for k, place in enumerate(plan.words):
+            text.lines += _store("%words", 8 * k, "0" if isinstance(place, Argument) else text.value(place))
+        known = {name: dim(name) for name in program.dims}
+        for k, t in enumerate([*program.inputs, *program.outputs]):
+            text.lines += _store("%bytes", 8 * k, text.value(evaluate(t.nbytes, known)))  # type: ignore[arg-type]
+        text.lines += _store("%out", 0, text.value(plan.arena))
+        text.lines += _store("%out", 8, text.value(plan.scratch))
+        self.parts.append("\n".join([*lines, *text.lines, "  ret i64 0", "}"]))
+        return code
+
+    def sizes(self) -> tuple[list[str], dict[str, str]]:
+        """Lines that load the free dims, and the names of their values."""
+        lines = ["  %sizes.at = inttoptr i64 %sizes to ptr"]
+        names = {}
+        for k, name in enumerate(self.entry.dims):
+            lines += [f"  %s{k}.at = getelementptr i64, ptr %sizes.at, i64 {k}", f"  %s{k} = load i64, ptr %s{k}.at"]
+            names[name] = f"%s{k}"
+        return lines, names
+
+    def check(self) -> None:
+        """0 if the sizes are possible, the number of one (from 1 on) that is not, or -1 if together they are too large."""
+        program = self.plan.program
+        lines, names = self.sizes()
+        lines.insert(0, f"define internal i64 @duo.p{self.n}.check(i64 %sizes) nounwind {{")
+        for k in range(len(self.entry.dims)):
+            lines += [f"  %n{k} = icmp slt i64 %s{k}, 0", f"  br i1 %n{k}, label %bad{k}, label %good{k}"]
+            lines += [f"bad{k}:", f"  ret i64 {k + 1}", f"good{k}:"]
+        text = SizeText({**names, THREADS: "1"}, THREAD_LIMITS, real=True)
+        known = {name: dim(name) for name in program.dims}
+        total = text.value(self.plan.arena)
+        for t in [*program.inputs, *program.outputs]:
+            for d in t.shape:  # each dim too: another one may be zero
+                total = text.new(f"fadd double {total}, {text.value(evaluate(d, known))}")  # type: ignore[arg-type]
+            total = text.new(f"fadd double {total}, {text.value(evaluate(t.nbytes, known))}")  # type: ignore[arg-type]
+        for name in self.entry.dims:
+            total = text.new(f"fadd double {total}, {text.value(dim(name))}")
+        fits = text.new(f"fcmp olt double {total}, {MOST_BYTES!r}")
+        out = text.new(f"select i1 {fits}, i64 0, i64 -1")
+        self.parts.append("\n".join([*lines, *text.lines, f"  ret i64 {out}", "}"]))
+
+
+def _store(base: str, offset: int, value: str) -> list[str]:
+    """Stores an i64 at an address."""
+    n = _numbers[0] = _numbers[0] + 1
+    lines = [f"  %a{n} = add i64 {base}, {offset}", f"  %p{n} = inttoptr i64 %a{n} to ptr"]
+    if value.startswith("ptrtoint ("):  # position-independent code has no constant expression for it
+        inner = value[len("ptrtoint (") : -1]
+        lines.append(f"  %v{n} = ptrtoint {inner}")
+        value = f"%v{n}"
+    return [*lines, f"  store i64 {value}, ptr %p{n}"]
+
+
+_numbers = [0]
+
+
+def _form(where: str, site: str) -> str:
+    """A format of printf for an index error, which has the words of `calls.index_error`."""
+
+    def plain(s: str) -> str:
+        return s.replace("%", "%%")
+
+    if "{index}" in site:
+        return plain(site).replace("{index}", "%lld")
+    return f"{plain(where)}{': ' if where else ''}{plain(site)}: index %lld is out of range for an axis of size %lld"
+
+
+def _describe(programs: int) -> str:
+    cases = " ".join(f"i64 {k}, label %l{k}" for k in range(programs))
+    lines = [
+        "define internal i64 @duo.describe(i64 %k, i64 %record) nounwind {",
+        f"  switch i64 %k, label %end [{cases}]",
+    ]
+    for k in range(programs):
+        lines += [f"l{k}:", f"  %r{k} = call i64 @duo.p{k}.describe(i64 %record)", "  br label %end"]
+    return "\n".join([*lines, "end:", "  ret i64 0", "}"])
+
+
+def _functions(prefix: str, entries: Sequence[Entry], nbytes: int) -> str:
+    """What callers see: see `header.py`."""
+    out = [_API.replace("PREFIX", prefix).replace("MODEL_BYTES", str(nbytes)).replace("PROGRAMS", str(len(entries)))]
+    for n, e in enumerate(entries):
+        dims, given = [f"i64 %d{k}" for k in range(len(e.dims))], [f"i64 %g{k}" for k in range(len(e.given))]
+        store = []
+        for name, count, letter in (("sizes", len(e.dims), "d"), ("given", len(e.given), "g")):
+            store.append(f"  %{name} = alloca i64, i64 {max(count, 1)}")
+            store += [
+                line
+                for k in range(count)
+                for line in (
+                    f"  %{letter}{k}.at = getelementptr i64, ptr %{name}, i64 {k}",
+                    f"  store i64 %{letter}{k}, ptr %{letter}{k}.at",
+                )
+            ]
+            store.append(f"  %{name}.word = ptrtoint ptr %{name} to i64")
+        out.append(
+            f"define i64 @{prefix}_{e.name}({', '.join(['i64 %model', *dims, *given])}) nounwind {{\n"
+            + "\n".join(store)
+            + f"\n  %r = call i64 @lib.call(i64 %model, i64 {n}, i64 %sizes.word, i64 %given.word)\n  ret i64 %r\n}}"
+        )
+        sizes = store[: store.index("  %sizes.word = ptrtoint ptr %sizes to i64") + 1]
+        out.append(
+            f"define i64 @{prefix}_{e.name}_scratch_bytes({', '.join(['i64 %model', *dims])}) nounwind {{\n"
+            + "\n".join(sizes)
+            + f"\n  %r = call i64 @lib.scratch(i64 %model, i64 {n}, i64 %sizes.word)\n  ret i64 %r\n}}"
+        )
+    return "\n".join(out)
+
+
+_COPY = f"""
+define internal void @duo.copy({SIGNATURE}) nounwind {{
+  call void @duo_copy(ptr %args, ptr %dims, i64 %begin, i64 %end, i64 %tid, ptr %scratch, ptr %status)
+  ret void
+}}"""
+
+# Between the library's functions, all of i64, and the pool and runner. The pool has as many threads as the model that wants most, and none while there
+# is no model.
+_BRIDGE = """
+@duo.models = internal global i64 0, align 8
+define internal i64 @duo.walk(i64 %frame, i64 %code, i64 %flags) nounwind {
+  %f = inttoptr i64 %frame to ptr
+  %c = inttoptr i64 %code to ptr
+  %r = call i64 @duo.run(ptr %f, ptr %c, i64 %flags)
+  ret i64 %r
+}
+define internal i64 @duo.join(i64 %threads) nounwind {
+  %others = atomicrmw add ptr @duo.models, i64 1 seq_cst
+  %before = atomicrmw max ptr @duo.wanted, i64 %threads seq_cst
+  ret i64 0
+}
+define internal i64 @duo.leave() nounwind {
+entry:
+  %models = atomicrmw sub ptr @duo.models, i64 1 seq_cst
+  %last = icmp eq i64 %models, 1
+  br i1 %last, label %end, label %done
+end:
+  call void @duo_resize(i64 1, i64 1000000000)
+  br label %done
+done:
+  ret i64 0
+}
+"""
+
+_API = """
+define i64 @PREFIX_create(i64 %options, i64 %out) nounwind {
+  %describe = ptrtoint ptr @duo.describe to i64
+  %weights = call i64 @duo.weights()
+  %r = call i64 @lib.create(i64 %options, i64 %out, i64 MODEL_BYTES, i64 PROGRAMS, i64 %describe, i64 %weights)
+  ret i64 %r
+}
+define void @PREFIX_destroy(i64 %model) nounwind {
+  %r = call i64 @lib.destroy(i64 %model)
+  ret void
+}
+define i64 @PREFIX_message(i64 %model) nounwind {
+  %r = call i64 @lib.message(i64 %model)
+  ret i64 %r
+}
+define i64 @PREFIX_set_scratch(i64 %model, i64 %memory, i64 %bytes) nounwind {
+  %r = call i64 @lib.set_scratch(i64 %model, i64 %memory, i64 %bytes)
+  ret i64 %r
+}
+"""

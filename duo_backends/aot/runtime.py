@@ -1,0 +1,329 @@
+"""The library's own functions, in the subset of Python that `subset.py` writes as LLVM text: making a model, calling a program of it, ending it.
+
+A model is one block of memory: a header, the text of the last error, a record for each program, and what these point to. Offsets are in bytes.
+`module.py` writes what differs between artefacts: tables, `bind` and `check` of each program, and the functions that C sees.
+A model serves one call at a time; different models may be called from different threads at once.
+"""
+
+from __future__ import annotations
+
+from duo_backends.aot.subset import c, invoke, load64, native, store64
+from duo_backends.cpu.pool_text import CHUNKS_PER_THREAD, STATUS_BYTES
+from duo_backends.cpu.runner_text import FRAME_HEADER
+
+# ---- results of the library's functions
+OK, NULL_ARGUMENT, BAD_SIZE, NO_MEMORY, BAD_INDEX, SMALL_SCRATCH, WRONG_CPU, BAD_OPTION, BAD_FILE = range(9)
+
+# ---- the header of a model
+THREADS, ALLOCATE, RELEASE, USER, WEIGHTS, STATES = 0, 8, 16, 24, 32, 40
+FRAME, FRAME_BYTES, FRAME_OWNED, FRAME_USER = 48, 56, 64, 72  # FRAME_USER: the record whose words lie in the frame
+BLOCK, BLOCK_BYTES = 80, 88  # memory of states, or a file that is mapped
+MESSAGE, MESSAGE_BYTES = 128, 384
+HEADER = 512
+
+# ---- the record of a program; the first part is written by `bind` and `call`, the second by `describe`
+CODE, DIMS, WORDS, BYTES, SIZES, BOUND, NEED = 0, 8, 16, 24, 32, 40, 48
+ARENA, SCRATCH = 56, 64  # side by side, as `bind` writes them
+TEMPLATE, CODE_COUNT, DIM_COUNT, WORD_COUNT, SIZE_COUNT, ARGUMENT_COUNT = 72, 80, 88, 96, 104, 112
+KINDS, STARTS, PATCHES, BIND, CHECK, FLAGS, NOTE, NAME = 120, 128, 136, 144, 152, 160, 168, 176
+COPIES, COPY_COUNT, SWAPS, SWAP_COUNT, SIZE_NAME = 184, 192, 200, 208, 216
+RECORD = 256
+
+# ---- where the address of a program's argument comes from
+GIVEN, WEIGHT, STATE, NEXT = 0, 1, 2, 3
+LINE = 64
+MOST_THREADS = 256
+STATUS = CHUNKS_PER_THREAD * STATUS_BYTES  # bytes for each thread
+
+# ---- the options of `create`
+O_THREADS, O_ALLOCATE, O_RELEASE, O_USER = 0, 8, 16, 24
+
+
+def up(n: int) -> int:
+    return (n + LINE - 1) // LINE * LINE
+
+
+def allocate(model: int, nbytes: int) -> int:
+    """Aligned memory from whom the model has it; 0: there is none."""
+    if load64(model + ALLOCATE):
+        return invoke(load64(model + ALLOCATE), up(nbytes), LINE, load64(model + USER))
+    return c("aligned_alloc", LINE, up(nbytes))
+
+
+def release(model: int, memory: int) -> int:
+    if memory == 0:
+        return 0
+    if load64(model + RELEASE):
+        invoke(load64(model + RELEASE), memory, load64(model + USER))
+    else:
+        c("free", memory)
+    return 0
+
+
+def create(options: int, out: int, nbytes: int, programs: int, describe: int, weights: int) -> int:
+    """A model in `nbytes`: header, records and their arrays."""
+    if out == 0:
+        return NULL_ARGUMENT
+    store64(out, 0)
+    if native("duo.cpu_lacks") != 0:
+        return WRONG_CPU
+    threads = 0
+    give = 0
+    take = 0
+    user = 0
+    if options:
+        threads = load64(options + O_THREADS)
+        give = load64(options + O_ALLOCATE)
+        take = load64(options + O_RELEASE)
+        user = load64(options + O_USER)
+    if threads < 0 or (give == 0) != (take == 0):
+        return BAD_OPTION
+    if threads == 0:
+        threads = native("duo.cores")
+    if threads > MOST_THREADS:
+        threads = MOST_THREADS
+    model = 0
+    if give:
+        model = invoke(give, up(nbytes), LINE, user)
+    else:
+        model = c("aligned_alloc", LINE, up(nbytes))
+    if model == 0:
+        return NO_MEMORY
+    c("memset", model, 0, nbytes)
+    store64(model + THREADS, threads)
+    store64(model + ALLOCATE, give)
+    store64(model + RELEASE, take)
+    store64(model + USER, user)
+    store64(model + WEIGHTS, weights)
+    at = model + HEADER + programs * RECORD
+    k = 0
+    while k < programs:
+        record = model + HEADER + k * RECORD
+        invoke(describe, k, record)
+        store64(record + CODE, at)
+        c("memcpy", at, load64(record + TEMPLATE), 8 * load64(record + CODE_COUNT))
+        at += up(8 * load64(record + CODE_COUNT))
+        store64(record + DIMS, at)
+        at += up(8 * load64(record + DIM_COUNT))
+        store64(record + WORDS, at)
+        at += up(8 * load64(record + WORD_COUNT))
+        store64(record + BYTES, at)
+        at += up(8 * load64(record + ARGUMENT_COUNT))
+        store64(record + SIZES, at)
+        at += up(8 * load64(record + SIZE_COUNT))
+        k += 1
+    store64(model + STATES, at)
+    native("duo.join", threads)
+    store64(out, model)
+    return OK
+
+
+def destroy(model: int) -> int:
+    if model == 0:
+        return 0
+    native("duo.leave")
+    if load64(model + FRAME_OWNED):
+        release(model, load64(model + FRAME))
+    release(model, load64(model + BLOCK))
+    release(model, model)
+    return 0
+
+
+def bind(model: int, record: int, sizes: int) -> int:
+    """Makes the record ready for these sizes, if it is not."""
+    count = load64(record + SIZE_COUNT)
+    kept = load64(record + SIZES)
+    same = load64(record + BOUND)
+    k = 0
+    while same and k < count:
+        if load64(sizes + 8 * k) != load64(kept + 8 * k):
+            same = 0
+        k += 1
+    if same:
+        return OK
+    bad = invoke(load64(record + CHECK), sizes)
+    if bad > 0:
+        name = invoke(load64(record + SIZE_NAME), bad - 1)
+        form = "%s is %lld; a size must not be negative"
+        c("snprintf", model + MESSAGE, MESSAGE_BYTES, form, name, load64(sizes + 8 * (bad - 1)))
+        return BAD_SIZE
+    if bad < 0:
+        c("snprintf", model + MESSAGE, MESSAGE_BYTES, "these sizes need more memory than there can be")
+        return BAD_SIZE
+    threads = load64(model + THREADS)
+    code = load64(record + CODE)
+    dims = load64(record + DIMS)
+    store64(record + BOUND, 0)
+    where = load64(record + BIND)
+    invoke(where, sizes, threads, code, dims, load64(record + WORDS), load64(record + BYTES), record + ARENA)
+    k = 0
+    while k < count:
+        store64(kept + 8 * k, load64(sizes + 8 * k))
+        k += 1
+    need = up(FRAME_HEADER + 8 * load64(record + WORD_COUNT)) + up(load64(record + ARENA))
+    store64(record + NEED, need + STATUS * threads + up(load64(record + SCRATCH)))
+    store64(record + BOUND, 1)
+    store64(model + FRAME_USER, 0)
+    return OK
+
+
+def reserve(model: int, record: int) -> int:
+    """Sees to it that the frame is large enough and holds the record's words."""
+    need = load64(record + NEED)
+    if load64(model + FRAME_BYTES) < need:
+        if load64(model + FRAME) and load64(model + FRAME_OWNED) == 0:
+            form = "the scratch memory has %lld bytes; these sizes need %lld"
+            c("snprintf", model + MESSAGE, MESSAGE_BYTES, form, load64(model + FRAME_BYTES), need)
+            return SMALL_SCRATCH
+        release(model, load64(model + FRAME))
+        store64(model + FRAME, 0)
+        store64(model + FRAME_BYTES, 0)
+        store64(model + FRAME_USER, 0)
+        frame = allocate(model, need)
+        if frame == 0:
+            c("snprintf", model + MESSAGE, MESSAGE_BYTES, "there is no memory for %lld bytes of temporaries", need)
+            return NO_MEMORY
+        store64(model + FRAME, frame)
+        store64(model + FRAME_BYTES, need)
+        store64(model + FRAME_OWNED, 1)
+    if load64(model + FRAME_USER) == record:
+        return OK
+    frame = load64(model + FRAME)
+    threads = load64(model + THREADS)
+    count = load64(record + WORD_COUNT)
+    words = load64(record + WORDS)
+    arena = frame + up(FRAME_HEADER + 8 * count)
+    status = arena + up(load64(record + ARENA))
+    c("memset", frame, 0, FRAME_HEADER)
+    store64(frame, threads)
+    store64(frame + 8, status + STATUS * threads)
+    store64(frame + 16, status)
+    k = 0
+    while k < count:
+        store64(frame + FRAME_HEADER + 8 * k, arena + load64(words + 8 * k))
+        k += 1
+    c("memset", status, 0, STATUS * threads)
+    store64(model + FRAME_USER, record)
+    return OK
+
+
+def address(model: int, kind: int, value: int, given: int) -> int:
+    """Where an argument lies."""
+    if kind == GIVEN:
+        return load64(given + 8 * value)
+    if kind == WEIGHT:
+        return load64(model + WEIGHTS) + value
+    return load64(load64(model + STATES) + 16 * value + 8 * (kind == NEXT))
+
+
+def call(model: int, number: int, sizes: int, given: int) -> int:
+    """Runs a program. `sizes`: its dims; `given`: the addresses that the caller has passed."""
+    if model == 0:
+        return NULL_ARGUMENT
+    record = model + HEADER + number * RECORD
+    bad = bind(model, record, sizes)
+    if bad:
+        return bad
+    kinds = load64(record + KINDS)
+    nbytes = load64(record + BYTES)
+    count = load64(record + ARGUMENT_COUNT)
+    k = 0
+    while k < count:
+        if load64(kinds + 16 * k) == GIVEN and load64(nbytes + 8 * k) > 0:
+            if load64(given + 8 * load64(kinds + 16 * k + 8)) == 0:
+                name = invoke(load64(record + NAME), k)
+                c("snprintf", model + MESSAGE, MESSAGE_BYTES, "%s is NULL", name)
+                return NULL_ARGUMENT
+        k += 1
+    bad = reserve(model, record)
+    if bad:
+        return bad
+    frame = load64(model + FRAME)
+    starts = load64(record + STARTS)
+    patches = load64(record + PATCHES)
+    k = 0
+    while k < count:
+        place = address(model, load64(kinds + 16 * k), load64(kinds + 16 * k + 8), given)
+        n = load64(starts + 8 * k)
+        while n < load64(starts + 8 * k + 8):
+            store64(frame + FRAME_HEADER + 8 * load64(patches + 8 * n), place)
+            n += 1
+        k += 1
+    row = native("duo.walk", frame, load64(record + CODE), load64(record + FLAGS))
+    if row:
+        return failed(model, record, frame, row)
+    copies = load64(
+        record + COPIES
+    )  # what is a result twice, or an input as it is: from argument, to the address given
+    k = 0
+    while k < load64(record + COPY_COUNT):
+        n = load64(copies + 16 * k)
+        source = address(model, load64(kinds + 16 * n), load64(kinds + 16 * n + 8), given)
+        c("memcpy", load64(given + 8 * load64(copies + 16 * k + 8)), source, load64(nbytes + 8 * n))
+        k += 1
+    swaps = load64(record + SWAPS)  # states whose next value lies in the other place
+    k = 0
+    while k < load64(record + SWAP_COUNT):
+        cell = load64(model + STATES) + 16 * load64(swaps + 8 * k)
+        other = load64(cell + 8)
+        store64(cell + 8, load64(cell))
+        store64(cell, other)
+        k += 1
+    return OK
+
+
+def failed(model: int, record: int, frame: int, row: int) -> int:
+    """An index was out of range: says which."""
+    status = load64(frame + 16)
+    form = invoke(load64(record + NOTE), row - 1, load64(status))
+    c("snprintf", model + MESSAGE, MESSAGE_BYTES, form, load64(status + 8), load64(status + 16))
+    store64(model + FRAME_USER, 0)  # its status words are no longer zero
+    return BAD_INDEX
+
+
+def scratch(model: int, number: int, sizes: int) -> int:
+    """Bytes that a call with these sizes needs; negative: a result code with its sign changed."""
+    if model == 0:
+        return -NULL_ARGUMENT
+    record = model + HEADER + number * RECORD
+    bad = bind(model, record, sizes)
+    if bad:
+        return -bad
+    return load64(record + NEED)
+
+
+def set_scratch(model: int, memory: int, nbytes: int) -> int:
+    """Uses the caller's memory for temporaries from now on; NULL: its own again."""
+    if model == 0:
+        return NULL_ARGUMENT
+    if nbytes < 0 or memory % LINE != 0:
+        c("snprintf", model + MESSAGE, MESSAGE_BYTES, "scratch memory must be aligned to 64 bytes")
+        return BAD_OPTION
+    if load64(model + FRAME_OWNED):
+        release(model, load64(model + FRAME))
+    store64(model + FRAME, memory)
+    store64(model + FRAME_BYTES, nbytes if memory else 0)
+    store64(model + FRAME_OWNED, 0)
+    store64(model + FRAME_USER, 0)
+    return OK
+
+
+def message(model: int) -> int:
+    """The text of the last error of a model."""
+    if model == 0:
+        return no_model()
+    return model + MESSAGE
+
+
+def no_model() -> int:
+    return text("there is no model: it is NULL")
+
+
+def text(constant: int | str) -> int:
+    """The address of a constant string."""
+    return constant  # type: ignore[return-value]
+
+
+FUNCTIONS = (
+    up, allocate, release, create, destroy, bind, reserve, address, call, failed, scratch, set_scratch, message, no_model, text,
+)  # fmt: skip

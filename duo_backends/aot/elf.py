@@ -11,12 +11,13 @@ import struct
 from collections.abc import Collection, Mapping, Sequence
 
 from duo_backends.aot.objects import (
-    ABSOLUTE, ALLOC, ARM_CALL, ARM_GOT, EXEC, MACHINES, UNDEFINED, WRITE, X86_GOT, X86_PLT, LinkError, Object, relocate,
+    ABSOLUTE, ADDRESS, ALLOC, ARM_CALL, ARM_GOT, EXEC, MACHINES, UNDEFINED, WRITE, X86_GOT, X86_PLT, LinkError, Object, relocate,
 )  # fmt: skip
 
 _PAGES = {"x86_64": 1 << 12, "aarch64": 1 << 16}  # the largest pages
 _HEADER, _PROGRAM, _SECTION, _SYMBOL, _RELOCATION = 64, 56, 64, 24, 24
 _GLOB_DAT = {"x86_64": 6, "aarch64": 1025}
+_RELATIVE = {"x86_64": 8, "aarch64": 1027}
 _DYNAMIC_WORDS = 12  # entries of two words, of which the last is zero
 
 
@@ -78,7 +79,9 @@ def shared_library(
     hash_at = _up(names_at + len(names.text), 8)
     buckets = _hash_table([*listed])
     relocations_at = _up(hash_at + len(buckets), 8)
-    end = relocations_at + _RELOCATION * len(imports)
+    absolute = sum(r[1] == ADDRESS[arch] for o in objects for s in o.sections if s.flags & ALLOC for r in s.relocations)
+    relocations = len(imports) + absolute
+    end = relocations_at + _RELOCATION * relocations
     lay = _Layout(end, objects, len(imports), data, _PAGES[arch])
     image = bytearray(lay.file_end)
     addresses: dict[str, int] = {data_symbol: lay.data_at} if data_symbol else {}
@@ -86,8 +89,11 @@ def shared_library(
         if name != data_symbol:
             addresses[name] = lay.places[number, section] + value
     slots = {name: k for k, name in enumerate(imports)}
+    pointers: list[tuple[int, int]] = []
     for number, each in enumerate(objects):
-        _fill(image, lay, number, each, addresses, slots, arch)
+        pointers += _fill(image, lay, number, each, addresses, slots, arch)
+    for k, (place, target) in enumerate(pointers, len(imports)):
+        struct.pack_into("<QQq", image, relocations_at + _RELOCATION * k, place, _RELATIVE[arch], target)
     for name, k in slots.items():
         _stub(image, arch, lay.stubs_at + 16 * k, lay.got_at + 8 * k)
         struct.pack_into(
@@ -103,10 +109,10 @@ def shared_library(
     image[hash_at : hash_at + len(buckets)] = buckets
     dynamic = [
         (1, needed), (14, own), (4, hash_at), (5, names_at), (6, symbols_at), (10, len(names.text)), (11, _SYMBOL),
-        (7, relocations_at), (8, _RELOCATION * len(imports)), (9, _RELOCATION),
+        (7, relocations_at), (8, _RELOCATION * relocations), (9, _RELOCATION),
     ]  # fmt: skip
     # BIND_NOW goes without saying: addresses of imports are ordinary relocations. The list ends with the zeros behind it.
-    dynamic = dynamic if imports else dynamic[:7]
+    dynamic = dynamic if relocations else dynamic[:7]
     for k, (tag, value) in enumerate(dynamic):
         struct.pack_into("<QQ", image, lay.variables_at + 16 * k, tag, value)
     _program_headers(image, lay, end, bool(data))
@@ -114,7 +120,7 @@ def shared_library(
     if data:
         out += bytes(lay.data_file - len(out)) + data
     table, text = _section_table(
-        lay, symbols_at, names_at, len(names.text), hash_at, len(buckets), relocations_at, listed, imports
+        lay, symbols_at, names_at, len(names.text), hash_at, len(buckets), relocations_at, listed, relocations
     )
     out += bytes(-len(out) % 8)
     strings_at = len(out) + len(table)
@@ -165,8 +171,9 @@ def _fill(
     addresses: Mapping[str, int],
     slots: Mapping[str, int],
     arch: str,
-) -> None:
-    """Puts an object's sections where they belong, and its relocations right."""
+) -> list[tuple[int, int]]:
+    """Puts an object's sections where they belong, and its relocations right; gives those (place, target) that are left to the dynamic linker."""
+    pointers = []
     for k, section in enumerate(each.sections):
         place = lay.places.get((number, k))
         if place is None or section.nobits:
@@ -189,7 +196,13 @@ def _fill(
                 target = lay.stubs_at + 16 * slots[symbol.name]
             else:
                 raise LinkError(f"variable {symbol.name} of another library")
-            relocate(arch, image, place + offset, kind, target + addend)
+            if kind == ADDRESS[arch]:
+                if not section.flags & WRITE:
+                    raise LinkError(f"an address in {section.name}, which cannot be written")
+                pointers.append((place + offset, target + addend))
+            else:
+                relocate(arch, image, place + offset, kind, target + addend)
+    return pointers
 
 
 def _stub(image: bytearray, arch: str, place: int, slot: int) -> None:
@@ -265,7 +278,7 @@ def _program_headers(image: bytearray, lay: _Layout, headers_end: int, data: boo
 
 def _section_table(
     lay: _Layout, symbols_at: int, names_at: int, names_size: int, hash_at: int, hash_size: int, relocations_at: int,
-    listed: Sequence[str], imports: Sequence[str],
+    listed: Sequence[str], relocations: int,
 ) -> tuple[bytearray, bytes]:  # fmt: skip
     """Sections, for linkers and debuggers, which do not look at program headers; and their names."""
     names = _Names()
@@ -274,7 +287,7 @@ def _section_table(
         (".hash", 5, ALLOC, hash_at, hash_size, 2, 0, 8, 4),
         (".dynsym", 11, ALLOC, symbols_at, _SYMBOL * (len(listed) + 1), 3, 1, 8, _SYMBOL),
         (".dynstr", 3, ALLOC, names_at, names_size, 0, 0, 1, 0),
-        (".rela.dyn", 4, ALLOC, relocations_at, _RELOCATION * len(imports), 2, 0, 8, _RELOCATION),
+        (".rela.dyn", 4, ALLOC, relocations_at, _RELOCATION * relocations, 2, 0, 8, _RELOCATION),
         (".text", 1, ALLOC | EXEC, lay.code_at, lay.code_end - lay.code_at, 0, 0, 64, 0),
         (".rodata", 1, ALLOC, lay.constants_at, lay.constants_end - lay.constants_at, 0, 0, 64, 0),
         (".dynamic", 6, ALLOC | WRITE, lay.variables_at, 16 * _DYNAMIC_WORDS, 3, 0, 8, 16),

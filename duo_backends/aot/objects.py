@@ -83,6 +83,7 @@ X86_GOT = {9, 41, 42}
 X86_PLT = {4}
 ARM_GOT = {311, 312}  # ADR_GOT_PAGE, LD64_GOT_LO12_NC
 ARM_CALL = {282, 283}  # JUMP26, CALL26
+ADDRESS = {"x86_64": 1, "aarch64": 257}  # R_X86_64_64, R_AARCH64_ABS64: known when the library is loaded only
 _ARM_LOADS = {277: 0, 278: 0, 284: 1, 285: 2, 286: 3, 299: 4, 312: 3}  # ..._LO12_NC: shift of the immediate
 
 

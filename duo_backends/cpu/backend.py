@@ -14,8 +14,7 @@ from duo_backends.binding import kernels_of
 from duo_backends.cache import DiskCache, disk_cache
 from duo_backends.cpu import jit
 from duo_backends.cpu.code import KernelCode, Target
-from duo_backends.cpu.conv_plan import panel_columns
-from duo_backends.cpu.emit import compile_kernel
+from duo_backends.cpu.emit import compile_kernel, panel_columns
 from duo_backends.cpu.executable import CpuExecutable
 from duo_backends.cpu.memory import Buffer, allocate
 from duo_backends.cpu.table import LoadedKernel
@@ -108,8 +107,7 @@ class CpuBackend:
 
     def panel_columns(self, op: Op) -> int | None:
         """Output channels that a kernel of this convolution works on at a time; None where it would not read panels of so many."""
-        _, *places, n = op.result.type.static_shape()
-        return panel_columns((1, *places)[-2], places[-1], n, op.result.type.dtype, self.target)
+        return panel_columns(op, self.target)
 
     def allocate(self, nbytes: int) -> Buffer:
         return allocate(nbytes)

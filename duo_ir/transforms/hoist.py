@@ -41,11 +41,9 @@ class Hoisted(NamedTuple):
 
 
 def hoist(function: Function, constants: Iterable[int], columns: Columns | None = None) -> Hoisted | None:
-    """`function`, simplified before and of static types, split at what depends on the parameters numbered `constants` alone. None where
+    """`function`, simplified before, split at what depends on the parameters numbered `constants` alone. None where
     products and convolutions read less than `WORTH` bytes of it. `columns`: how wide a convolution's panels are; without, it has none."""
     numbers = sorted(set(constants))
-    if function.dims:
-        return None
     params = [function.params[i] for i in numbers]
     function, panels = in_panels(function, _sources(function, params), columns)
     cut = _Cut(function, _sources(function, params), panels)
@@ -61,10 +59,11 @@ Sources = dict[Value, frozenset[Value]]
 
 
 def _sources(function: Function, constants: list[Value]) -> Sources:
-    """Of what depends on `constants` alone: on which."""
+    """Of what depends on `constants` alone, and on no free dim: on which."""
     sources: Sources = {p: frozenset([p]) for p in constants}
     for op in function.ops:
-        if isinstance(op.definition.kind, _HOISTED) and all(v in sources for v in op.operands):
+        known = all(v in sources for v in op.operands) and all(r.type.is_static for r in op.results)
+        if known and isinstance(op.definition.kind, _HOISTED):
             sources.update(dict.fromkeys(op.results, frozenset([p for v in op.operands for p in sources[v]])))
     return sources
 

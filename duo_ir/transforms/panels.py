@@ -32,7 +32,7 @@ Columns: TypeAlias = Callable[[Op], "int | None"]
 def in_panels(
     function: Function, constant: Container[Value], columns: Columns | None = None
 ) -> tuple[Function, list[Value]]:
-    """`function`, of static types, with the weights among the values `constant` cut into panels where products of a few rows read them, and
+    """`function` with the weights among the values `constant` cut into panels where products of a few rows read them, and
     where `columns` says so for convolutions; and these panels, [count, k, width] or [count, taps..., c, width] each."""
     walk = _Walk(constant, columns)
     with walk.builder:
@@ -86,7 +86,7 @@ class _Walk:
 
     def product(self, op: Op, width: int) -> Value:
         a, b = op.operands
-        rows, (k, n) = a.type.static_shape()[-2], b.type.static_shape()[-2:]
+        rows, (k, n) = a.type.shape[-2], b.type.static_shape()[-2:]
         count = n // width
         a = nd.broadcast_to(nd.reshape(a, (1, rows, k)), (count, rows, k))
         out = op.definition(a, self.cut(b, (k, n), width), **op.attrs)
@@ -94,7 +94,7 @@ class _Walk:
 
     def convolution(self, op: Op, width: int) -> Value:
         x, w = op.operands
-        *places, c = x.type.static_shape()
+        *places, c = x.type.shape
         rank, count = w.type.rank, w.type.static_shape()[-1] // width
         panels = self.cut(w, w.type.static_shape(), width)
         whole = nd.reshape(nd.transpose(panels, (*range(1, rank), 0, rank)), w.type.shape)
@@ -115,9 +115,9 @@ def _is_plain(op: Op) -> bool:
 def _width(op: Op) -> int | None:
     """The width of panels for the matrix of a product, or None where there are none to be made."""
     a, b = op.operands
-    *batch, rows, _ = a.type.static_shape()
+    *batch, rows, _ = a.type.shape
     _, n = b.type.static_shape()[-2:]
-    if any(d != 1 for d in batch) or rows > ROWS:
+    if any(d != 1 for d in batch) or not isinstance(rows, int) or rows > ROWS:
         return None
     widths = [w for w in WIDTHS if n % w == 0 and n > w]
     return next((w for w in widths if n >= PANELS * w), widths[-1] if widths else None)

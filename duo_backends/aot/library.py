@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 from duo_backends.aot.elf import shared_library
-from duo_backends.aot.module import Entry, module_text
+from duo_backends.aot.module import Entry, State, module_text
 from duo_backends.aot.targets import AotTarget, initialise
 from duo_backends.binding import kernels_of
 from duo_backends.cpu import jit
@@ -30,7 +30,7 @@ def build_library(
     target: AotTarget,
     *,
     weights: bytes = b"",
-    states: int = 0,
+    states: Sequence[State] = (),
 ) -> bytes:
     """The bytes of lib`prefix`.so. `weights` lie in it as they are."""
     initialise()

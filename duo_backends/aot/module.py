@@ -29,14 +29,14 @@ MOST_BYTES = float(1 << 46)  # of what a call touches; far above any machine's m
 @dataclass(frozen=True)
 class Entry:
     """A program as callers see it. `given`: names of the pointers that they pass, in order; `sources[k]`: where the address of the program's argument k
-    comes from (kind of `runtime`, number); `copies`: pairs (argument, number in `given`) of results that are copied after a run; `swaps`: states
+    comes from (kind of `runtime`, number); `copies`: results that are copied after a run, (argument, kind and number of where to); `swaps`: states
     whose two places change roles then."""
 
     name: str
     plan: Plan
     given: tuple[str, ...]
     sources: tuple[tuple[int, int], ...]
-    copies: tuple[tuple[int, int], ...] = ()
+    copies: tuple[tuple[int, int, int], ...] = ()
     swaps: tuple[int, ...] = ()
 
     @property
@@ -50,10 +50,20 @@ class Entry:
         return self.given[value] if kind == runtime.GIVEN else f"argument {k}"
 
 
+@dataclass(frozen=True)
+class State:
+    """A state's place in a model: `start`, where its first value lies among the weights; `double`: whether its next value needs a place of its own."""
+
+    name: str
+    start: int
+    nbytes: int
+    double: bool
+
+
 def module_text(
-    prefix: str, entries: Sequence[Entry], target: AotTarget, states: int = 0, extra: Unit | None = None
+    prefix: str, entries: Sequence[Entry], target: AotTarget, states: Sequence[State] = (), extra: Unit | None = None
 ) -> str:
-    """The module. `prefix` begins the names of the functions that callers see; `states`: how many places of states a model has."""
+    """The module. `prefix` begins the names of the functions that callers see; `states`: those of a model."""
     unit = extra or Unit()
     unit.add(runtime.FUNCTIONS)
     parts = [target.system_text(), HELPERS, _internal(pool_text(target.arch, target.wait_text(), target.sig_setmask))]
@@ -63,7 +73,9 @@ def module_text(
     parts.append(_COPY)
     parts += [_Program(n, e, unit).text() for n, e in enumerate(entries)]
     parts.append(_describe(len(entries)))
-    parts.append(_functions(prefix, entries, _model_bytes(entries, states)))
+    parts.append(_functions(prefix, entries, _model_bytes(entries, len(states)), len(states)))
+    words = [w for s in states for w in (s.start, s.nbytes, int(s.double))] or [0]
+    parts.append(f"@duo.states = internal constant [{len(words)} x i64] [{', '.join(f'i64 {w}' for w in words)}], align 64")
     return _declared_once("\n".join([*parts, unit.text()]))
 
 
@@ -115,7 +127,7 @@ class _Program:
             runtime.KINDS: self.table("kinds", [w for pair in entry.sources for w in pair]),
             runtime.STARTS: self.table("starts", starts),
             runtime.PATCHES: self.table("patches", patches),
-            runtime.COPIES: self.table("copies", [w for pair in entry.copies for w in pair]),
+            runtime.COPIES: self.table("copies", [w for row in entry.copies for w in row]),
             runtime.SWAPS: self.table("swaps", list(entry.swaps)),
         }
         self.check()
@@ -296,9 +308,9 @@ def _describe(programs: int) -> str:
     return "\n".join([*lines, "end:", "  ret i64 0", "}"])
 
 
-def _functions(prefix: str, entries: Sequence[Entry], nbytes: int) -> str:
+def _functions(prefix: str, entries: Sequence[Entry], nbytes: int, states: int) -> str:
     """What callers see: see `header.py`."""
-    out = [_API.replace("PREFIX", prefix).replace("MODEL_BYTES", str(nbytes)).replace("PROGRAMS", str(len(entries)))]
+    out = [_API.replace("PREFIX", prefix).replace("MODEL_BYTES", str(nbytes)).replace("PROGRAMS", str(len(entries))).replace("STATES", str(states))]
     for n, e in enumerate(entries):
         dims, given = [f"i64 %d{k}" for k in range(len(e.dims))], [f"i64 %g{k}" for k in range(len(e.given))]
         store = []
@@ -365,7 +377,8 @@ _API = """
 define i64 @PREFIX_create(i64 %options, i64 %out) nounwind {
   %describe = ptrtoint ptr @duo.describe to i64
   %weights = call i64 @duo.weights()
-  %r = call i64 @lib.create(i64 %options, i64 %out, i64 MODEL_BYTES, i64 PROGRAMS, i64 %describe, i64 %weights)
+  %states = ptrtoint ptr @duo.states to i64
+  %r = call i64 @lib.create(i64 %options, i64 %out, i64 MODEL_BYTES, i64 PROGRAMS, i64 %describe, i64 %weights, i64 %states, i64 STATES)
   ret i64 %r
 }
 define void @PREFIX_destroy(i64 %model) nounwind {

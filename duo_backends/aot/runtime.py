@@ -36,7 +36,10 @@ MOST_THREADS = 256
 STATUS = CHUNKS_PER_THREAD * STATUS_BYTES  # bytes for each thread
 
 # ---- the options of `create`
-O_THREADS, O_ALLOCATE, O_RELEASE, O_USER = 0, 8, 16, 24
+O_THREADS, O_ALLOCATE, O_RELEASE, O_USER, O_WEIGHTS = 0, 8, 16, 24, 32
+
+# ---- a state in the table of states: where its first value lies among the weights, bytes, whether it has two places
+STATE_WORDS = 3
 
 
 def up(n: int) -> int:
@@ -60,8 +63,10 @@ def release(model: int, memory: int) -> int:
     return 0
 
 
-def create(options: int, out: int, nbytes: int, programs: int, describe: int, weights: int) -> int:
-    """A model in `nbytes`: header, records and their arrays."""
+def create(
+    options: int, out: int, nbytes: int, programs: int, describe: int, weights: int, states: int, state_count: int
+) -> int:
+    """A model in `nbytes`: header, records and their arrays. `states`: the table of states."""
     if out == 0:
         return NULL_ARGUMENT
     store64(out, 0)
@@ -76,7 +81,9 @@ def create(options: int, out: int, nbytes: int, programs: int, describe: int, we
         give = load64(options + O_ALLOCATE)
         take = load64(options + O_RELEASE)
         user = load64(options + O_USER)
-    if threads < 0 or (give == 0) != (take == 0):
+        if load64(options + O_WEIGHTS):
+            weights = load64(options + O_WEIGHTS)
+    if threads < 0 or (give == 0) != (take == 0) or weights == 0:
         return BAD_OPTION
     if threads == 0:
         threads = native("duo.cores")
@@ -113,8 +120,50 @@ def create(options: int, out: int, nbytes: int, programs: int, describe: int, we
         at += up(8 * load64(record + SIZE_COUNT))
         k += 1
     store64(model + STATES, at)
+    if state_count:
+        bad = make_states(model, states, state_count)
+        if bad:
+            release(model, model)
+            return bad
     native("duo.join", threads)
     store64(out, model)
+    return OK
+
+
+def make_states(model: int, states: int, count: int) -> int:
+    """Memory for the states, with their first values in it."""
+    total = 0
+    k = 0
+    while k < count:
+        row = states + 8 * STATE_WORDS * k
+        total += up(load64(row + 8)) * (1 + load64(row + 16))
+        k += 1
+    at = allocate(model, total + LINE)
+    if at == 0:
+        return NO_MEMORY
+    store64(model + BLOCK, at)
+    k = 0
+    while k < count:
+        row = states + 8 * STATE_WORDS * k
+        cell = load64(model + STATES) + 16 * k
+        nbytes = load64(row + 8)
+        store64(cell, at)
+        at += up(nbytes)
+        if load64(row + 16):
+            store64(cell + 8, at)
+            at += up(nbytes)
+        k += 1
+    return start_states(model, states, count)
+
+
+def start_states(model: int, states: int, count: int) -> int:
+    """Gives every state its first value."""
+    k = 0
+    while k < count:
+        row = states + 8 * STATE_WORDS * k
+        place = load64(load64(model + STATES) + 16 * k)
+        c("memcpy", place, load64(model + WEIGHTS) + load64(row), load64(row + 8))
+        k += 1
     return OK
 
 
@@ -325,5 +374,5 @@ def text(constant: int | str) -> int:
 
 
 FUNCTIONS = (
-    up, allocate, release, create, destroy, bind, reserve, address, call, failed, scratch, set_scratch, message, no_model, text,
+    up, allocate, release, create, make_states, start_states, destroy, bind, reserve, address, call, failed, scratch, set_scratch, message, no_model, text,
 )  # fmt: skip

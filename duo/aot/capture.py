@@ -1,0 +1,162 @@
+"""From a function, module or Session to a Source of artefacts: the program is built in a graph of its own, with free sizes for those named."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from duo.aot.spec import Spec, spec
+from duo.eager.tensor import EagerTensor
+from duo.graph.arrays import placeholder
+from duo.graph.graph import Graph
+from duo.graph.lowering import Lowered, lowered
+from duo.graph.states import Constant, Live, Number, SeededState, SharedState, State
+from duo.graph.tensor import GraphElement
+from duo.nn.module import Module
+from duo_backends.aot.source import Port, ProgramSource, Source
+from duo_ir.errors import ArgumentError
+from duo_ir.types import DType
+
+
+class Names:
+    """Names of states: those that the user's modules give them, or their own."""
+
+    def __init__(self, modules: Sequence[Module] = ()) -> None:
+        self._known: dict[int, str] = {}
+        self.states: dict[State, str] = {}
+        for module in modules:
+            for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+                self._known.setdefault(id(tensor), name)
+
+    def of(self, state: State) -> str:
+        """The state's name, its own."""
+        if state not in self.states:
+            tensor = state.tensor if isinstance(state, SharedState) else None
+            wanted = self._known.get(id(tensor), state.name or "state")
+            name, n = wanted, 1
+            while name in self.states.values():
+                name, n = f"{wanted}_{n}", n + 1
+            self.states[state] = name
+        return self.states[state]
+
+
+def source_of(function: Any, specs: Sequence[Any], name: str) -> Source:
+    """The Source of `function(*inputs)`, a module or a function of tensors, with one program, `forward`."""
+    if not callable(function):
+        raise ArgumentError(f"export takes a function or a module, not {function!r}")
+    given = _named(function, [spec(s) for s in specs])
+    graph = Graph()
+    with graph.as_default():
+        inputs = [placeholder(s.dtype, list(s.shape), s.name) for s in given]
+        out = function(*inputs)
+    outputs = _outputs(out, graph, function)
+    names = Names(_modules_of(function))
+    low = lowered(graph, list(outputs.values()), [x._value for x in inputs], {})
+    return source_from([("forward", low, [s.name for s in given], list(outputs))], names, name, _eager_value)
+
+
+def source_from(
+    programs: Sequence[tuple[str, Lowered, Sequence[str], Sequence[str]]],
+    names: Names,
+    name: str,
+    value: Callable[[State], np.ndarray],
+) -> Source:
+    """A Source of lowered programs (name, program, names of inputs, names of outputs). States that none writes are weights. `value`: a state's value."""
+    written = {s for _, low, _, _ in programs for s in low.states}
+    weights: dict[str, np.ndarray] = {}
+    states: dict[str, np.ndarray] = {}
+    made = []
+    for label, low, inputs, outputs in programs:
+        params = []
+        for k, origin in enumerate(low.origins):
+            type = low.function.params[k].type
+            if isinstance(origin, int):
+                params.append(Port("input", inputs[origin]))
+            elif isinstance(origin, State):
+                known = names.of(origin)
+                kind, among = ("state", states) if origin in written else ("weight", weights)
+                among.setdefault(known, value(origin))
+                params.append(Port(kind, known))
+            else:
+                known = f"constant_{len(weights)}"
+                weights[known] = _constant(origin, type.dtype)
+                params.append(Port("weight", known))
+        results = [Port("output", n) for n in outputs]
+        for state in low.states:
+            known = names.of(state)
+            states.setdefault(known, value(state))
+            results.append(Port("state", known))
+        made.append(ProgramSource(label, low.function, tuple(params), tuple(results)))
+    return Source(name, tuple(made), weights, states)
+
+
+def _constant(origin: Any, dtype: DType) -> np.ndarray:
+    if isinstance(origin, Constant):
+        return origin.array
+    if isinstance(origin, Number):
+        return np.asarray(origin.value, dtype.numpy)
+    assert isinstance(origin, Live)
+    return np.asarray(origin.read()[origin.index], dtype.numpy)
+
+
+def _eager_value(state: State) -> np.ndarray:
+    if isinstance(state, SharedState):
+        return state.tensor.detach()._array(share=False)
+    if isinstance(state, SeededState):
+        return state.start()
+    raise ArgumentError(
+        f"variable {state.name!r} belongs to a Session; export with duo.graph.export(session, fetches, feeds, path)"
+    )
+
+
+def _modules_of(function: Any) -> list[Module]:
+    """The modules that a function is, or is bound to, or sees."""
+    found = [function, getattr(function, "__self__", None)]
+    code = getattr(function, "__wrapped__", function)
+    try:
+        seen = inspect.getclosurevars(code)
+        found += [*seen.nonlocals.values(), *seen.globals.values()]
+    except TypeError:
+        pass
+    return [m for m in found if isinstance(m, Module)]
+
+
+def _named(function: Any, specs: list[Spec]) -> list[Spec]:
+    """The specs with names: their own, else those of the function's parameters, else x0, x1, ..."""
+    call = function.forward if isinstance(function, Module) else function
+    try:
+        params = list(inspect.signature(call).parameters.values())
+    except (TypeError, ValueError):
+        params = []
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    known = [p.name for p in params if p.kind in kinds]
+    out: list[Spec] = []
+    for k, s in enumerate(specs):
+        name = s.name or (known[k] if k < len(known) else f"x{k}")
+        if name in [o.name for o in out]:
+            raise ArgumentError(f"two inputs are called {name!r}")
+        out.append(spec(s, name))
+    return out
+
+
+def _outputs(out: Any, graph: Graph, function: Any) -> dict[str, GraphElement]:
+    """Named results: keys of a dict, else output, or output_0, output_1, ..."""
+    if isinstance(out, Mapping):
+        found = dict(out)
+    elif isinstance(out, (list, tuple)):
+        found = {f"output_{k}": v for k, v in enumerate(out)}
+    else:
+        found = {"output": out}
+    for name, v in found.items():
+        if isinstance(v, EagerTensor):
+            raise ArgumentError(f"{name} of {_called(function)} does not depend on its inputs: it is an eager tensor")
+        if not isinstance(v, GraphElement):
+            raise ArgumentError(f"{name} of {_called(function)} is {type(v).__name__}; exported functions return tensors")
+    return found
+
+
+def _called(function: Any) -> str:
+    return getattr(function, "__qualname__", type(function).__name__)

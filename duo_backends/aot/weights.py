@@ -1,0 +1,58 @@
+"""Weights and the first values of states as one block of safetensors, in which every array starts at a multiple of 64 bytes.
+
+The format (safetensors' README, "Format"): eight bytes of length, a JSON header, then arrays without gaps between; gaps that alignment asks for are
+arrays of bytes of their own. Names that begin with `duo.pad.` are theirs.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from duo_ir.types import dtype
+
+ALIGN = 64
+PAD = "duo.pad."
+_CODES = {"f16": "F16", "bf16": "BF16", "f32": "F32", "f64": "F64", "bool": "BOOL"}
+
+
+@dataclass(frozen=True)
+class Block:
+    """`content` begins with the header; `places[name]` is where an array starts in it."""
+
+    content: bytes
+    places: Mapping[str, int]
+
+
+def block_of(arrays: Mapping[str, np.ndarray]) -> Block:
+    """The block of named arrays."""
+    rows: dict[str, object] = {}
+    parts: list[bytes] = []
+    offsets: dict[str, int] = {}
+    at = 0
+    for name, array in arrays.items():
+        if at % ALIGN:
+            gap = ALIGN - at % ALIGN
+            rows[f"{PAD}{len(parts)}"] = {"dtype": "U8", "shape": [gap], "data_offsets": [at, at + gap]}
+            parts.append(bytes(gap))
+            at += gap
+        data = np.ascontiguousarray(array).tobytes()
+        code = code_of(array)
+        rows[name] = {"dtype": code, "shape": list(array.shape), "data_offsets": [at, at + len(data)]}
+        offsets[name] = at
+        parts.append(data)
+        at += len(data)
+    header = json.dumps(rows, separators=(",", ":")).encode()
+    header += b" " * (-(len(header) + 8) % ALIGN)
+    start = 8 + len(header)
+    content = b"".join([len(header).to_bytes(8, "little"), header, *parts])
+    return Block(content, {name: start + offset for name, offset in offsets.items()})
+
+
+def code_of(array: np.ndarray) -> str:
+    """What safetensors calls the array's dtype."""
+    name = dtype(array.dtype).name
+    return _CODES.get(name, name.upper())

@@ -7,16 +7,19 @@ arrays of bytes of their own. Names that begin with `duo.pad.` are theirs.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
+from duo_ir.errors import DuoError, FormatError
 from duo_ir.types import dtype
 
 ALIGN = 64
 PAD = "duo.pad."
 _CODES = {"f16": "F16", "bf16": "BF16", "f32": "F32", "f64": "F64", "bool": "BOOL"}
+_NAMES = {code: name for name, code in _CODES.items()}
 
 
 @dataclass(frozen=True)
@@ -56,3 +59,27 @@ def code_of(array: np.ndarray) -> str:
     """What safetensors calls the array's dtype."""
     name = dtype(array.dtype).name
     return _CODES.get(name, name.upper())
+
+
+def arrays_of(content: memoryview, where: str) -> dict[str, np.ndarray]:
+    """The arrays of a block, views of it. Raises FormatError."""
+    try:
+        size = int.from_bytes(content[:8], "little")
+        if size > len(content) - 8:
+            raise ValueError("the header ends beyond the block")
+        rows = json.loads(bytes(content[8 : 8 + size]))
+        data = content[8 + size :]
+        out = {}
+        for name, row in rows.items():
+            if name == "__metadata__":
+                continue
+            first, last = row["data_offsets"]
+            kind, shape = dtype(_NAMES.get(row["dtype"], row["dtype"].lower())).numpy, tuple(row["shape"])
+            if not 0 <= first <= last <= len(data) or any(d < 0 for d in shape):
+                raise ValueError(f"{name} does not lie within the block")
+            if last - first != math.prod(shape) * kind.itemsize:
+                raise ValueError(f"{name} has {last - first} bytes and shape {shape}")
+            out[name] = np.frombuffer(data[first:last], kind).reshape(shape)
+        return out
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, DuoError) as error:
+        raise FormatError(f"{where} is damaged: its weights cannot be read: {error}") from None

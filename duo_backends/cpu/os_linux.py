@@ -13,6 +13,7 @@ import platform
 HUGE = 2 << 20
 SIG_SETMASK = 2
 _MADV_HUGEPAGE = 14
+_LLVM_NAMES = {"pni": "sse3", "sse4_1": "sse4.1", "sse4_2": "sse4.2", "bmi1": "bmi", "abm": "lzcnt", "lahf_lm": "sahf"}
 _FUTEX_WAIT_PRIVATE, _FUTEX_WAKE_PRIVATE = 128, 129
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -56,6 +57,17 @@ define internal i64 @duo.now() nounwind {
   ret i64 %now
 }
 """
+
+
+def cpu_features() -> frozenset[str]:
+    """Features of the CPU by LLVM's names, as /proc/cpuinfo lists them (x86-64)."""
+    try:
+        with open("/proc/cpuinfo") as file:
+            first = file.read(8192).split("\n\n")[0].splitlines()
+    except OSError:
+        return frozenset()
+    flags = next((line.partition(":")[2].split() for line in first if line.startswith("flags")), [])
+    return frozenset([_LLVM_NAMES.get(flag, flag) for flag in flags])
 
 
 def usable_cores() -> int:

@@ -50,6 +50,11 @@ define internal i64 @duo.now() nounwind {
 """
 
 
+def cpu_features() -> frozenset[str]:
+    """See `os_linux.cpu_features`: not known here."""
+    return frozenset()
+
+
 def usable_cores() -> int:
     return os.cpu_count() or 1
 

@@ -1,0 +1,54 @@
+"""`duo.export`: a function or module as a `.duo` file, or as a shared library with a C header."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from duo.aot.capture import source_of
+from duo_backends.aot.pack import pack
+from duo_backends.aot.source import Source
+from duo_backends.aot.targets import target as target_of
+from duo_ir.errors import ArgumentError
+
+VERSION = "0.1.0"
+
+
+def export(function: Any, *specs: Any, path: Any, targets: Sequence[str] = ("native",), name: str | None = None) -> None:
+    """Compiles `function` (a module, or a function of tensors) for inputs of these specs and writes `path`, a `.duo` file.
+
+    specs: `duo.spec`s, their text such as "f32[batch,784]" (a size that is a name is free), or example tensors, whose sizes are fixed. targets: of
+    'x86-64-v3', 'x86-64-v4', 'aarch64-linux', 'native'. name: what C functions begin with (default: from the file's name).
+    Parameters and buffers go along with the values that they have now; a module in training mode is exported as it trains (`model.eval()` first for
+    inference). Raises ArgumentError, ShapeError, and what `function` raises for such inputs."""
+    name = name or identifier(path)
+    write_duo(source_of(function, specs, name), path, targets)
+
+
+def write_duo(source: Source, path: Any, targets: Sequence[str]) -> None:
+    """Writes a `.duo` file, through a temporary one so that a crash leaves no half of it."""
+    if not targets:
+        raise ArgumentError("export needs a target, such as 'native'")
+    made = list(dict.fromkeys(target_of(t) for t in targets))
+    content = pack(source, made, f"duo {VERSION}")
+    write_file(path, content)
+
+
+def write_file(path: Any, content: bytes) -> None:
+    """Writes a file whole."""
+    temporary = f"{os.fspath(path)}.tmp{os.getpid()}"
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+        os.replace(temporary, path)
+    finally:
+        if os.path.exists(temporary):
+            os.unlink(temporary)
+
+
+def identifier(path: Any) -> str:
+    """A C identifier from a file's name."""
+    stem = os.path.splitext(os.path.basename(os.fspath(path)))[0]
+    return re.sub(r"\W", "_", stem, flags=re.ASCII).lstrip("0123456789_") or "model"

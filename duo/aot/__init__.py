@@ -1,5 +1,8 @@
-"""Ahead of time: `duo.export` turns a function or module of either mode into a file that loads without a compiler, or a library for C."""
+"""Ahead of time: `duo.export` turns a function or module of either mode into a file that loads without a compiler, or a library for C;
+`duo.load_executable` loads the file."""
 
+from duo.aot.executable import Executable, load_executable
+from duo.aot.export import export
 from duo.aot.spec import Spec, spec
 
-__all__ = ["Spec", "spec"]
+__all__ = ["Executable", "Spec", "export", "load_executable", "spec"]

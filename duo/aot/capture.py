@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from duo.aot.spec import Spec, spec
+from duo.eager.mode import no_grad
 from duo.eager.tensor import EagerTensor
 from duo.graph.arrays import placeholder
-from duo.graph.graph import Graph
+from duo.graph.graph import Graph, Operation
 from duo.graph.lowering import Lowered, lowered
 from duo.graph.states import Constant, Live, Number, SeededState, SharedState, State
 from duo.graph.tensor import GraphElement
+from duo.lowering import with_sizes
 from duo.nn.module import Module
 from duo_backends.aot.source import Port, ProgramSource, Source
+from duo_ir.core import Function
 from duo_ir.errors import ArgumentError
-from duo_ir.types import DType
+from duo_ir.types import Dim, DType
 
 
 class Names:
@@ -49,7 +53,7 @@ def source_of(function: Any, specs: Sequence[Any], name: str) -> Source:
         raise ArgumentError(f"export takes a function or a module, not {function!r}")
     given = _named(function, [spec(s) for s in specs])
     graph = Graph()
-    with graph.as_default():
+    with graph.as_default(), no_grad():  # what does not depend on inputs may be computed right now
         inputs = [placeholder(s.dtype, list(s.shape), s.name) for s in given]
         out = function(*inputs)
     outputs = _outputs(out, graph, function)
@@ -154,9 +158,58 @@ def _outputs(out: Any, graph: Graph, function: Any) -> dict[str, GraphElement]:
         if isinstance(v, EagerTensor):
             raise ArgumentError(f"{name} of {_called(function)} does not depend on its inputs: it is an eager tensor")
         if not isinstance(v, GraphElement):
-            raise ArgumentError(f"{name} of {_called(function)} is {type(v).__name__}; exported functions return tensors")
+            raise ArgumentError(
+                f"{name} of {_called(function)} is {type(v).__name__}; exported functions return tensors"
+            )
     return found
 
 
 def _called(function: Any) -> str:
     return getattr(function, "__qualname__", type(function).__name__)
+
+
+def session_source(session: Any, fetches: Any, feeds: Any, name: str) -> Source:
+    """The Source of what `session.run(fetches, feeds)` computes: variables that it assigns to are states, others weights, with the values that they have
+    in the session now. Sizes that placeholders leave open are free."""
+    graph = session.graph
+    listed = list(fetches.values()) if isinstance(fetches, Mapping) else fetches
+    listed = list(listed) if isinstance(listed, (list, tuple)) else [listed]
+    elements = [session.element(f) for f in listed]
+    keys = [session.element(f) for f in (feeds if isinstance(feeds, (list, tuple)) else [feeds])]
+    for k in keys:
+        if getattr(k, "_value", None) is None:
+            raise ArgumentError(f"{k!r} cannot be an input; name placeholders or other tensors of the graph")
+    low = lowered(graph, elements, [k._value for k in keys], {})
+    low.function = _named_sizes(low.function)
+    tensors = [e for e in elements if not isinstance(e, Operation)]
+    if isinstance(fetches, Mapping):
+        outputs = [n for n, e in zip(fetches, elements) if not isinstance(e, Operation)]
+    else:
+        outputs = [_label(e.name) for e in tensors]
+    inputs = [_label(k.name) for k in keys]
+    if len({*inputs, *outputs}) < len(inputs) + len(outputs):
+        outputs = [f"output_{k}" for k in range(len(outputs))]
+
+    def value(state: State) -> np.ndarray:
+        cell = session.cell(state)
+        if cell is not None:
+            return cell.tensor.detach()._array(share=False)  # type: ignore[no-any-return]
+        found = session._values.get(state)
+        return (found if found is not None else session._first(state)).detach()._array(share=False)  # type: ignore[no-any-return]
+
+    return source_from([("forward", low, inputs, outputs)], Names(), name, value)
+
+
+def _label(name: str) -> str:
+    """A C identifier from a graph's name, "dense/Softmax:0"."""
+    return re.sub(r"\W", "_", name.removesuffix(":0"), flags=re.ASCII)
+
+
+def _named_sizes(function: Function) -> Function:
+    """Sizes without a name of the user's get one: `batch` if there is only one, else d0, d1, ..."""
+    loose = [d for d in function.dims if re.fullmatch(r"n\d+", d)]
+    taken = set(function.dims) - set(loose)
+    wanted = ["batch"] if len(loose) == 1 and "batch" not in taken else [f"d{k}" for k in range(len(loose))]
+    if not loose or not taken.isdisjoint(wanted):
+        return function
+    return with_sizes(function, {old: Dim.symbol(new) for old, new in zip(loose, wanted)})

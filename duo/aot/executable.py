@@ -137,7 +137,9 @@ class Executable:
         return f"<duo executable {self.name} ({self.target}): {'; '.join(map(repr, self.programs.values()))}>"
 
 
-def load_executable(path: Any, *, threads: int | None = None, target: str | None = None, verify: bool = False) -> Executable:
+def load_executable(
+    path: Any, *, threads: int | None = None, target: str | None = None, verify: bool = False
+) -> Executable:
     """Loads a `.duo` file's code, which is native code: load files that you trust only.
 
     threads: at most so many (default: `duo.get_num_threads()`). target: which code to take; by default the best that this CPU has what it

@@ -52,5 +52,7 @@ def spec(text: Any, name: str = "") -> Spec:
         elif part.isidentifier() and part.isascii() and part not in _TAKEN:
             shape.append(part)
         else:
-            raise ShapeError(f"{part!r} is not a size in {text!r}; a size is a number, or a name (not {', '.join(sorted(_TAKEN))})")
+            raise ShapeError(
+                f"{part!r} is not a size in {text!r}; a size is a number, or a name (not {', '.join(sorted(_TAKEN))})"
+            )
     return Spec(dtype(found["dtype"]), tuple(shape), name or found["name"] or "")

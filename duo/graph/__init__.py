@@ -5,6 +5,7 @@ A graph is built once and run by a Session: `with tf.Session() as sess: sess.run
 """
 
 # ruff: noqa: F401
+import importlib as _importlib
 from collections.abc import Iterable as _Iterable
 from typing import Any as _Any
 
@@ -67,6 +68,13 @@ from duo_ir.types import u8 as uint8
 
 half, double = float16, float64
 newaxis = None
+
+
+def __getattr__(name: str) -> object:
+    if name != "export":  # what a script without it need not load
+        raise AttributeError(f"module 'duo.graph' has no attribute {name!r}")
+    globals()[name] = found = _importlib.import_module("duo.aot.export").export_session
+    return found
 
 
 def name_scope(name: str | None, default_name: str | None = None, values: _Any = None) -> _Any:

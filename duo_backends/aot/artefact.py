@@ -65,9 +65,7 @@ class Artefact:
     @cached_property
     def entries(self) -> list[Entry]:
         codes = self.codes
-        return [
-            self._entry(p, program, codes) for p, program in zip(self.source.programs, self.programs)
-        ]
+        return [self._entry(p, program, codes) for p, program in zip(self.source.programs, self.programs)]
 
     @cached_property
     def codes(self) -> Mapping:
@@ -76,7 +74,9 @@ class Artefact:
     def library(self, embed: bool = True) -> bytes:
         """The shared library; with `embed`, weights lie in it."""
         weights = self.block.content if embed else b""
-        return build_library(self.source.name, self.entries, self.codes, self.target, weights=weights, states=self.states)
+        return build_library(
+            self.source.name, self.entries, self.codes, self.target, weights=weights, states=self.states
+        )
 
     def _entry(self, p: ProgramSource, program: Program, codes: Mapping) -> Entry:
         number = {state.name: k for k, state in enumerate(self.states)}

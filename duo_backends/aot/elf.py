@@ -11,7 +11,20 @@ import struct
 from collections.abc import Collection, Mapping, Sequence
 
 from duo_backends.aot.objects import (
-    ABSOLUTE, ADDRESS, ALLOC, ARM_CALL, ARM_GOT, EXEC, MACHINES, UNDEFINED, WRITE, X86_GOT, X86_PLT, LinkError, Object, relocate,
+    ABSOLUTE,
+    ADDRESS,
+    ALLOC,
+    ARM_CALL,
+    ARM_GOT,
+    EXEC,
+    MACHINES,
+    UNDEFINED,
+    WRITE,
+    X86_GOT,
+    X86_PLT,
+    LinkError,
+    Object,
+    relocate,
 )  # fmt: skip
 
 _PAGES = {"x86_64": 1 << 12, "aarch64": 1 << 16}  # the largest pages

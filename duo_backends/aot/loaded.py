@@ -18,7 +18,11 @@ from duo_ir.errors import ArgumentError, DeviceError, DuoError, IndexOutOfRange
 _CODES = {
     1: ArgumentError, 2: ArgumentError, 3: MemoryError, 4: IndexOutOfRange, 5: ArgumentError, 6: DeviceError, 7: ArgumentError,
 }  # fmt: skip
-_NAMES = {3: "there is not enough memory", 6: "this CPU lacks what the code was made for", 7: "an option is not possible"}
+_NAMES = {
+    3: "there is not enough memory",
+    6: "this CPU lacks what the code was made for",
+    7: "an option is not possible",
+}
 
 
 class Code:

@@ -75,7 +75,9 @@ def module_text(
     parts.append(_describe(len(entries)))
     parts.append(_functions(prefix, entries, _model_bytes(entries, len(states)), len(states)))
     words = [w for s in states for w in (s.start, s.nbytes, int(s.double))] or [0]
-    parts.append(f"@duo.states = internal constant [{len(words)} x i64] [{', '.join(f'i64 {w}' for w in words)}], align 64")
+    parts.append(
+        f"@duo.states = internal constant [{len(words)} x i64] [{', '.join(f'i64 {w}' for w in words)}], align 64"
+    )
     return _declared_once("\n".join([*parts, unit.text()]))
 
 
@@ -231,8 +233,8 @@ class _Program:
                 code[k, 1] = row.target
         for k, number in enumerate(plan.dims):
             text.lines += _store("%dims", 8 * k, text.value(number))
-        for k, place in enumerate(plan.words):
-            text.lines += _store("%words", 8 * k, "0" if isinstance(place, Argument) else text.value(place))
+        for k, pointer in enumerate(plan.words):
+            text.lines += _store("%words", 8 * k, "0" if isinstance(pointer, Argument) else text.value(pointer))
         known = {name: dim(name) for name in program.dims}
         for k, t in enumerate([*program.inputs, *program.outputs]):
             text.lines += _store("%bytes", 8 * k, text.value(evaluate(t.nbytes, known)))  # type: ignore[arg-type]
@@ -310,7 +312,12 @@ def _describe(programs: int) -> str:
 
 def _functions(prefix: str, entries: Sequence[Entry], nbytes: int, states: int) -> str:
     """What callers see: see `header.py`."""
-    out = [_API.replace("PREFIX", prefix).replace("MODEL_BYTES", str(nbytes)).replace("PROGRAMS", str(len(entries))).replace("STATES", str(states))]
+    out = [
+        _API.replace("PREFIX", prefix)
+        .replace("MODEL_BYTES", str(nbytes))
+        .replace("PROGRAMS", str(len(entries)))
+        .replace("STATES", str(states))
+    ]
     for n, e in enumerate(entries):
         dims, given = [f"i64 %d{k}" for k in range(len(e.dims))], [f"i64 %g{k}" for k in range(len(e.given))]
         store = []

@@ -31,7 +31,13 @@ def pack(source: Source, targets: Sequence[AotTarget], producer: str) -> bytes:
                 sections.append((kind, content, {}))
                 rows = [len(sections) - 1]
             number.append(rows[0])
-        about = {"target": target.name, "arch": target.arch, "needs": target.needs, "weights": number[0], "ir": number[1]}
+        about = {
+            "target": target.name,
+            "arch": target.arch,
+            "needs": target.needs,
+            "weights": number[0],
+            "ir": number[1],
+        }
         sections.append(("code", made.library(embed=False), about))
     return write(source.name, producer, [describe_program(p) for p in source.programs], _states(source), sections)
 

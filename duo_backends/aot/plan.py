@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeAlias
 
 from duo_backends.aot.sizes import Size, dim, larger, traced, value
@@ -76,8 +77,8 @@ def make_plan(program: Program, codes: Mapping[Kernel, KernelCode]) -> Plan:
     coder.add(Row(END))
     plan = coder.plan
     plan.arena = coder.layout(program).nbytes
-    threads = dim(THREADS)
-    needs = [traced(lambda code=code, sizes=sizes: code.scratch(sizes, threads)) for code, sizes in coder.users]
+    threads: Number = dim(THREADS)
+    needs = [traced(partial(code.scratch, sizes, threads)) for code, sizes in coder.users]
     plan.scratch = larger(0, *needs)
     return plan
 
@@ -145,8 +146,8 @@ class _Coder(Flattener):
     # -------------------------------------------------------------------------------------------------------- code
     def step(self, step: Step, places: list[Any]) -> None:
         code, sizes = self.codes[step.kernel], step.bind(self.sizes)
-        cost = traced(lambda: code.cost(sizes))
-        units = [traced(lambda phase=phase: phase.units(sizes)) for phase in code.phases]
+        cost = traced(partial(code.cost, sizes))
+        units = [traced(partial(phase.units, sizes)) for phase in code.phases]
         if all(n.__class__ is int and n == 0 for n in units):
             return
         words = self.pointers([places[slot] for slot in step.slots])

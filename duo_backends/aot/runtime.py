@@ -278,11 +278,11 @@ def call(model: int, number: int, sizes: int, given: int) -> int:
     count = load64(record + ARGUMENT_COUNT)
     k = 0
     while k < count:
-        if load64(kinds + 16 * k) == GIVEN and load64(nbytes + 8 * k) > 0:
-            if load64(given + 8 * load64(kinds + 16 * k + 8)) == 0:
-                name = invoke(load64(record + NAME), k)
-                c("snprintf", model + MESSAGE, MESSAGE_BYTES, "%s is NULL", name)
-                return NULL_ARGUMENT
+        needed = load64(kinds + 16 * k) == GIVEN and load64(nbytes + 8 * k) > 0
+        if needed and load64(given + 8 * load64(kinds + 16 * k + 8)) == 0:
+            name = invoke(load64(record + NAME), k)
+            c("snprintf", model + MESSAGE, MESSAGE_BYTES, "%s is NULL", name)
+            return NULL_ARGUMENT
         k += 1
     bad = reserve(model, record)
     if bad:

@@ -61,7 +61,9 @@ class Source:
             for port, type in [*program.ports("weight"), *program.ports("state")]:
                 array = (self.weights if port.kind == "weight" else self.states)[port.name]
                 if array.shape != type.shape or array.dtype != type.dtype.numpy:
-                    raise ArgumentError(f"{port.name} is {array.dtype}{list(array.shape)}, and the program reads {type}")
+                    raise ArgumentError(
+                        f"{port.name} is {array.dtype}{list(array.shape)}, and the program reads {type}"
+                    )
 
 
 def hoisted(
@@ -78,7 +80,7 @@ def hoisted(
             programs.append(replace(program, function=function))
             continue
         made = run(split.prologue, [weights[program.params[k].name] for k in split.constants])
-        ports = []
+        ports: list[Port] = []
         for array in made:
             name = f"{program.name}.{len(ports)}"
             while name in weights:

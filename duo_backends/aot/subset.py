@@ -157,10 +157,7 @@ class _Function:
     # ---------------------------------------------------------------------------------------------------- statements
     def block(self, statements: list[ast.stmt]) -> bool:
         """Whether it ends with a jump."""
-        for s in statements:
-            if self.statement(s):
-                return True
-        return False
+        return any(self.statement(s) for s in statements)
 
     def statement(self, s: ast.stmt) -> bool:
         if isinstance(s, ast.Assign) and len(s.targets) == 1 and isinstance(s.targets[0], ast.Name):
@@ -262,7 +259,7 @@ class _Function:
             return self.chosen(e)
         if isinstance(e, ast.Call) and isinstance(e.func, ast.Name) and not e.keywords:
             return self.call(e.func.id, e.args)
-        self.refuse(e)
+        return self.refuse(e)
 
     def truth(self, e: ast.expr) -> str:
         yes, no = ast.Constant(1), ast.Constant(0)

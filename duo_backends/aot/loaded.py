@@ -7,6 +7,7 @@ time, so that calls take a lock.
 from __future__ import annotations
 
 import ctypes
+import itertools
 import os
 import threading
 from collections.abc import Sequence
@@ -23,6 +24,9 @@ _NAMES = {
     6: "this CPU lacks what the code was made for",
     7: "an option is not possible",
 }
+
+
+_numbers = itertools.count(1)
 
 
 class Code:
@@ -97,7 +101,9 @@ def _load(library: bytes | memoryview, name: str) -> ctypes.CDLL:
         left = memoryview(library)
         while left:
             left = left[os.write(fd, left) :]
-        return ctypes.CDLL(f"/proc/self/fd/{fd}")
+        # The loader takes a library whose path it knows for one that is there already, and numbers of files come again.
+        bits = f"{next(_numbers):b}".replace("0", "/").replace("1", "/.")
+        return ctypes.CDLL(f"/proc/self{bits}/fd/{fd}")
     except OSError as error:
         raise DeviceError(f"the code of {name} does not load: {error}") from None
     finally:

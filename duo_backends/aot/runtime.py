@@ -301,14 +301,17 @@ def call(model: int, number: int, sizes: int, given: int) -> int:
     row = native("duo.walk", frame, load64(record + CODE), load64(record + FLAGS))
     if row:
         return failed(model, record, frame, row)
-    copies = load64(
-        record + COPIES
-    )  # what is a result twice, or an input as it is: from argument, to the address given
+    copies = load64(record + COPIES)  # what is a result twice, or an input as it is: number of an argument, where to
     k = 0
     while k < load64(record + COPY_COUNT):
-        n = load64(copies + 16 * k)
+        n = load64(copies + 24 * k)
         source = address(model, load64(kinds + 16 * n), load64(kinds + 16 * n + 8), given)
-        c("memcpy", load64(given + 8 * load64(copies + 16 * k + 8)), source, load64(nbytes + 8 * n))
+        target = address(model, load64(copies + 24 * k + 8), load64(copies + 24 * k + 16), given)
+        if load64(nbytes + 8 * n) > 0:
+            if target == 0:
+                c("snprintf", model + MESSAGE, MESSAGE_BYTES, "an output is NULL")
+                return NULL_ARGUMENT
+            c("memcpy", target, source, load64(nbytes + 8 * n))
         k += 1
     swaps = load64(record + SWAPS)  # states whose next value lies in the other place
     k = 0

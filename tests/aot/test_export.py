@@ -1,0 +1,241 @@
+"""Artefacts are the program they were made of: Python `==` the `.duo` file `==` a C program, for any batch and number of threads."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import duo
+import duo.graph as tf
+from duo_ir.errors import ArgumentError, DeviceError, FormatError, IndexOutOfRange, ShapeError
+from tests.aot.models import cnn, floats, gpt, mlp
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="artefacts are for Linux")
+BATCHES = (1, 2, 3, 4, 5, 7, 8, 9)
+MODELS = {
+    "mlp": (mlp, "f32[batch,20]", lambda b: floats(b, b, 20)),
+    "cnn": (cnn, "f32[batch,1,14,14]", lambda b: floats(b, b, 1, 14, 14)),
+    "gpt": (gpt, "i64[batch,12]", lambda b: np.random.default_rng(b).integers(0, 40, (b, 12))),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_file_computes_what_the_model_does(tmp_path, name):
+    make, spec, data = MODELS[name]
+    model = make()
+    duo.export(model, spec, path=tmp_path / "m.duo")
+    for threads in (1, 2):
+        loaded = duo.load_executable(tmp_path / "m.duo", threads=threads)
+        for b in (*BATCHES, 0) if name == "mlp" else BATCHES:
+            x = data(b)
+            assert loaded(x).tobytes() == model(duo.tensor(x)).detach().numpy().tobytes(), (threads, b)
+        x = data(3)
+        assert loaded(x[:1]).tobytes() == loaded(x)[:1].tobytes()
+
+
+def test_inputs_and_outputs(tmp_path):
+    def both(x, scale):
+        return {"sum": (x * scale).sum(1), "same": x, "twice": x * scale, "again": x * scale}
+
+    duo.export(both, "f32[n,k]", "f32[]", path=tmp_path / "both.duo")
+    loaded = duo.load_executable(tmp_path / "both.duo")
+    assert str(loaded.forward).startswith("forward(x: f32[n,k], scale: f32[]) -> sum: f32[n], same: f32[n,k]")
+    x = floats(0, 4, 6)
+    total, same, twice, again = loaded(x.T.copy().T, np.float32(2))  # not contiguous
+    assert (same == x).all() and (twice == x * 2).all() and (again == twice).all()
+    assert total.tobytes() == (duo.tensor(x) * 2).sum(1).numpy().tobytes()
+    out = loaded(duo.tensor(x), 2.0)
+    assert all(isinstance(t, duo.Tensor) for t in out)
+    with pytest.raises(ArgumentError, match="takes 2 inputs"):
+        loaded(x)
+    with pytest.raises(ArgumentError, match="given as float64"):
+        loaded(x.astype("f8"), 1.0)
+    with pytest.raises(ShapeError, match="given with shape"):
+        loaded(x[0], 1.0)
+
+
+def test_fixed_sizes_and_those_that_must_agree(tmp_path):
+    duo.export(lambda a, b: a @ b, "f32[m,k]", "f32[k,3]", path=tmp_path / "p.duo")
+    loaded = duo.load_executable(tmp_path / "p.duo")
+    a, b = floats(0, 5, 4), floats(1, 4, 3)
+    assert (loaded(a, b) == (duo.tensor(a) @ duo.tensor(b)).numpy()).all()
+    with pytest.raises(ShapeError, match="k=4"):
+        loaded(a, floats(1, 5, 3))
+    with pytest.raises(ShapeError):
+        loaded(a, floats(1, 4, 2))
+
+
+def test_an_index_out_of_range_names_the_line_and_leaves_the_model_usable(tmp_path):
+    duo.export(gpt(), "i64[batch,12]", path=tmp_path / "g.duo")
+    loaded = duo.load_executable(tmp_path / "g.duo")
+    good = loaded(np.zeros((2, 12), "i8"))
+    with pytest.raises(IndexOutOfRange, match=r"models\.py:\d+: index 99 is out of range for axis 0, which has 40"):
+        loaded(np.full((2, 12), 99))
+    assert (loaded(np.zeros((2, 12), "i8")) == good).all()
+
+
+def test_states_advance_in_the_artefact_as_in_the_module(tmp_path):
+    duo.manual_seed(3)
+    model = duo.nn.Sequential(duo.nn.BatchNorm1d(6), duo.nn.Dropout(0.5)).train()
+    duo.export(model, "f32[batch,6]", path=tmp_path / "train.duo")
+    loaded = duo.load_executable(tmp_path / "train.duo")
+    for step in range(3):
+        x = floats(step, 4 + step, 6)
+        assert (loaded(x) == model(duo.tensor(x)).detach().numpy()).all(), step
+
+
+def test_a_session_s_fetches(tmp_path):
+    with tf.Graph().as_default(), tf.Session() as session:
+        x = tf.placeholder(tf.float32, [None, 8], name="x")
+        y = tf.layers.dense(tf.layers.dense(x, 16, tf.nn.relu), 3, name="out")
+        session.run(tf.global_variables_initializer())
+        tf.export(session, {"y": y}, [x], tmp_path / "s.duo")
+        loaded = duo.load_executable(tmp_path / "s.duo")
+        assert repr(loaded.forward) == "forward(x: f32[batch,8]) -> y: f32[batch,3]"
+        for b in (1, 2, 5):
+            assert (loaded(floats(b, b, 8)) == session.run(y, {x: floats(b, b, 8)})).all()
+
+
+def test_other_cpus(tmp_path, monkeypatch):
+    model = mlp()
+    duo.export(model, "f32[batch,20]", path=tmp_path / "m.duo", targets=["x86-64-v3", "aarch64-linux"])
+    x = floats(0, 3, 20)
+    want = model(duo.tensor(x)).detach().numpy()
+    assert (duo.load_executable(tmp_path / "m.duo")(x) == want).all()
+    with pytest.raises(DeviceError, match="no code for 'x86-64-v4'"):
+        duo.load_executable(tmp_path / "m.duo", target="x86-64-v4")
+    monkeypatch.setattr("duo.aot.executable.has_features", lambda needs: False)
+    loaded = duo.load_executable(tmp_path / "m.duo")
+    assert loaded.target == "compiled here"
+    assert (loaded(x) == want).all()
+
+
+def test_what_cannot_be_exported(tmp_path):
+    with pytest.raises(ArgumentError, match="is not a spec"):
+        duo.spec("float32 of 3")
+    with pytest.raises(ArgumentError, match="not known"):
+        duo.export(mlp(), "f32[2,20]", path=tmp_path / "m.duo", targets=["z80"])
+    with pytest.raises(ArgumentError, match="eager tensor"):
+        duo.export(lambda x: duo.ones(3), "f32[2]", path=tmp_path / "m.duo")
+    with pytest.raises(ArgumentError, match="is int"):
+        duo.export(lambda x: 3, "f32[2]", path=tmp_path / "m.duo")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_damaged_file_is_refused(tmp_path):
+    duo.export(mlp(), "f32[batch,20]", path=tmp_path / "m.duo")
+    content = (tmp_path / "m.duo").read_bytes()
+    for bad in (b"", content[:40], content[:-1], content[:100] + b"?" + content[101:], b"PK" + content[2:]):
+        (tmp_path / "bad.duo").write_bytes(bad)
+        with pytest.raises(FormatError, match=r"bad\.duo"):
+            duo.load_executable(tmp_path / "bad.duo")
+
+
+PROGRAM = r"""
+#include <stdio.h>
+#include <stdlib.h>
+#include "mlp.h"
+int main(void) {
+    mlp *model;
+    float x[9 * 20], y[9 * 10];
+    mlp_options options = {0};
+    if (mlp_create(NULL, NULL) != MLP_NULL_ARGUMENT) return 1;
+    for (options.threads = 1; options.threads <= 2; options.threads++) {
+        if (mlp_create(&options, &model) != MLP_OK) return 2;
+        for (int64_t b = 1; b <= 9; b++) {
+            for (int k = 0; k < b * 20; k++) x[k] = (float)((k * 37 + b) % 101) / 50 - 1;
+            if (mlp_forward(model, b, x, y) != MLP_OK) return 3;
+            fwrite(y, sizeof *y, b * 10, stdout);
+        }
+        if (mlp_forward(model, -1, x, y) != MLP_BAD_SIZE) return 4;
+        fprintf(stderr, "%s\n", mlp_message(model));
+        if (mlp_forward(model, INT64_MAX, x, y) != MLP_BAD_SIZE) return 5;
+        if (mlp_forward(model, 3, NULL, y) != MLP_NULL_ARGUMENT) return 6;
+        fprintf(stderr, "%s\n", mlp_message(model));
+        int64_t bytes = mlp_forward_scratch_bytes(model, 9);
+        if (bytes <= 0 || mlp_forward_scratch_bytes(model, -9) != -MLP_BAD_SIZE) return 7;
+        void *scratch = aligned_alloc(64, (bytes + 63) / 64 * 64);
+        if (mlp_set_scratch(model, (char *)scratch + 1, bytes - 1) != MLP_BAD_OPTION) return 8;
+        if (mlp_set_scratch(model, scratch, 64) != MLP_OK || mlp_forward(model, 9, x, y) != MLP_SMALL_SCRATCH) return 9;
+        if (mlp_set_scratch(model, scratch, bytes) != MLP_OK || mlp_forward(model, 9, x, y) != MLP_OK) return 10;
+        fwrite(y, sizeof *y, 90, stdout);
+        mlp_destroy(model);
+        free(scratch);
+    }
+    mlp_destroy(NULL);
+    return 0;
+}
+"""
+
+
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="needs a C compiler")
+def test_a_c_program(tmp_path):
+    model = mlp()
+    duo.export(model, "x: f32[batch,20]", path=tmp_path / "libmlp.so")
+    (tmp_path / "main.c").write_text(PROGRAM)
+    flags = ["-std=c11", "-Wall", "-Wextra", "-Werror", f"-I{tmp_path}", f"-L{tmp_path}", f"-Wl,-rpath,{tmp_path}"]
+    subprocess.run(["gcc", *flags, str(tmp_path / "main.c"), "-lmlp", "-o", str(tmp_path / "main")], check=True)
+    done = subprocess.run([str(tmp_path / "main")], capture_output=True, check=False)
+    assert done.returncode == 0, done.returncode
+    assert done.stderr.decode().splitlines()[:2] == ["batch is -1; a size must not be negative", "x is NULL"]
+    want = []
+    for b in range(1, 10):
+        k = np.arange(b * 20)
+        x = (((k * 37 + b) % 101).astype("f4") / np.float32(50) - np.float32(1)).reshape(b, 20)
+        want.append(model(duo.tensor(x)).detach().numpy().tobytes())
+    assert done.stdout == b"".join([*want, want[-1]] * 2)
+
+
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="needs a C compiler")
+@pytest.mark.parametrize("compiler", [("gcc", "-std=c99"), ("g++", "-std=c++11")], ids=["c99", "c++"])
+def test_the_header_is_plain(tmp_path, compiler):
+    duo.export(lambda default, x: default @ x, "f32[class_,3]", "f32[3]", path=tmp_path / "libodd.so")
+    suffix = ".c" if compiler[0] == "gcc" else ".cpp"
+    (tmp_path / f"use{suffix}").write_text('#include "odd.h"\nint main(void) { return odd_message(0) == 0; }\n')
+    subprocess.run(
+        [
+            *compiler,
+            "-Wall",
+            "-Wextra",
+            "-Werror",
+            "-pedantic",
+            "-c",
+            str(tmp_path / f"use{suffix}"),
+            "-o",
+            str(tmp_path / "use.o"),
+        ],
+        check=True,
+    )
+
+
+@pytest.mark.skipif(shutil.which("ldd") is None, reason="needs ldd")
+def test_a_library_needs_libc_alone(tmp_path):
+    duo.export(mlp(), "f32[batch,20]", path=tmp_path / "libmlp.so")
+    text = subprocess.run(["ldd", str(tmp_path / "libmlp.so")], capture_output=True, check=True).stdout.decode()
+    needed = {line.split()[0].rsplit("/", 1)[-1].split(".")[0] for line in text.splitlines()}
+    assert needed <= {"linux-vdso", "libc", "ld-linux-x86-64", "ld-linux-aarch64"}
+    assert ctypes.CDLL(str(tmp_path / "libmlp.so")).mlp_create
+
+
+QEMU = shutil.which("qemu-aarch64")
+CROSS = shutil.which("aarch64-linux-gnu-gcc")
+
+
+@pytest.mark.skipif(not QEMU or not CROSS, reason="needs qemu-aarch64 and a C compiler for it")
+def test_aarch64_has_the_same_bits(tmp_path):
+    model = mlp()
+    duo.export(model, "x: f32[batch,20]", path=tmp_path / "libmlp.so", targets=["aarch64-linux"])
+    (tmp_path / "main.c").write_text(PROGRAM)
+    flags = [f"-I{tmp_path}", f"-L{tmp_path}", f"-Wl,-rpath,{tmp_path}"]
+    subprocess.run([str(CROSS), *flags, str(tmp_path / "main.c"), "-lmlp", "-o", str(tmp_path / "main")], check=True)
+    done = subprocess.run(
+        [str(QEMU), "-L", "/usr/aarch64-linux-gnu", str(tmp_path / "main")], capture_output=True, check=True
+    )
+    b = 9
+    x = (((np.arange(b * 20) * 37 + b) % 101).astype("f4") / np.float32(50) - np.float32(1)).reshape(b, 20)
+    assert done.stdout[-360:] == model(duo.tensor(x)).detach().numpy().tobytes()

@@ -235,11 +235,14 @@ class _Driver:
 
     def _unit(self, number: str) -> _Unit:
         f, plan, kernel = self.f, self.plan, self.kernel
-        # rows outermost: the threads that take units from the front and from the back keep to their own rows, as in other kernels
-        rest = f.div(number, self.column_units)
-        p0 = f.mul(f.rem(number, self.column_units), str(plan.unit_panels))
-        t0 = f.mul(f.rem(rest, self.row_units), str(plan.unit_tiles))
-        entry = f.div(rest, self.row_units)
+        # By groups of rows, so that threads, which take units from the front and from the back, keep to their own rows, as in other kernels; in
+        # a group all rows with the same columns of B, which stay near.
+        each = f.mul(self.row_units, self.column_units, f.top)
+        entry, place = f.div(number, each), f.rem(number, each)
+        group = f.mul(f.div(place, f.mul(self.column_units, str(plan.group), f.top)), str(plan.group))
+        rows, place = f.min(f.sub(self.row_units, group), str(plan.group)), f.sub(place, f.mul(group, self.column_units))
+        p0 = f.mul(f.div(place, rows), str(plan.unit_panels))
+        t0 = f.mul(f.add(group, f.rem(place, rows)), str(plan.unit_tiles))
         batch: list[str] = []
         for axis in reversed(range(len(kernel.batch))):
             size = self.dim(kernel.batch[axis])

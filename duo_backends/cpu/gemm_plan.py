@@ -65,6 +65,11 @@ class Plan:
         return self.tail_vectors != self.vectors or self.pack_tail
 
     @property
+    def group(self) -> int:
+        """How many units that lie below each other are gone through before those beside them: their rows read the same columns of B."""
+        return max(1, UNIT_SIDE // (self.unit_tiles * self.segments[0].rows))
+
+    @property
     def k_block(self) -> int:
         """K steps of a block, at most."""
         return min(BLOCK, self.kernel.k) if isinstance(self.kernel.k, int) else BLOCK
@@ -263,7 +268,7 @@ def _thrashes(m: int | None, k: int | None, b_step: DimLike, itemsize: int) -> b
     if m is None or m < OFTEN or not isinstance(b_step, int):
         return False
     apart = b_step * itemsize
-    return apart % 4096 == 0 or (k is not None and k <= BLOCK and apart >= FAR_ROWS)
+    return apart % 4096 == 0 or (m >= 2 * OFTEN and k is not None and k <= BLOCK and apart >= FAR_ROWS)
 
 
 def _unit(

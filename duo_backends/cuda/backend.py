@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import threading
 from collections import OrderedDict
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -17,11 +17,13 @@ import numpy as np
 
 from duo_backends.binding import kernels_of
 from duo_backends.cache import DiskCache, disk_cache
+from duo_backends.cuda.blas import Blas, Plan, Problem, find_blas
 from duo_backends.cuda.code import GpuTarget, KernelCode
 from duo_backends.cuda.compiler import Compiler, compile_cached, disassembled, find_compiler
 from duo_backends.cuda.driver import Driver, PycudaDriver
 from duo_backends.cuda.emit import compile_kernel, has_fast_form, source
 from duo_backends.cuda.executable import CudaExecutable
+from duo_backends.cuda.library import library_call
 from duo_backends.cuda.memory import DeviceBuffer, Pool
 from duo_backends.cuda.peaks import Peaks, measure
 from duo_backends.cuda.profile import Recording
@@ -36,8 +38,8 @@ KERNEL_LIMIT = 8192  # loaded kernels kept for programs to come
 
 
 class CudaBackend:
-    """Runs programs on GPU number `device`. `memory_limit`: the most bytes that it takes there. `driver`, `compiler` and `exact` (every
-    buffer an allocation of just its size) are for tests. `compile_count` counts kernels that went through the emitter, `loaded_count` those
+    """Runs programs on GPU number `device`. `memory_limit`: the most bytes that it takes there. `driver`, `compiler`, `exact` (every
+    buffer an allocation of just its size) and `blas` (finds cuBLASLt for an architecture) are for tests. `compile_count` counts kernels that went through the emitter, `loaded_count` those
     found loaded."""
 
     name = "cuda"
@@ -50,9 +52,10 @@ class CudaBackend:
         driver: Driver | None = None,
         compiler: Compiler | None = None,
         exact: bool = False,
+        blas: Callable[[int], Blas | None] = find_blas,
     ) -> None:
         self._device, self._memory_limit, self._exact = device, memory_limit, exact
-        self._given_driver, self._given_compiler = driver, compiler
+        self._given_driver, self._given_compiler, self._find_blas = driver, compiler, blas
         self._kernels: OrderedDict[tuple[Kernel, bool], LoadedKernel] = OrderedDict()
         self._lock = threading.Lock()
         self.compile_count = 0
@@ -106,13 +109,24 @@ class CudaBackend:
             self.loaded_count += len(found)
         missing = [kernel for kernel in wanted if kernel not in found]
         if missing:
-            found.update(zip(missing, self._load([self.emit(kernel, numerics) for kernel in missing])))
+            loaded = self._load([self.emit(kernel, numerics) for kernel in missing])
+            if fast:
+                loaded = [replace(x, library=library_call(kernel)) for kernel, x in zip(missing, loaded)]
+            found.update(zip(missing, loaded))
             with self._lock:
                 self.compile_count += len(missing)
                 self._kernels.update((wanted[k], found[k]) for k in missing)
                 while len(self._kernels) > KERNEL_LIMIT:
                     self._kernels.popitem(last=False)
-        return CudaExecutable(program, found, self.runtime, scalars, numerics)
+        return CudaExecutable(program, found, self.runtime, scalars, numerics, self._plan)
+
+    def _plan(self, problem: Problem) -> Plan | None:
+        return self.blas.plan(problem) if self.blas is not None else None
+
+    @cached_property
+    def blas(self) -> Blas | None:
+        """cuBLASLt, where it is installed."""
+        return self._find_blas(self.driver.properties.arch)
 
     def emit(self, kernel: Kernel, numerics: str = "strict") -> KernelCode:
         """The kernel's CUDA C for this device."""

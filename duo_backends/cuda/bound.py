@@ -23,7 +23,7 @@ from duo_backends.binding import Signature, byte_count
 from duo_backends.calls import choose_donors, rounded
 from duo_backends.cuda.memory import DeviceBuffer
 from duo_backends.cuda.streams import SCALARS, Runtime, Stream
-from duo_backends.cuda.work import Launch, Table, Work
+from duo_backends.cuda.work import Launch, Multiply, Table, Work
 from duo_backends.flat import round_up
 from duo_ir.errors import ArgumentError
 
@@ -291,6 +291,10 @@ class CudaBound:
             if isinstance(item, Launch):
                 packed = memory[8 * item.first : 8 * item.last]
                 driver.launch(item.function, item.blocks, item.threads, packed, item.shared, queue)
+            elif isinstance(item, Multiply):
+                words = placement.words
+                pointers = {role: int(words[word]) for role, word in item.operands.items()}
+                item.plan.run(pointers, int(words[item.workspace]), driver.handle(queue))
             else:
                 words = placement.words
                 driver.copy(int(words[item.target]), int(words[item.source]), item.nbytes, queue)

@@ -112,7 +112,7 @@ def _nvrtc_libraries() -> Iterator[str]:
     for folder in folders:
         for place in ("cu*/lib", "cuda_nvrtc/lib", "cu*/bin", "cuda_nvrtc/bin"):
             yield from _newest(Path(folder), place)
-    for root in _toolkits():
+    for root in toolkits():
         yield from _newest(root, "lib64")
         yield from _newest(root, "lib")
     yield from ("libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so")
@@ -124,7 +124,8 @@ def _newest(root: Path, place: str) -> list[str]:
     return [str(p) for p in sorted(found, reverse=True)]
 
 
-def _toolkits() -> Iterator[Path]:
+def toolkits() -> Iterator[Path]:
+    """Where CUDA may be installed."""
     for name in ("CUDA_HOME", "CUDA_PATH", "CUDA_ROOT"):
         if os.environ.get(name):
             yield Path(os.environ[name])
@@ -172,7 +173,7 @@ def _tool(name: str) -> str | None:
     if on_path:
         return on_path
     name = f"{name}.exe" if sys.platform == "win32" else name
-    return next((str(root / "bin" / name) for root in _toolkits() if (root / "bin" / name).exists()), None)
+    return next((str(root / "bin" / name) for root in toolkits() if (root / "bin" / name).exists()), None)
 
 
 class Nvcc:

@@ -1,20 +1,22 @@
 """A Program with known sizes as what the GPU's stream is given, in `Block`s.
 
-A block is work without a decision (launches and copies, which a CUDA graph can hold), and what the host does when it has been handed over:
+A block is work without a decision (launches, copies, products by cuBLASLt, which a CUDA graph can hold), and what the host does when it has been handed over:
 read a bool of the device and branch, jump, see whether an index was out of range, or end. Arguments of launches are words of one array:
 addresses, each a base of the call plus an offset, and sizes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
 
 from duo_backends.calls import Site
+from duo_backends.cuda.blas import Plan, Problem
 from duo_backends.cuda.code import STATUS_WORDS, KernelCode
+from duo_backends.cuda.library import LibraryCall
 from duo_backends.flat import Flattener, StepNote, argument, round_up
 from duo_ir.kernels.checks import failing
 from duo_ir.kernels.kernel import Kernel
@@ -28,11 +30,12 @@ STATUS_STRIDE = round_up(8 * STATUS_WORDS)  # bytes from one step's status words
 
 @dataclass(frozen=True)
 class LoadedKernel:
-    """A kernel's code and the function of each launch. `module` keeps them loaded."""
+    """A kernel's code and the function of each launch. `module` keeps them loaded. `library`: the kernel as cuBLASLt computes it, where it can."""
 
     code: KernelCode
     functions: tuple[Any, ...]
     module: Any
+    library: LibraryCall | None = None
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,17 @@ class Copy:
     note = None
 
 
-Work: TypeAlias = Launch | Copy
+@dataclass(frozen=True)
+class Multiply:
+    """A product by cuBLASLt: the words with the addresses of its operands by name, and of its workspace."""
+
+    plan: Plan
+    operands: Mapping[str, int]
+    workspace: int
+    note: StepNote
+
+
+Work: TypeAlias = Launch | Copy | Multiply
 
 
 @dataclass
@@ -93,10 +106,14 @@ class Table:
 
 
 def build_table(
-    program: Program, kernels: Mapping[Kernel, LoadedKernel], sizes: Mapping[str, int], share: bool = True
+    program: Program,
+    kernels: Mapping[Kernel, LoadedKernel],
+    sizes: Mapping[str, int],
+    share: bool = True,
+    plan: Callable[[Problem], Plan | None] = lambda problem: None,
 ) -> Table:
-    """The table of `program`. Without `share` every temporary is memory of its own."""
-    coder = _Coder(program, kernels, sizes, share)
+    """The table of `program`. Without `share` every temporary is memory of its own. `plan`: how cuBLASLt computes a product."""
+    coder = _Coder(program, kernels, sizes, share, plan)
     count = len(program.inputs) + len(program.outputs)
     coder.emit(program, [argument(k) for k in range(count)], 0)
     coder.actions.append(End("end"))
@@ -142,10 +159,15 @@ def _blocks(actions: list[Work | End]) -> tuple[Block, ...]:
 
 class _Coder(Flattener):
     def __init__(
-        self, program: Program, kernels: Mapping[Kernel, LoadedKernel], sizes: Mapping[str, int], share: bool
+        self,
+        program: Program,
+        kernels: Mapping[Kernel, LoadedKernel],
+        sizes: Mapping[str, int],
+        share: bool,
+        plan: Callable[[Problem], Plan | None],
     ) -> None:
         super().__init__(sizes, share)
-        self.program, self.kernels = program, kernels
+        self.program, self.kernels, self.plan = program, kernels, plan
         self.last_check = max(failing(program.items), default=-1)
         self.actions: list[Work | End] = []
         self.bases: list[int] = []
@@ -156,6 +178,8 @@ class _Coder(Flattener):
 
     def step(self, step: Step, places: list[int]) -> None:
         loaded, sizes = self.kernels[step.kernel], step.bind(self.sizes)
+        if loaded.library is not None and self.multiply(loaded.library, step, sizes, places):
+            return
         launches = [(f, launch, launch.blocks(sizes)) for f, launch in zip(loaded.functions, loaded.code.launches)]
         launches = [entry for entry in launches if entry[2] > 0]
         if not launches:
@@ -174,6 +198,17 @@ class _Coder(Flattener):
         last = len(self.bases)
         for function, launch, blocks in launches:
             self.actions.append(Launch(function, blocks, launch.threads, launch.shared(sizes), first, last, note))
+
+    def multiply(self, library: LibraryCall, step: Step, sizes: Mapping[str, int], places: list[int]) -> bool:
+        """The step by cuBLASLt, where that is expected to be quicker than its kernel; whether it is."""
+        found = library.problem(sizes)
+        plan = self.plan(found[0]) if found else None
+        if found is None or plan is None:
+            return False
+        operands = {role: self.address(places[step.slots[arg]], start) for role, (arg, start) in found[1].items()}
+        self.scratch = max(self.scratch, plan.workspace)
+        self.actions.append(Multiply(plan, operands, self.word(SCRATCH, 0), StepNote(step, sizes)))
+        return True
 
     def copy_bytes(self, source: int, target: int, nbytes: int) -> None:
         if source != target and nbytes:
@@ -199,14 +234,14 @@ class _Coder(Flattener):
         assert isinstance(end, End)
         end.target = len(self.actions)
 
-    def address(self, place: int) -> int:
-        """A new word with the address of a place; its number."""
+    def address(self, place: int, start: int = 0) -> int:
+        """A new word with the address of a place, `start` bytes from its beginning; its number."""
         if place < 0:
-            return self.word(ARGUMENTS - 1 - place, 0)
+            return self.word(ARGUMENTS - 1 - place, start)
         if self.share:
-            return self.word(ARENA, place)
+            return self.word(ARENA, place + start)
         first_own = ARGUMENTS + len(self.program.inputs) + len(self.program.outputs)
-        return self.word(self.own.setdefault(place, first_own + len(self.own)), 0)
+        return self.word(self.own.setdefault(place, first_own + len(self.own)), start)
 
     def word(self, base: int, offset: int) -> int:
         self.bases.append(base)

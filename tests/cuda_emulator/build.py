@@ -122,6 +122,15 @@ def library(stubs: Sequence[str] = ()) -> Path:
     return kept(["library", _sources(), *stubs], "", build)
 
 
+def blas_library() -> Path:
+    """A libcublasLt that runs on the emulated GPU."""
+
+    def build(path: Path) -> None:
+        _gxx(["-std=c++17", "-O1", "-fPIC", "-shared", "-fvisibility=hidden", str(HERE / "libcublaslt.cpp"), "-o", str(path)])
+
+    return kept(["blas", (HERE / "libcublaslt.cpp").read_bytes()], ".so", build)
+
+
 def compile_text(text: str) -> bytes:
     """A module for the emulated driver from CUDA C. Raises RuntimeError with the compiler's messages."""
     names = dict.fromkeys(_KERNEL.findall(_COMMENT.sub("", text)))

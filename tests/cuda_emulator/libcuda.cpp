@@ -377,6 +377,10 @@ API cuLaunchKernel(Function *f, unsigned gx, unsigned gy, unsigned gz, unsigned 
     return wrong.empty() ? (Result)OK : error(wrong.rfind("an access", 0) ? LAUNCH_FAILED : ILLEGAL_ADDRESS, f->name + ": " + wrong);
   });
 }
+API cuLaunchHostFunc(Stream *s, void (*call)(void *), void *given) {
+  IN_CONTEXT;
+  return submit(s, [=] { call(given); return OK; });
+}
 API cuGetErrorString(Result code, const char **text) {
   static thread_local std::string kept;
   LOCKED;

@@ -11,6 +11,7 @@ import numpy as _numpy  # from here and not from deep within: with few frames be
 
 from duo import autograd, debug, functional, nn, optim
 from duo.control import cond, while_loop
+from duo.eager import native as _native
 from duo.eager.creation import (
     arange,
     as_tensor,

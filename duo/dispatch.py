@@ -53,10 +53,25 @@ def distinct(out: Any, operands: Sequence[Value]) -> Any:
 
 
 _applies: dict[Any, Any] = {}  # class of the operand, or classes of several -> `_apply` of the class that decides
+_quick: Any = None  # a class of tensors, and how it applies a body if nothing but it and numbers is there
+_quick_apply: Any = None
+
+
+def use_quick(kind: Any, quick: Any) -> None:
+    """`quick(body, tensors, attrs)` is asked first where a tensor of exactly this class comes first; it may call `apply_generally`."""
+    global _quick, _quick_apply
+    _quick, _quick_apply = kind, quick
 
 
 def apply(body: Callable[..., Any], tensors: tuple[Any, ...], attrs: tuple[Any, ...] = ()) -> Any:
     """The result(s) of `body` on tensors of any one kind, Python numbers among them. `attrs` are static and hashable."""
+    if tensors[0].__class__ is _quick:
+        return _quick_apply(body, tensors, attrs)
+    return apply_generally(body, tensors, attrs)
+
+
+def apply_generally(body: Callable[..., Any], tensors: tuple[Any, ...], attrs: tuple[Any, ...] = ()) -> Any:
+    """`apply` to whatever kinds of tensors are there."""
     found = _applies.get(tensors[0].__class__ if len(tensors) == 1 else tuple(map(type, tensors)))
     if found is not None:
         return found(body, tensors, attrs)

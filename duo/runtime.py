@@ -14,7 +14,7 @@ import math
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -182,6 +182,14 @@ def compile_alone(function: Function, scalars: Collection[int] = ()) -> Any:
         statistics.compiled += 1
         _saved_alone += 1
     return _make(function, False, scalars, _saved_alone <= MAX_SAVED_ALONE)
+
+
+def recorder(
+    offset_of: Callable[[Any, str], int], owners: Mapping[str, Any], objects: Mapping[str, Any], operators: Sequence[str]
+) -> Any:
+    """Native functions that record eager ops (`duo_backends/cpu/recorder.py`). offset_of: says where a slot is in an object; owners: objects that
+    have the slots they use; objects: those that they name."""
+    return importlib.import_module("duo_backends.cpu.recorder").Recorder(offset_of, owners, objects, operators)
 
 
 def interpreted(function: Function) -> Interpreted:

@@ -61,7 +61,8 @@ def _words(x: Any, count: int) -> Any:
     return (ctypes.c_size_t * count).from_address(id(x))
 
 
-def _offset(x: Any, name: str) -> int:
+def offset_of(x: Any, name: str) -> int:
+    """How far into an object in memory its slot is, in bytes. Raises LookupError."""
     probe = object()
     setattr(x, name, probe)
     found = [8 * k for k, word in enumerate(_words(x, type(x).__basicsize__ // 8)) if word == id(probe)]
@@ -105,7 +106,7 @@ def layout() -> np.ndarray | None:
                 words.append(id(()))
             else:
                 owner, slot = name.split(".")
-                words.append(_offset(owners[owner], slots.get(name, slot)))
+                words.append(offset_of(owners[owner], slots.get(name, slot)))
     except LookupError:
         return None
     finally:

@@ -111,6 +111,7 @@ class Program:
         self.given: tuple[int, ...] = ()  # inputs that nobody could read any more the last time
         self.uses = 0  # as one of `FlushPlan.known`
         self.lane: lane.Lane | None = None
+        self.words: lane.Words | None = None
 
 
 def _updates(plan: FlushPlan, live: tuple[int, ...]) -> list[tuple[int, int]]:
@@ -144,9 +145,9 @@ class FlushPlan:
     """What every flush at one node needs (`Node.memo`); small, as most paths may be seen once.
 
     inputs, scalar_dtypes: of the path's Construction, which is made when they are asked for. saving: the ops whose rules read what segments keep.
-    quick: a program with a lane, the one that ran last."""
+    quick: a program with a lane, the one that ran last; address: of the words of its lane for native code, or 0."""
 
-    __slots__ = ("inputs", "known", "node", "programs", "pullbacks", "quick", "saving", "scalar_dtypes", "visits")
+    __slots__ = ("address", "inputs", "known", "node", "programs", "pullbacks", "quick", "saving", "scalar_dtypes", "visits")
 
     def __init__(self, node: Node) -> None:
         self.node = node
@@ -154,6 +155,7 @@ class FlushPlan:
         self.programs: dict[tuple[int, ...], Program] = {}
         self.known: dict[tuple[int, ...], Program] = {}  # what reference counts led to before
         self.quick: Program | None = None
+        self.address = 0
         self.pullbacks: dict[tuple, Pullback] = {}
         self.saving: frozenset[int] = frozenset()
 
@@ -253,8 +255,11 @@ def _run(trace: Trace) -> None:
         program.uses += 1
         if program.uses == lane.AFTER:
             program.lane = lane.write(plan, program)
+            program.words = lane.words(plan, program) if program.lane is not None else None
+            hooks.repeated()
         if program.lane is not None:
             plan.quick = program
+            plan.address = 0 if program.words is None else program.words.address
     else:
         held = [n for n, count in enumerate(counts) if count > ALONE]
         live = tuple([n for n in held if n > 0 and may_live(entries[n].node)])  # type: ignore[arg-type]

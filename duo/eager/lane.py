@@ -14,6 +14,8 @@ from functools import lru_cache
 from types import CodeType
 from typing import Any
 
+import numpy as np
+
 from duo.eager.stepwise import may_live
 from duo.eager.trace import END, Trace, Val
 from duo.eager.trie import NOTHING
@@ -73,6 +75,43 @@ def write(plan: Any, program: Any) -> Lane | None:
     ]
     exec(_compiled("def lane(trace, entries):\n" + "".join(f"  {line}\n" for line in lines)), names)
     return names.pop("lane")  # type: ignore[no-any-return]
+
+
+class Words:
+    """A lane as native code reads it (`duo_backends/cpu/lane_text.py`): where its words are, and what they refer to."""
+
+    __slots__ = ("_kept", "address")
+
+    def __init__(self, words: list[int], kept: list[Any]) -> None:
+        array = np.array(words, np.int64)
+        self._kept, self.address = [array, *kept], array.ctypes.data
+
+
+def words(plan: Any, program: Any) -> Words | None:
+    """The words of a program that `write` gave a lane; None where its arguments need Python."""
+    parts = program.runnable.lane_parts()
+    if parts is None:
+        return None
+    entry, frames, outputs = parts
+    checks = [n for node in plan.node.path() if may_live(node) for n in range(node.first, node.first + len(node.infos))]
+    found = [
+        id(program),
+        id(entry),
+        id(frames),
+        len(checks),
+        len(plan.inputs),
+        len(outputs),
+        int(bool(program.givable[0])),
+    ]
+    for number in checks:
+        found += [number, int(number in program.order)]
+    for e, k in plan.inputs:
+        found += [e, -1 if k is None else k]
+    kept: list[Any] = [entry, frames]
+    for number, (nbytes, home) in zip(program.order, outputs):
+        found += [number, id(nbytes), id(home), id(home.free)]
+        kept += [nbytes, home]
+    return Words(found, kept)
 
 
 @lru_cache(maxsize=512)

@@ -8,10 +8,13 @@ from typing import Any
 
 class Hooks:
     """What rooms above this one plug in. flush.py: `flush` closes and runs a trace; `policy`, when set, is asked after every op whether to
-    flush now and whether to raise errors here (DUO_SYNC, DUO_FLUSH). tensor.py: `tensor`, the class of eager tensors."""
+    flush now and whether to raise errors here (DUO_SYNC, DUO_FLUSH). tensor.py: `tensor`, the class of eager tensors. native.py:
+    `repeated` is called when a program has shown that it comes again."""
 
+    __slots__ = ("_placing", "_policy", "busy", "flush", "repeated", "tensor")
     flush: Callable[[Any], None]
     tensor: Any
+    repeated: Callable[[], None]
 
     def __init__(self) -> None:
         self._policy: Callable[[], tuple[bool, bool]] | None = None

@@ -59,16 +59,16 @@ def _data_write(x: Value, new: Value) -> Value:
 DETACH = View(_detach_read, _detach_write)
 DATA = View(_detach_read, _data_write)  # a write through `.data` is not seen by the check for overwritten values
 _SAME_MEMORY = (DETACH, DATA)
-_DETACHED = ((DETACH, ()),)
+DETACHED = ((DETACH, ()),)
 
 
 def _through_data(chain: tuple) -> bool:
-    return chain is not _DETACHED and any(view is DATA for view, _ in chain)
+    return chain is not DETACHED and any(view is DATA for view, _ in chain)
 
 
 def _whole(chain: tuple) -> bool:
     """Whether a tensor with these views is all of its storage's memory, as it lies there."""
-    return not chain or chain is _DETACHED or all(view in _SAME_MEMORY for view, _ in chain)
+    return not chain or chain is DETACHED or all(view in _SAME_MEMORY for view, _ in chain)
 
 
 def _without_history(view: View, val: Val) -> Val:
@@ -139,7 +139,7 @@ class EagerTensor(Tensor):
         out = _new(EagerTensor)
         out._val = read
         out._storage = storage
-        out._chain = chain = _DETACHED if view is DETACH and not self._chain else (*self._chain, (view, ()))
+        out._chain = chain = DETACHED if view is DETACH and not self._chain else (*self._chain, (view, ()))
         out._seen = storage.version
         out._leaf = None
         if read is not storage.val and not _through_data(chain):
@@ -425,7 +425,7 @@ class EagerTensor(Tensor):
     def numpy(self) -> np.ndarray:
         """The values as a NumPy array that shares this tensor's memory (a view through indexing or transposition gives a copy)."""
         storage = self._storage
-        if storage is not None and self._chain is _DETACHED and self._leaf is None and state.capture is None:
+        if storage is not None and self._chain is DETACHED and self._leaf is None and state.capture is None:
             return share_memory(self, storage)
         if self._leaf is not None or self._has_history():
             raise GradientError(
@@ -518,7 +518,8 @@ class EagerTensor(Tensor):
 
 
 EagerTensor._apply = staticmethod(recorder(EagerTensor))
-for _name in ("__add__", "__sub__", "__mul__", "__truediv__", "__matmul__"):
+OPERATORS = ("__add__", "__sub__", "__mul__", "__truediv__", "__matmul__")
+for _name in OPERATORS:
     setattr(EagerTensor, _name, quick_operator(EagerTensor, _name))
 
 

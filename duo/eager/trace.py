@@ -91,7 +91,7 @@ def alias(base: Val, val: Val) -> None:
         stamp.add(val.trace, val.index)
 
 
-_ROOTS = {grad: Node(None, ("root", grad), (NOTHING,), grad, None) for grad in (True, False)}
+ROOTS = {grad: Node(None, ("root", grad), (NOTHING,), grad, None) for grad in (True, False)}
 _END_NODE = Node(None, ("end",), (NOTHING,), False, None)
 END = Val(None, -1, _END_NODE, NOTHING)
 
@@ -134,7 +134,7 @@ class Trace:
         root = _new(Val)
         root.trace = self
         root.index = 0
-        root.node = _ROOTS[grad]
+        root.node = ROOTS[grad]
         root.info = NOTHING
         root.buf = root.scalars = root.extra = root.stamp = None
         self.entries: list[Val] = [root]
@@ -211,7 +211,8 @@ class _State(threading.local):
 
 state = _State()
 _applied: dict[tuple, Applied] = {}
-_node_count = [0]
+node_count = [0]
+full = [False]  # whether the trie is as large as it may grow
 
 
 hooks = Hooks()
@@ -221,7 +222,7 @@ def open_trace() -> Trace:
     """This thread's trace, a new one if it has been closed."""
     trace = state.trace
     if trace.entries[-1] is END:
-        if _node_count[0] > MAX_NODES:
+        if full[0]:
             forget()
         trace = state.trace = Trace(state.grad)
     return trace
@@ -229,9 +230,10 @@ def open_trace() -> Trace:
 
 def forget() -> None:
     """Drops the trie (executables stay in their own cache)."""
-    _node_count[0] = 0
+    node_count[0] = 0
+    full[0] = False
     _applied.clear()
-    for root in _ROOTS.values():
+    for root in ROOTS.values():
         nodes, root.next, root.hot = [root.next], {}, COLD
         while (
             nodes
@@ -407,26 +409,31 @@ def recorder(kind: Any = None) -> Callable[..., Any]:
 _record = recorder()
 
 
-def recorded(trace: Trace, node: Node, vals: list[Val], frame: Any, near: Any = None) -> None:
+def recorded(trace: Trace, node: Node, vals: list[Val], frame: Any, near: Any = None, within: int = 0) -> None:
     """What comes after the entry of a special node, or of any while `hooks.busy`: its line is kept, and it may be time to flush.
-    frame: that which recorded it; near: the one that the user's was found at, the last time."""
+    frame: that which recorded it; near: the one that the user's was found at, the last time; within: as in `place`."""
     if node.placed or hooks.placing:
         other = node.other
         if other is not None and near is not None and near.f_lasti == other.lasti and near.f_code is other.code:
             vals[0].loc = other
             trace.placed = True
         else:
-            place(trace, node, vals[0], frame)
+            place(trace, node, vals[0], frame, within)
     if node.stop or hooks.policy is not None:
         _stop(trace, *vals)
 
 
-def place(trace: Trace, node: Node, val: Val, frame: Any) -> None:
-    """Keeps the user's line of an entry where it is another than that of its node."""
+def recorded_elsewhere(trace: Trace, node: Node, val: Val, frame: Any, near: Any) -> None:
+    """`recorded` of what native code, which has no frame, recorded in `frame`."""
+    recorded(trace, node, [val], frame, near, 1)
+
+
+def place(trace: Trace, node: Node, val: Val, frame: Any, within: int = 0) -> None:
+    """Keeps the user's line of an entry where it is another than that of its node. within: calls from `frame` to what recorded it."""
     frame, depth = user_frame_from(frame)
     if frame is None:
         return
-    node.depth = depth  # where to look for it first the next time
+    node.depth = depth + within  # where to look for it first the next time
     if frame.f_lasti == node.lasti and frame.f_code is node.code:
         return
     val.loc = node.other = Loc(frame.f_code, frame.f_lasti)
@@ -492,7 +499,8 @@ def _add(last: Val, key: tuple, attrs: tuple) -> Node:
     node.extra = extra
     if checked:
         node.placed = node.special = True
-    _node_count[0] += 1
+    node_count[0] += 1
+    full[0] = node_count[0] > MAX_NODES
     return parent.next.setdefault(key, node)
 
 

@@ -20,19 +20,22 @@ _RUN = 64  # values between two steps that `Node.far` names
 
 
 class Info:
-    """What is known of a value without running anything. Interned."""
+    """What is known of a value without running anything. Interned. `array`, `shape`: NumPy's dtype and shape of it, for native code."""
 
-    __slots__ = ("nbytes", "requires_grad", "type")
+    __slots__ = ("array", "nbytes", "requires_grad", "shape", "type")
     _all: dict[tuple[TensorType, bool], Info] = {}
     type: TensorType
     requires_grad: bool
     nbytes: int
+    array: Any
+    shape: Any
 
     def __new__(cls, type: TensorType, requires_grad: bool = False) -> Info:
         found = cls._all.get((type, requires_grad))
         if found is None:
             found = object.__new__(cls)
             found.type, found.requires_grad = type, requires_grad
+            found.array, found.shape = type.dtype.numpy, type.shape
             found.nbytes = evaluate(type.nbytes, {})
             cls._all[type, requires_grad] = found
         return found

@@ -19,7 +19,7 @@ from duo.eager import cells
 from duo.eager.flush import ALONE, OVERWRITE_FROM, finish, publish
 from duo.eager.segments import Origin
 from duo.eager.stepwise import may_live
-from duo.eager.trace import END, OVERWRITTEN, Trace, Val
+from duo.eager.trace import END, OVERWRITTEN, Trace, Val, hooks
 from duo.eager.trie import LEAF, Node
 from duo.eager.watch import Epoch
 from duo_backends.cells import GRADIENT_READ, NUMBER, OWNED, POINTER, READ, Argument
@@ -250,6 +250,7 @@ class _Writer:
         if not self._sources(steps, mine, owned, moved):
             return None
         self._write(owned)
+        hooks.repeated()
         return known
 
     def _sources(

@@ -183,6 +183,13 @@ class CpuBound:
         """Whether result k is output k: no result is an input, or the same as another."""
         return self._plain
 
+    def lane_parts(self) -> tuple[Callable[..., int], list[Buffer], list[tuple[int, Any]]] | None:
+        """The entry, the frames, and of each output its bytes and size class, for native code that calls the entry itself; None where inputs need
+        conversion or frames are not simply kept."""
+        if type(self._frames) is not list or self._narrow or self._geometry[-1] > KEPT_FRAME:
+            return None
+        return self.entry, self._frames, [(n, allocator.class_of(n)) for n in self._out_bytes]
+
     def output_lines(self, k: int, names: dict[str, Any]) -> list[str]:
         """Code that makes `o{k}`, a buffer for output k."""
         nbytes = self._out_bytes[k]

@@ -26,7 +26,7 @@ OFTEN = 256  # rows of A from which on packing B costs next to nothing
 FAR_ROWS = 1024  # bytes between rows of B from which one block of them is packed: nothing foresees the next row
 UNIT_SIDE = 512  # largest rows and columns of a unit
 UNITS = 16  # units that large work is cut into at least
-UNIT_WORK = 1 << 19  # multiply-adds of a unit below which it is not cut further
+UNIT_WORK = 1 << 19  # multiply-adds of a unit below which it is not cut further; a quarter where each part packs nothing
 AHEAD_CALLS = 8  # micro-kernels of a block from which on the next one's operand is packed between them
 STREAMED_ROWS = 48  # with one or two row tiles a unit counts as having these rows: it waits for B's memory
 _ALIGN = 64
@@ -284,9 +284,10 @@ def _unit(
     wide = all_panels if isinstance(kernel.k, int) and kernel.k <= BLOCK and not pack_b else side // columns
     unit_tiles, unit_panels = max(1, min(all_tiles, -(-side // rows))), max(1, min(all_panels, wide))
     least = STREAMED_ROWS if tiles <= 2 else 1
+    work = UNIT_WORK if pack_a or pack_b else UNIT_WORK // 4
     while True:
         units = batch * -(-all_tiles // unit_tiles) * -(-all_panels // unit_panels)
-        if units >= UNITS or max(unit_tiles * rows, least) * unit_panels * columns * k < 2 * UNIT_WORK:
+        if units >= UNITS or max(unit_tiles * rows, least) * unit_panels * columns * k < 2 * work:
             break
         across = unit_panels * columns >= unit_tiles * rows if pack_a == pack_b else pack_b
         if (unit_panels if across else unit_tiles) == 1:

@@ -26,7 +26,7 @@ BIG = 1 << 20
 _SLAB = 4 << 20  # smaller blocks are cut from slabs of this size, which are kept
 
 
-class _Class:
+class BlockClass:
     """The free blocks of one size. `append` and `pop` are a list's, for big blocks with a look at the limit. `used`: the allocator's clock
     when a block was freed last; `exchanged`: blocks that went back to the system for one of another size."""
 
@@ -138,8 +138,8 @@ class Allocator:
 
     def __init__(self, limit: int | None = None) -> None:
         self.limit = system.physical_memory() // 4 if limit is None else limit
-        self._by_nbytes: dict[int, _Class] = {}  # every size asked for -> its class
-        self._classes: dict[int, _Class] = {}
+        self._by_nbytes: dict[int, BlockClass] = {}  # every size asked for -> its class
+        self._classes: dict[int, BlockClass] = {}
         self._lock = threading.RLock()
         self._reserved = 0
         self._peak = 0
@@ -165,7 +165,7 @@ class Allocator:
             raise ArgumentError(f"a buffer cannot have {nbytes} bytes")
         with self._lock:
             size = class_size(nbytes)
-            home = self._classes.setdefault(size, _Class(size, self))
+            home = self._classes.setdefault(size, BlockClass(size, self))
             if len(self._by_nbytes) > 8192:
                 self._by_nbytes = {}
             self._by_nbytes[nbytes] = home
@@ -193,7 +193,7 @@ class Allocator:
     def _trim(self, keep: int) -> None:
         self._release(self._cached() - keep)
 
-    def _release(self, excess: int) -> list[_Class]:
+    def _release(self, excess: int) -> list[BlockClass]:
         """Gives at least `excess` bytes of free big blocks back, as far as there are any, longest unused first; the class of each."""
         released = []
         for home in sorted(self._classes.values(), key=lambda c: (c.used, -c.size)):
@@ -208,14 +208,14 @@ class Allocator:
                 released.append(home)
         return released
 
-    def _fresh(self, home: _Class) -> int:
+    def _fresh(self, home: BlockClass) -> int:
         with self._lock:
             if home.size < BIG:
                 return self._cut(home.size)
             self._exchange(home)
             return self._map(home.size)
 
-    def _exchange(self, home: _Class) -> None:
+    def _exchange(self, home: BlockClass) -> None:
         """Makes room for a block of `home`: programs that ran before may never ask again for what they left. If they do, `wanted` grows by
         as much, so that programs that take turns soon find all their blocks."""
         self.clock += 1

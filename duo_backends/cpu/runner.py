@@ -10,7 +10,7 @@ import ctypes
 import os
 import platform
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from duo_backends.cache import disk_cache
@@ -19,10 +19,12 @@ from duo_backends.cpu.fingerprint import fingerprint
 from duo_backends.cpu.library import Library, build_for_host, compiler, host_key
 from duo_backends.cpu.system import system
 
-_METH_FASTCALL = 0x80  # Include/methodobject.h
+METH_KEYWORDS, METH_FASTCALL = 0x02, 0x80  # Include/methodobject.h
 
 
-class _MethodDef(ctypes.Structure):
+class MethodDef(ctypes.Structure):
+    """PyMethodDef, of Include/methodobject.h."""
+
     _fields_ = (
         ("name", ctypes.c_char_p),
         ("function", ctypes.c_void_p),
@@ -31,16 +33,17 @@ class _MethodDef(ctypes.Structure):
     )
 
 
+def python_symbols(names: Sequence[str]) -> dict[str, int]:
+    """Addresses taken from the running interpreter: its symbols need not be visible to a linker."""
+    return {name: ctypes.cast(getattr(ctypes.pythonapi, name), ctypes.c_void_p).value or 0 for name in names}
+
+
 class Native:
     """The loaded runtime. The control functions release the GIL."""
 
     def __init__(self) -> None:
         symbols = (*pool_text.SYMBOLS, *runner_text.SYMBOLS)
-        # Addresses taken from the running interpreter: its symbols need not be visible to a linker.
-        imports = {
-            name: ctypes.cast(getattr(ctypes.pythonapi, name), ctypes.c_void_p).value or 0
-            for name in runner_text.PYTHON
-        }
+        imports = python_symbols(runner_text.PYTHON)
         self.library: Library = build_for_host(
             _text(), symbols, fingerprint(), imports, None if _making is None else _making.code()
         )
@@ -52,7 +55,7 @@ class Native:
         self.forget = ctypes.CFUNCTYPE(None)(addresses["duo_forget"])
         self.set_profile = number(addresses["duo_set_profile"])
         self.copy = addresses["duo_copy"]
-        self._method = _MethodDef(b"duo_program", addresses["duo_entry"], _METH_FASTCALL, None)
+        self._method = MethodDef(b"duo_program", addresses["duo_entry"], METH_FASTCALL, None)
         new = ctypes.pythonapi.PyCMethod_New
         new.restype, new.argtypes = (
             ctypes.py_object,

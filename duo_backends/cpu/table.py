@@ -21,8 +21,8 @@ from duo_ir.kernels.program import Program, Step
 
 SERIAL_NANOSECONDS = 50_000  # a phase below this is not worth waking threads for
 SHARE_NANOSECONDS = 20_000  # least work for one thread of a parallel phase
-EAGER_NANOSECONDS = 4_000  # a phase below this is not worth telling threads that spin already
-EAGER_SHARE_NANOSECONDS = 2_000
+EAGER_NANOSECONDS = 2_500  # a phase below this is not worth telling threads that spin already
+EAGER_SHARE_NANOSECONDS = 1_250
 COPY_UNIT = 1 << 18  # bytes, of `duo_copy`
 COPY_NANOSECONDS = 0.1  # a byte
 

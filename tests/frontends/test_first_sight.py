@@ -153,7 +153,7 @@ def test_the_trie_is_bounded(monkeypatch):
         for _ in range(30):
             h = h * 0.5 if rng.randrange(2) else h + x
         h.sum().item()
-        most = max(most, tracing._node_count[0])
+        most = max(most, tracing.node_count[0])
     assert most <= 3000 + 40
 
 

@@ -10,7 +10,8 @@ import pytest
 
 import duo
 from duo import runtime
-from duo.eager import lane
+from duo.eager import lane, native
+from duo.eager.flush import flush
 from duo.eager.hooks import RemovableHook
 from duo.eager.trace import hooks, state
 from tests.frontends.disturbances import TRIALS, interrupts
@@ -19,13 +20,16 @@ TIMES = lane.AFTER + 4
 A = np.random.default_rng(0).standard_normal((24, 24)).astype(np.float32)
 
 
-@pytest.fixture(autouse=True)
-def of_its_own():
-    """Paths start new, with an empty trace."""
+@pytest.fixture(autouse=True, params=["python", "native"])
+def of_its_own(request, monkeypatch):
+    """Paths start new, with an empty trace; native code (duo/eager/native.py) takes part from the beginning, or not at all."""
     duo.synchronize()
     runtime.clear_cache()
+    monkeypatch.setattr(hooks, "repeated", lambda: None)
+    native.install() if request.param == "native" else native.remove()
     yield
     duo.synchronize()
+    native.remove()
 
 
 @pytest.fixture
@@ -49,8 +53,8 @@ def taken(monkeypatch):
 
 
 def plain() -> bool:
-    """Whether programs are compiled and flushes come when values are looked at."""
-    return not runtime._use_interpreter and hooks.policy is None and os.environ.get("DUO_VERIFY") != "1"
+    """Whether programs are compiled, flushes come when values are looked at, and lanes are those written in Python."""
+    return hooks.flush is flush and not runtime._use_interpreter and hooks.policy is None and os.environ.get("DUO_VERIFY") != "1"
 
 
 def test_a_path_that_comes_again_takes_its_lane(taken):
@@ -107,7 +111,7 @@ def test_a_dead_input_is_still_overwritten():
         duo.synchronize()
         value *= 2
     assert x[0, 0].item() == value
-    assert not plain() or runtime.statistics.overwritten - before == TIMES * 128 * 128 * 4
+    assert runtime._use_interpreter or hooks.policy is not None or runtime.statistics.overwritten - before == TIMES * 128 * 128 * 4
 
 
 def test_errors_are_those_of_the_general_way(taken):

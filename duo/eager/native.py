@@ -5,6 +5,7 @@ that it comes again: what comes once is done before such code is loaded. Python'
 from __future__ import annotations
 
 import functools
+import os
 import threading
 from typing import Any
 
@@ -54,10 +55,28 @@ def _end_buffers(end: Any) -> None:
     runtime.Buffer.__del__ = end  # type: ignore[method-assign]
 
 
+_lock = threading.RLock()
+_wanted = False
+_paused = 0
+
+
+def _renew_lock() -> None:
+    global _lock
+    _lock = threading.RLock()  # another thread of the parent may have held it
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_lock)
+
+
 def install() -> None:
     """From here on steps seen before are recorded by native code."""
-    found = _recorder()
-    if found is not None:
+    global _wanted
+    with _lock:
+        _wanted = True
+        found = _recorder()
+        if found is None or _paused:
+            return
         use_quick(EagerTensor, found.record)
         hooks.flush = found.flush
         _end_buffers(found.free)
@@ -65,13 +84,38 @@ def install() -> None:
             setattr(EagerTensor, name, method)
 
 
-hooks.repeated = install
-
-
 def remove() -> None:
     """Back to Python's."""
+    global _wanted
+    with _lock:
+        _wanted = False
+        _use_python()
+
+
+def _use_python() -> None:
     for name, function in _python.items():
         setattr(EagerTensor, name, function)
     hooks.flush = flush
     _end_buffers(_free)
     use_quick(None, None)
+
+
+class Paused:
+    """Python's functions while a function is watched that is being compiled: what it calls must be there to be seen."""
+
+    def __enter__(self) -> None:
+        global _paused
+        with _lock:
+            _paused += 1
+            if _wanted and _paused == 1:
+                _use_python()
+
+    def __exit__(self, *_: object) -> None:
+        global _paused
+        with _lock:
+            _paused -= 1
+            if _wanted and not _paused:
+                install()
+
+
+hooks.repeated = install

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 from duo import runtime
+from duo.eager.native import Paused
 from duo.eager.tensor import EagerTensor
 from duo.eager.trace import END, Trace, state
 from duo.eager.watch import Epoch, changed
@@ -130,7 +131,7 @@ class Compiled:
         capture = Capture(self._name, tensors_in((args, kwargs)))
         observer = Observer(self._function, capture.outside) if watched else None
         self.recordings += 1
-        with capture:
+        with Paused(), capture:
             started = False
             try:
                 if observer is not None:

@@ -17,6 +17,7 @@ from duo_backends.cpu.body import Emitter
 from duo_backends.cpu.code import SIGNATURE, KernelCode, Phase, Target
 from duo_backends.cpu.gemm_ahead import Block, ahead_offsets, emit_ahead_asks, piece_of
 from duo_backends.cpu.gemm_epilogue import ask_every, emit_asks, emit_epilogue, in_place, lines, pointers
+from duo_backends.cpu.gemm_line import blocks_at_once, emit_line
 from duo_backends.cpu.gemm_pack import emit_copy, emit_copy_tiles, emit_gather, emit_transpose, emit_turn
 from duo_backends.cpu.gemm_plan import CHUNK_BLOCKS, SEQUENTIAL_K, Plan, make_plan
 from duo_backends.cpu.gemm_rows import emit_rows_kernel
@@ -41,7 +42,12 @@ def compile_contract(kernel: ContractKernel, target: Target) -> KernelCode:
     name = "contract_" + hashlib.sha256(repr((kernel, target)).encode()).hexdigest()[:16]
     module = Module()
 
+    at_once = blocks_at_once(plan, target)
+
     def emit(name: str, internal: bool, streams: frozenset[int]) -> None:
+        if at_once:
+            emit_line(module, target, plan, name, "internal " if internal else "", streams, at_once)
+            return
         _Driver(module, kernel, target, plan, name, internal, streams).emit()
 
     columns = len(kernel.batch) + 1

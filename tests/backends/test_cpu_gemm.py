@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import pytest
 
-from duo_backends.cpu import gemm, gemm_plan, stream
+from duo_backends.cpu import gemm, gemm_line, gemm_plan, stream
 from duo_backends.cpu.code import KernelCode
 from duo_backends.cpu.gemm import compile_contract
 from duo_backends.cpu.jit import Library, Machine, build, machine
@@ -242,6 +242,34 @@ def test_few_rows_and_columns_along_k(width: str, m: int) -> None:
     matmul(where, m, 40, 30, b_order="column", a_order="column", symbolic="n", batch=2)
     for name in ("f16", "bf16", "f64", "i8"):
         matmul(where, m, 36, 37, d=dtype(name), b_order="column")
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("k", (1023, 1024, 1025, 3136))
+def test_one_row_times_a_panel(width: str, k: int) -> None:
+    """The sums of several blocks side by side: as many as fit, the rest, a block cut short."""
+    where = machine_or_skip(width)
+    for n, batch in ((where.target.vector_bytes // 4, 3), (where.target.vector_bytes // 2, None)):
+        matmul(where, 1, n, k, batch=batch, seed=k, special=k == 1025)
+    if k < 2000:
+        for name in ("f64", "i32"):
+            matmul(where, 1, where.target.vector_bytes // 4, k, d=dtype(name), batch=2)
+
+
+def test_which_products_carry_several_blocks() -> None:
+    """A line of weights in a panel does, with as many as registers hold; what has other rows, columns or one block does not."""
+    where = machine_or_skip("native/32")
+
+    def carried(m: int, n: int, k: int, b_step: int) -> int:
+        kernel = ContractKernel(
+            (Arg(f32, m * k), Arg(f32, k * b_step), Arg(f32, m * n, True)), (), m, n, k, Access(0, Affine(0, (k, 1))),
+            Access(1, Affine(0, (b_step, 1))), f32, f32, (Instr("acc", (), f32),), (Store(Access(2, Affine(0, (n, 1))), 0),), (),
+        )  # fmt: skip
+        return gemm_line.blocks_at_once(gemm_plan.make_plan(kernel, where.target), where.target)
+
+    assert [carried(1, 16, k, 16) for k in (511, 1023, 1024, 3136, 16384)] == [0, 0, 2, 6, 6]
+    assert carried(1, 16, 3136, 40) == 6
+    assert carried(2, 16, 3136, 16) == carried(1, 12, 3136, 12) * 0 == carried(1, 256, 3136, 256) == 0
 
 
 @pytest.mark.parametrize("width", WIDTHS)

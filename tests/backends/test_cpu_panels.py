@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from test_cpu_conv import attributes, operands, values
 
+from duo_backends.cpu.conv import compile_conv
 from duo_backends.cpu.conv_plan import make_plan
 from duo_ir import ops
 from duo_ir.core import Function, Value, function_of
@@ -172,3 +173,14 @@ def test_the_backend_says_how_wide() -> None:
     assert width((1, 9, 8), (3, 8, 512)) is not None
     assert width((1, 9, 9, 8), (3, 3, 8, 33)) is None
     assert width((1, 9, 9, 8), (3, 3, 8, 512), f16) is None
+
+
+def test_nothing_behind_the_weights_is_asked_for() -> None:
+    """Tiles ask for the next block of their weights where there is one: behind the last lies memory that other threads may be writing."""
+    for channels, asks in ((56, False), (57, True)):  # 504 and 513 steps of K
+        arrays = operands((1, 6, 6, channels), (3, 3, channels, 64))
+        found = split(function_of(lambda x, w: ops.conv(x, w, **attributes(2, padding=_PAD)), *c.types_of(arrays)), 32)
+        assert found is not None
+        kernel = next(item.kernel for item in fuse(found.main).items if isinstance(item.kernel, ConvKernel))
+        assert make_plan(kernel, c.backend().target).fetches == asks
+        assert ("@llvm.prefetch" in compile_conv(kernel, c.backend().target).text) == asks

@@ -44,7 +44,8 @@ def emit_line(
     type_ = vector(plan.lanes, register_type(plan.compute))
     tile = f.alloca(type_, plan.vectors)
     with f.loop("%begin", "%end") as unit:
-        batch, number = [], unit.index
+        batch: list[str] = []
+        number = unit.index
         for axis in reversed(range(len(kernel.batch))):
             size = emitter.dim(kernel.batch[axis])
             batch.insert(0, f.rem(number, size) if axis else number)
@@ -70,9 +71,8 @@ def _emit_sums(module: Module, target: Target, plan: Plan, name: str, at_once: i
     """void name(ptr a, ptr b, ptr tile): all of K."""
     kernel, compute, vectors = plan.kernel, plan.compute, plan.vectors
     assert isinstance(kernel.k, int)
-    f = Function(
-        module, f"define internal void @{name}(ptr noalias readonly %a, ptr noalias readonly %b, ptr noalias %tile) noinline #0"
-    )
+    parameters = "ptr noalias readonly %a, ptr noalias readonly %b, ptr noalias %tile"
+    f = Function(module, f"define internal void @{name}({parameters}) noinline #0")
     element, item = register_type(compute), compute.itemsize
     type_, size = vector(plan.lanes, element), plan.lanes * item
     (*_, a_step), (*_, b_step, _) = kernel.a.at.strides, kernel.b.at.strides

@@ -328,6 +328,7 @@ class CpuBound:
         self._places_at = base
         # Frame offsets of what lies in the arena; arguments are patched by each call.
         self._places = np.array([max(place, 0) + self._temps_at for place in self.table.places], np.int64)
+        self._placed = (-1, self._places, 0)  # the latest frame's start, these places there, and the address of that array
         self._flags = flags
         return np.array([count + 1, *addresses, flags, 0, 0], np.int64)
 
@@ -420,8 +421,12 @@ class CpuBound:
         start = frame.ptr
         header = (ctypes.c_int64 * 3).from_address(start)
         header[0], header[1], header[2] = threads, start + scratch_at, start + status_at
-        words = self._places + start
-        ctypes.memmove(start + self._places_at, words.ctypes.data, words.nbytes)
+        at, words, address = self._placed
+        if at != start:  # most calls find the block that the one before has freed
+            words = self._places + start
+            address = words.ctypes.data
+            self._placed = (start, words, address)
+        ctypes.memmove(start + self._places_at, address, words.nbytes)
         ctypes.memset(start + status_at, 0, STATUS_BYTES * CHUNKS_PER_THREAD * threads)
         return frame
 

@@ -17,7 +17,7 @@ from duo_backends.cpu.pool_text import MAX_THREADS
 from duo_backends.cpu.system import system
 from duo_ir.errors import ArgumentError
 
-SPIN_MICROSECONDS = 100  # how long an idle worker spins before it sleeps
+SPIN_MICROSECONDS = 200  # how long an idle worker spins before it sleeps: longer than Python takes from one call to the next
 
 
 def _initial() -> int:

@@ -406,8 +406,15 @@ class Tensor:
     # ---------------------------------------------------------------------------------------------------- reductions
     sum, mean, prod, var, std, norm = F.sum, F.mean, F.prod, F.var, F.std, F.norm
     amax, amin, aminmax, max, min, argmax, argmin = F.amax, F.amin, F.aminmax, F.max, F.min, F.argmax, F.argmin
-    any, all, count_nonzero, cumsum = F.any, F.all, F.count_nonzero, F.cumsum
+    any, all, count_nonzero = F.any, F.all, F.count_nonzero
+    cumsum, cumprod, cummax, cummin, logcumsumexp = F.cumsum, F.cumprod, F.cummax, F.cummin, F.logcumsumexp
     softmax, log_softmax, logsumexp = F.softmax, F.log_softmax, F.logsumexp
+
+    # -------------------------------------------------------------------------------------------- sorting and counting
+    sort, argsort, msort, topk, kthvalue = F.sort, F.argsort, F.msort, F.topk, F.kthvalue
+    median, nanmedian, quantile, nanquantile, mode = F.median, F.nanmedian, F.quantile, F.nanquantile, F.mode
+    unique, unique_consecutive, isin, bucketize = F.unique, F.unique_consecutive, F.isin, F.bucketize
+    bincount, histc = F.bincount, F.histc
 
     # --------------------------------------------------------------------------------------------------------- shapes
     reshape, view, view_as, reshape_as = F.reshape, F.view, F.view_as, F.reshape_as
@@ -469,7 +476,8 @@ class Tensor:
     index_add_, index_copy_ = _in_place(F.index_add), _in_place(F.index_copy)
     index_fill_, index_put_ = _in_place(F.index_fill), _in_place(F.index_put)
     addmm_, baddbmm_ = _in_place(F.addmm), _in_place(F.baddbmm)
-    tril_, triu_, cumsum_ = _in_place(F.tril), _in_place(F.triu), _in_place(F.cumsum)
+    tril_, triu_ = _in_place(F.tril), _in_place(F.triu)
+    cumsum_, cumprod_ = _in_place(F.cumsum), _in_place(F.cumprod)
     logical_and_, logical_or_ = _in_place(F.logical_and), _in_place(F.logical_or)
     logical_not_ = _in_place(F.logical_not)
 

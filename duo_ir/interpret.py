@@ -14,7 +14,7 @@ import numpy as np
 
 from duo_ir.core import Function, Op, Value, bind_dims
 from duo_ir.errors import DuoError, NanError
-from duo_ir.opdef import Control, Elementwise, Generate
+from duo_ir.opdef import Control, Cumulative, Elementwise, Generate, compute_dtype
 from duo_ir.ops.reference import narrow, widen
 from duo_ir.scalar.numpy_eval import NumpyScalar
 from duo_ir.types import Dim, TensorType
@@ -113,6 +113,8 @@ def _apply(op: Op, arrays: list[np.ndarray], sizes: Mapping[str, int]) -> Sequen
         return _elementwise(kind, op, arrays, attrs, sizes)
     if isinstance(kind, Generate):
         return (_generate(kind, op, arrays, attrs, sizes),)
+    if isinstance(kind, Cumulative):
+        return _running(kind, op, arrays, attrs["axis"])
     if definition.reference is None:
         raise DuoError(f"{definition.name} has no reference")
     out = definition.reference(*arrays, **attrs)
@@ -152,6 +154,20 @@ def _generate(
     indices = list(np.indices(shape, np.int64, sparse=True))
     linear = np.arange(int(np.prod(shape, dtype=np.int64)), dtype=np.int64).reshape(shape)
     return _fitted(kind.recipe(_SCALAR, indices, linear, *arrays, **attrs), op.result.type, shape)
+
+
+def _running(kind: Cumulative, op: Op, arrays: list[np.ndarray], axis: int) -> list[np.ndarray]:
+    """The steps one after another, each for all points beside the axis."""
+    elements = [np.moveaxis(widen(a), axis, 0) for a in arrays]
+    length, *points = elements[0].shape
+    start = kind.start(compute_dtype(op.operands[0].type.dtype))
+    state: tuple[Any, ...] = tuple([np.full(points, number, d.numpy) for d, number in start])
+    out = [np.empty((length, *points), d.numpy) for d, _ in start]
+    for k in range(length):
+        state = kind.step(_SCALAR, state, tuple([x[k] for x in elements]), np.asarray(k, np.int64))
+        for whole, part in zip(out, state):
+            whole[k] = part
+    return [narrow(np.moveaxis(o, 0, axis), r.type.dtype.numpy) for o, r in zip(out, op.results, strict=True)]
 
 
 def _control(kind: Control, op: Op, arrays: list[np.ndarray], sizes: Mapping[str, int]) -> Sequence[np.ndarray]:

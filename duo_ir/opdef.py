@@ -115,8 +115,19 @@ class Scatter:
     in row-major order of I. Checked at run time."""
 
 
+@dataclass(frozen=True)
 class Cumulative:
-    """Cumulative sum along attribute `axis`."""
+    """A running fold along attribute `axis`, in ascending order. start(dtype): (dtype, number) of each part of the state; step(s, state,
+    elements, position) -> the state after the elements, one of each operand, at that position (an i64 handle). Result k at a
+    position is part k of the state after it. f16 and bf16 are widened to f32 before the step, and rounded where they are stored."""
+
+    start: Callable[[DType], tuple[tuple[DType, float | int], ...]]
+    step: Callable[..., tuple[Any, ...]]
+
+
+class Sort:
+    """sort(x; axis, descending, count): the first `count` elements of x in stable order along `axis`, and their positions, as `ops/order.py`
+    has it."""
 
 
 @dataclass(frozen=True)
@@ -145,6 +156,7 @@ Kind: TypeAlias = (
     | Gather
     | Scatter
     | Cumulative
+    | Sort
     | Attention
     | Control
 )
@@ -159,8 +171,8 @@ class OpDef:
 
     infer(*types, **attrs) -> TensorType or a tuple of them; raises ShapeError, DTypeError or ArgumentError.
     kind: how it is lowered.
-    reference(*arrays, **attrs) -> array or tuple: the meaning, on NumPy arrays, to the bit. None for Elementwise and Generate,
-      whose recipe is the meaning, and for Control, which the interpreter runs.
+    reference(*arrays, **attrs) -> array or tuple: the meaning, on NumPy arrays, to the bit. None for Elementwise, Generate and
+      Cumulative, whose recipe is the meaning, and for Control, which the interpreter runs.
     derivative(op, i, g) -> Value | None: for elementwise ops: d result / d operand i, times g (None: no gradient). Gives both VJP and JVP.
     vjp(op, *cotangents) -> one Value or None per operand, for the rest. Cotangents are never None.
     jvp(op, tangents) -> tangent Value(s); tangents may be None. `linear` (operand numbers): the op is linear in those operands jointly and constant in the
@@ -248,6 +260,7 @@ __all__ = [
     "Reshape",
     "Scatter",
     "Shape",
+    "Sort",
     "View",
     "compute_dtype",
     "same_type",

@@ -391,11 +391,6 @@ def _logsumexp(x: Value, axes: Axes, keepdim: bool) -> Value:
     return _dropped(logsumexp_kept(wide(x), axes), x.type.shape, axes, keepdim, float_dtype(x))
 
 
-def _cumsum(x: Value, axis: int, dtype: DType | None) -> Value:
-    y = _counting(x, dtype)
-    return red.cumsum(y, axis=axis) if x.type.shape else y
-
-
 def softmax(input: Any, dim: int = -1, dtype: Any = None) -> Any:
     """exp(input) / sum(exp(input)) along `dim`."""
     return apply(_softmax, (input,), (one_axis("softmax", dim, type_of(input).rank), maybe_dtype(dtype)))
@@ -414,8 +409,3 @@ def log_softmax(input: Any, dim: int = -1, dtype: Any = None) -> Any:
 def logsumexp(input: Any, dim: Any, keepdim: bool = False) -> Any:
     """log(sum(exp(input))) along the dims."""
     return apply(_logsumexp, (input,), (some_axes("logsumexp", dim, type_of(input).rank), bool(keepdim)))
-
-
-def cumsum(input: Any, dim: int, *, dtype: Any = None) -> Any:
-    """The sums of all elements up to each, one after another along `dim`."""
-    return apply(_cumsum, (input,), (one_axis("cumsum", dim, type_of(input).rank), maybe_dtype(dtype)))

@@ -10,8 +10,17 @@ from duo_backends.cpu.gemm import compile_contract
 from duo_backends.cpu.loops import compile_loop
 from duo_backends.cpu.scan import compile_scan
 from duo_backends.cpu.scatter import compile_scatter
+from duo_backends.cpu.sort import compile_sort
 from duo_ir.core import Op
-from duo_ir.kernels.kernel import AttentionKernel, ContractKernel, ConvKernel, Kernel, LoopKernel, ScanKernel
+from duo_ir.kernels.kernel import (
+    AttentionKernel,
+    ContractKernel,
+    ConvKernel,
+    Kernel,
+    LoopKernel,
+    ScanKernel,
+    SortKernel,
+)
 
 
 def compile_kernel(kernel: Kernel, target: Target) -> KernelCode:
@@ -26,6 +35,8 @@ def compile_kernel(kernel: Kernel, target: Target) -> KernelCode:
         return compile_attention(kernel, target)
     if isinstance(kernel, ScanKernel):
         return compile_scan(kernel, target)
+    if isinstance(kernel, SortKernel):
+        return compile_sort(kernel, target)
     return compile_scatter(kernel, target)
 
 

@@ -73,14 +73,15 @@ class Value:
 @dataclass(frozen=True)
 class Scope:
     """Loop indices in scope (outer axes, then the stage's) as C expressions, atomic in precedence (a name or a literal). `point`: a number of
-    the point, for the order of reports. `loaded`: values that the kernel has loaded already, by number of instruction. `reduced(stage, n)` and
-    `acc`: those operands."""
+    the point, for the order of reports. `loaded`: values that the kernel has loaded already, by number of instruction. `reduced(stage, n)`,
+    `acc` and `saved`: those operands."""
 
     indices: tuple[str, ...]
     point: str = "0"
     loaded: Mapping[int, Value] = field(default_factory=dict)
     reduced: Callable[[int, int], Value] | None = None
     acc: Value | None = None
+    saved: Sequence[Value] = ()
 
 
 class Emitter:
@@ -167,6 +168,8 @@ class Emitter:
         if op == "acc":
             assert scope.acc is not None
             return scope.acc
+        if op == "saved":
+            return scope.saved[attr]
         if op == "check":
             bound, site = attr
             return self.define(

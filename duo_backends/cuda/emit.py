@@ -13,7 +13,16 @@ from duo_backends.cuda.gemm import compile_contract
 from duo_backends.cuda.loops import compile_loop
 from duo_backends.cuda.scan import compile_scan
 from duo_backends.cuda.scatter import compile_scatter
-from duo_ir.kernels.kernel import AttentionKernel, ContractKernel, ConvKernel, Kernel, LoopKernel, ScanKernel
+from duo_backends.cuda.sort import compile_sort
+from duo_ir.kernels.kernel import (
+    AttentionKernel,
+    ContractKernel,
+    ConvKernel,
+    Kernel,
+    LoopKernel,
+    ScanKernel,
+    SortKernel,
+)
 
 
 def compile_kernel(kernel: Kernel, target: GpuTarget) -> KernelCode:
@@ -28,6 +37,8 @@ def compile_kernel(kernel: Kernel, target: GpuTarget) -> KernelCode:
         return compile_attention(kernel, target)
     if isinstance(kernel, ScanKernel):
         return compile_scan(kernel, target)
+    if isinstance(kernel, SortKernel):
+        return compile_sort(kernel, target)
     return compile_scatter(kernel, target)
 
 

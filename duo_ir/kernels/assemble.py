@@ -29,6 +29,7 @@ from duo_ir.kernels.kernel import (
     Reduce,
     ScanKernel,
     ScatterKernel,
+    SortKernel,
     Stage,
     Store,
     Window,
@@ -226,7 +227,9 @@ def build(members: Sequence[Member], target: Axes | None, keep: Callable[[Value]
     head = members[0].draft
     where = next((m.draft.where for m in reversed(members) if m.draft.where), "")
     if head.kind == "scan":
-        return _scan(head, where, symbolic)
+        return _scan(head, where, symbolic, keep)
+    if head.kind == "sort":
+        return _sort(head, where, symbolic, keep)
     if head.kind == "scatter":
         return _scatter(head, where, symbolic)
     if head.kind == "attention":
@@ -353,17 +356,36 @@ class _Names:
         return Built(kernel, tuple(self.numbers), frozenset(self.written), where)
 
 
-def _scan(draft: Draft, where: str, symbolic: bool) -> Built:
+def _scan(draft: Draft, where: str, symbolic: bool, keep: Callable[[Value], bool]) -> Built:
     names = _Names()
-    assert draft.scan is not None
-    (out,) = draft.values
-    source = names.access(draft.scan[0])
-    names.written.add(out)
-    target = Access(names.buffer(out), Affine(*draft.scan[1]))
+    (stage,) = draft.stages
+    stage.stores = [put for put in stage.stores if keep(put.value)]
+    prune(stage)
+    body, stores, after = names.stage(stage)
     *axes, length = draft.outer
-    acc = compute_dtype(out.type.dtype)
-    dims = () if not symbolic else _dims(names.args, draft.outer, source, target)
-    return names.built(ScanKernel(names.args, tuple(axes), length, source, target, acc, dims), where)
+    dims = () if not symbolic else _dims(names.args, draft.outer, body, stores)
+    following = tuple([r.args[0] for r in after])
+    return names.built(ScanKernel(names.args, tuple(axes), length, draft.start, following, body, stores, dims), where)
+
+
+def _sort(draft: Draft, where: str, symbolic: bool, keep: Callable[[Value], bool]) -> Built:
+    names = _Names()
+    assert draft.sorted is not None
+    ref, place = draft.sorted
+    source = names.access(ref)
+    targets: list[Access | None] = []
+    for v in draft.values:
+        targets.append(Access(names.buffer(v), Affine(*place)) if keep(v) else None)
+        if keep(v):
+            names.written.add(v)
+    *axes, length = draft.outer
+    count, descending = draft.op.attrs["count"], draft.op.attrs["descending"]
+    values, positions = targets
+    used = [t for t in targets if t is not None]
+    dims = () if not symbolic else _dims(names.args, draft.outer, (count,), source, *used)
+    return names.built(
+        SortKernel(names.args, tuple(axes), length, count, source, values, positions, descending, dims), where
+    )
 
 
 def _attention(draft: Draft, where: str, symbolic: bool) -> Built:

@@ -97,7 +97,7 @@ class Attended:
 @dataclass(eq=False)
 class Draft:
     """kind: 'map' (one stage without axes), 'reduce' (a stage that reduces over `inner`, then one that stores), 'contract' (the stage is
-    the epilogue), or 'attention', 'scan', 'scatter', 'control', which take no part in fusion. `order` is the op's place in the Function."""
+    the epilogue), or 'attention', 'scan' (a stage whose reductions are what the state becomes), 'sort', 'scatter', 'control', which take no part in fusion. `order` is the op's place in the Function."""
 
     kind: str
     op: Op
@@ -111,7 +111,8 @@ class Draft:
     inlined: set[Value] = field(default_factory=set)
     refs: list[Ref] = field(default_factory=list)  # every load
     rows: int = 0
-    scan: tuple[Ref, Position] | None = None  # what a scan reads, and where it writes
+    start: tuple[tuple[DType, float | int], ...] = ()  # the state that a scan starts from
+    sorted: tuple[Ref, Position] | None = None  # what a sort reads, and where it writes in each result
     attended: Attended | None = None
 
     @property
@@ -129,8 +130,8 @@ class Draft:
         if self.contraction is not None:
             yield self.contraction.a.value
             yield self.contraction.b.value
-        if self.scan is not None:
-            yield self.scan[0].value
+        if self.sorted is not None:
+            yield self.sorted[0].value
         if self.attended is not None:
             for ref in self.attended.refs():
                 yield ref.value

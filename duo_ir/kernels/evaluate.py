@@ -26,12 +26,14 @@ from duo_ir.kernels.kernel import (
     Reduce,
     ScanKernel,
     ScatterKernel,
+    SortKernel,
     Stage,
     Store,
 )  # fmt: skip
 from duo_ir.kernels.program import Cond, Copy, Program, Step, While
 from duo_ir.ops import reference
 from duo_ir.ops.attention import backward_rows, forward_rows
+from duo_ir.ops.order import ranks
 from duo_ir.scalar.numpy_eval import NumpyScalar, convert
 from duo_ir.types import DimLike, TensorType
 from duo_ir.types import evaluate as size_of
@@ -123,6 +125,8 @@ def execute(kernel: Kernel, buffers: Sequence[np.ndarray], sizes: Sizes) -> None
         machine.convolve(kernel)
     elif isinstance(kernel, ScanKernel):
         machine.scan(kernel)
+    elif isinstance(kernel, SortKernel):
+        machine.sort(kernel)
     elif isinstance(kernel, AttentionKernel):
         machine.attention(kernel)
     else:
@@ -291,12 +295,44 @@ class _Machine:
             self.store(store, out, values)
 
     def scan(self, kernel: ScanKernel) -> None:
-        shape = self.shape((*kernel.axes, kernel.length))
+        *points, length = shape = self.shape((*kernel.axes, kernel.length))
         if 0 in shape:
             return
+        late: set[int] = set()  # what depends on the state
+        values: list[np.ndarray] = []
+        for n, instr in enumerate(kernel.body):
+            if instr.op == "saved" or late.intersection(instr.args):
+                late.add(n)
+                values.append(np.empty(shape, instr.dtype.numpy))
+            else:
+                made = self.instruction(instr, [values[a] for a in instr.args], shape, len(shape))
+                values.append(np.broadcast_to(made, shape))
+        state = [np.full(points, number, dtype.numpy) for dtype, number in kernel.start]
+        for i in range(length):
+            for n in sorted(late):
+                instr = kernel.body[n]
+                if instr.op == "saved":
+                    values[n][..., i] = state[instr.attr]  # type: ignore[call-overload]
+                else:
+                    args = [values[a][..., i] for a in instr.args]
+                    values[n][..., i] = self.instruction(instr, args, tuple(points), len(points))
+            state = [values[n][..., i] for n in kernel.following]
+        for store in kernel.stores:
+            self.store(store, shape, values)
+
+    def sort(self, kernel: SortKernel) -> None:
+        shape = self.shape((*kernel.axes, kernel.length))
+        out = (*shape[:-1], size_of(kernel.count, self.sizes))
+        if 0 in out:
+            return
         x = np.broadcast_to(self.load(kernel.source, shape, ()), shape)
-        at = np.broadcast_to(self.position(kernel.target.at, shape), shape)
-        self.buffers[kernel.target.buffer][at] = reference.cumsum(x, axis=len(shape) - 1)
+        order = np.argsort(ranks(x, kernel.descending), axis=-1, kind="stable")[..., : out[-1]]
+        for access, found in (
+            (kernel.values, np.take_along_axis(x, order, -1)),
+            (kernel.positions, order.astype(np.int64)),
+        ):
+            if access is not None:
+                self.buffers[access.buffer][np.broadcast_to(self.position(access.at, out), out)] = found
 
     def attention(self, kernel: AttentionKernel) -> None:
         batch = self.shape(kernel.batch)

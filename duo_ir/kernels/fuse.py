@@ -32,6 +32,7 @@ from duo_ir.opdef import (
     Reduction,
     Reshape,
     Scatter,
+    Sort,
 )  # fmt: skip
 from duo_ir.types import Dim
 
@@ -156,12 +157,7 @@ class _Choice:
                 self._need_address(y)
             elif any(d != 1 for d in op.result.type.shape):
                 self._need_address(y)  # read once for every row
-        elif isinstance(kind, Convolution):
-            for v in op.operands:
-                self._need_address(v)
-        elif isinstance(kind, Cumulative):
-            self._need_address(op.operands[0])
-        elif isinstance(kind, Attention):
+        elif isinstance(kind, (Convolution, Cumulative, Sort, Attention)):
             for v in op.operands:
                 self._need_address(v)
         elif isinstance(kind, Scatter):
@@ -201,7 +197,7 @@ class _Choice:
         cost, depth = self.cost, dict[Value, int]()
         for op in self.ops:
             kind = op.definition.kind
-            if isinstance(kind, (Reduction, Contraction, Convolution, Cumulative, Attention, Scatter, Control)):
+            if isinstance(kind, (Reduction, Contraction, Convolution, Cumulative, Sort, Attention, Scatter, Control)):
                 continue
             total = deep = 0
             for v in op.operands:

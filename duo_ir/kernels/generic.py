@@ -28,6 +28,7 @@ from duo_ir.kernels.kernel import (
     LoopKernel,
     ScanKernel,
     ScatterKernel,
+    SortKernel,
     Stage,
     Store,
     Window,
@@ -100,6 +101,8 @@ class _Template:
             made = self.convolve(kernel)
         elif isinstance(kernel, ScanKernel):
             made = self.scan(kernel)
+        elif isinstance(kernel, SortKernel):
+            made = self.sort(kernel)
         elif isinstance(kernel, AttentionKernel):
             made = self.attention(kernel)
         else:
@@ -162,11 +165,25 @@ class _Template:
         axes = (*kernel.axes, kernel.length)
         extents = self.extents(axes)
         scope = _Scope(axes, extents)
-        source, target = self.access(kernel.source, scope), self.access(kernel.target, scope)
+        body, stores = self.body(kernel.body, scope), tuple([self.store(s, scope) for s in kernel.stores])
         args = self.args(kernel.args)
         return replace(
-            kernel, args=args, axes=extents[:-1], length=extents[-1], source=source, target=target, dims=self.names()
+            kernel, args=args, axes=extents[:-1], length=extents[-1], body=body, stores=stores, dims=self.names()
         )
+
+    def sort(self, kernel: SortKernel) -> SortKernel:
+        """All elements, or the first few of a row: which, is decided by whether the two sizes have one name."""
+        axes = (*kernel.axes, kernel.length)
+        extents = self.extents(axes)
+        count = extents[-1] if kernel.count == kernel.length else self.name(_static(kernel.count))
+        source = self.access(kernel.source, _Scope(axes, extents))
+        scope = _Scope((*kernel.axes, kernel.count), (*extents[:-1], count))
+        values, positions = (None if a is None else self.access(a, scope) for a in (kernel.values, kernel.positions))
+        args = self.args(kernel.args)
+        return replace(
+            kernel, args=args, axes=extents[:-1], length=extents[-1], count=count, source=source, values=values,
+            positions=positions, dims=self.names(),
+        )  # fmt: skip
 
     def attention(self, kernel: AttentionKernel) -> AttentionKernel:
         """The widths of heads stay: tiles are made for them."""

@@ -6,7 +6,7 @@ over threads gives the same bits); positions in buffers are affine in the loop i
 values arrive at run time as i64 arguments named by `dims`.
 
 Kinds: `LoopKernel` (everything elementwise, movement, reductions, gather), `ContractKernel` (matmul), `ConvKernel`, `AttentionKernel`,
-`ScanKernel` (cumulative ops) and `ScatterKernel`. All are frozen, compare by value and print (`text.py` beside this file).
+`ScanKernel` (cumulative ops), `SortKernel` and `ScatterKernel`. All are frozen, compare by value and print (`text.py` beside this file).
 """
 
 from __future__ import annotations
@@ -57,6 +57,7 @@ class Instr:
       index     attr: Affine over the axes in scope -> i64
       dim       attr: DimLike -> i64 (a run-time size)
       reduced   attr: (stage, n) -> result n of an earlier stage's reductions (outer point's value)
+      saved     attr: n -> part n of a scan's state before this element (ScanKernel)
       acc       the contraction's value at this point (ContractKernel epilogue), already rounded to its result dtype
       check     args: i64 index; attr: (DimLike bound, int site) -> the index; when not 0 <= index < bound it
                 reports `site` and the offending index to the status word and yields 0
@@ -192,19 +193,44 @@ class ConvKernel:
 
 @dataclass(frozen=True, slots=True)
 class ScanKernel:
-    """Cumulative sum along one axis, sequential from +0.0 in ascending index: out[axes..., i] = sum of x[axes..., :i+1].
+    """A running fold along one axis, in ascending index, at each point of `axes`: the state is `start` (dtype and number of each part), and
+    after element i it is the instructions `following` of the body.
 
-    `source` and `target` are affine over (axes..., i). f16/bf16 accumulate in f32 and round each output.
+    The body and the stores are over (axes..., i); `saved` n is part n of the state before element i.
     """
 
     args: tuple[Arg, ...]
     axes: tuple[DimLike, ...]
     length: DimLike
-    source: Access
-    target: Access
-    acc: DType
+    start: tuple[tuple[DType, float | int], ...]
+    following: tuple[int, ...]
+    body: Body
+    stores: tuple[Store, ...]
     dims: tuple[str, ...] = ()
     sites: tuple[str, ...] = field(default=(), compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class SortKernel:
+    """At each point of `axes`, of which there is at least one axis, the first `count` of `length` elements in stable order, as `duo_ir/ops/order.py` defines it.
+
+    `source` is affine over (axes..., i < length); `values` and `positions` (i64), of which one may be missing, over (axes..., j < count).
+    """
+
+    args: tuple[Arg, ...]
+    axes: tuple[DimLike, ...]
+    length: DimLike
+    count: DimLike
+    source: Access
+    values: Access | None
+    positions: Access | None
+    descending: bool
+    dims: tuple[str, ...] = ()
+    sites: tuple[str, ...] = field(default=(), compare=False)
+
+    @property
+    def dtype(self) -> DType:
+        return self.args[self.source.buffer].dtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,4 +285,4 @@ class AttentionKernel:
         return self.sums is None
 
 
-Kernel: TypeAlias = LoopKernel | ContractKernel | ConvKernel | AttentionKernel | ScanKernel | ScatterKernel
+Kernel: TypeAlias = LoopKernel | ContractKernel | ConvKernel | AttentionKernel | ScanKernel | SortKernel | ScatterKernel

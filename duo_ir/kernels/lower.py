@@ -19,6 +19,8 @@ from duo_ir.kernels.access import (
     divide,
     identity,
     linear,
+    merge,
+    mergeable,
     strides_of,
     through,
     unravel,
@@ -51,9 +53,10 @@ from duo_ir.opdef import (
     Reduction,
     Reshape,
     Scatter,
+    Sort,
     compute_dtype,
 )  # fmt: skip
-from duo_ir.types import DimLike, DType
+from duo_ir.types import DimLike, DType, product
 
 ARG_REDUCTIONS = ("argmax", "argmin")
 
@@ -79,7 +82,9 @@ class Lowering(Memory):
             elif isinstance(kind, Convolution):
                 made = self._convolution(op, kind)
             elif isinstance(kind, Cumulative):
-                made = [self._scan(op)]
+                made = [self._scan(op, kind)]
+            elif isinstance(kind, Sort):
+                made = [self._sort(op)]
             elif isinstance(kind, Attention):
                 made = [self._attention(op, kind)]
             elif isinstance(kind, Scatter):
@@ -295,15 +300,40 @@ class Lowering(Memory):
 
         return self._reduce(op, "dot", axes, len(axes) - 1, acc, values)
 
-    def _scan(self, op: Op) -> Draft:
+    def _scan(self, op: Op, kind: Cumulative) -> Draft:
+        axes, index = _last(op.operands[0].type.shape, op.attrs["axis"])
+        body, n = BodyBuilder(), len(axes)
+        elements = []
+        for x in op.operands:
+            handle = body.load(self.address(x, index, axes), x.type.dtype)
+            elements.append(body.convert(handle, compute_dtype(x.type.dtype)))
+        start = kind.start(compute_dtype(op.operands[0].type.dtype))
+        state = tuple([body.put("saved", (), dtype, k) for k, (dtype, _) in enumerate(start)])
+        after = kind.step(body, state, tuple(elements), body.index((0, (*(0,) * (n - 1), 1))))
+        puts = [
+            Put(r, linear(index, r.type.shape, n), body.convert(handle, r.type.dtype))
+            for r, handle in zip(op.results, after, strict=True)
+        ]
+        stage = DraftStage((), body, puts, [("next", (handle,), dtype) for handle, (dtype, _) in zip(after, start)])
+        return Draft("scan", op, self.order[op], op.results, axes, (), [stage], start=start)
+
+    def _sort(self, op: Op) -> Draft:
         (x,) = op.operands
-        axis, shape = op.attrs["axis"], x.type.shape
-        order = [*[a for a in range(len(shape)) if a != axis], axis]
-        axes = tuple([shape[a] for a in order])
-        walk = identity(axes)
-        index = tuple([walk[order.index(a)] for a in range(len(shape))])
-        ends = self.address(x, index, axes), linear(index, shape, len(axes))
-        return Draft("scan", op, self.order[op], (op.result,), axes, scan=ends)
+        axis = op.attrs["axis"]
+        axes, index = _last(x.type.shape, axis)
+        source = self.address(x, index, axes)
+        out = op.results[0].type.shape
+        out_axes, out_index = _last(out, axis)
+        place = linear(out_index, out, len(out_axes))
+        last = len(axes) - 1
+        groups = [*mergeable(axes, [source.position, place], 0, last), [last]]
+        rows = tuple([product([axes[k] for k in g]) for g in groups[:-1]])
+        ends = [merge(p, groups) for p in (source.position, place)]
+        if not rows:  # there is always one axis of rows
+            rows, ends = (1,), [(offset, (0, *strides)) for offset, strides in ends]
+        return Draft(
+            "sort", op, self.order[op], op.results, (*rows, axes[last]), sorted=(Ref(source.value, ends[0]), ends[1])
+        )
 
     def _attention(self, op: Op, kind: Attention) -> Draft:
         q, k, v, *rest = op.operands
@@ -364,6 +394,14 @@ class Lowering(Memory):
         draft = Draft("scatter", op, self.order[op], (op.result,), axes, (), [stage], inlined=e.inlined)
         draft.refs.append(Ref(memory, at))
         return draft
+
+
+def _last(shape: Axes, axis: int) -> tuple[Axes, Index]:
+    """Loops over a shape with `axis` innermost, and the index that walks the shape in them."""
+    order = [*[a for a in range(len(shape)) if a != axis], axis]
+    axes = tuple([shape[a] for a in order])
+    walk = identity(axes)
+    return axes, tuple([walk[order.index(a)] for a in range(len(shape))])
 
 
 def _fold_batch(rows: Axes, n: DimLike, k: DimLike, a: Ref, b: Ref) -> tuple[Axes, Ref, Ref]:

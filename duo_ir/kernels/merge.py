@@ -34,7 +34,7 @@ class Group:
         self.rows = draft.rows
         self.reduces = draft.kind == "reduce"
         self.target: Axes | None = draft.outer if draft.kind == "contract" else None
-        self.fixed = draft.kind in ("attention", "scan", "scatter", "control") or product(draft.axes) == 0
+        self.fixed = draft.kind in ("attention", "scan", "sort", "scatter", "control") or product(draft.axes) == 0
         self.outer_size = product(draft.outer)
 
 

@@ -24,6 +24,7 @@ from duo_ir.kernels.kernel import (
     Reduce,
     ScanKernel,
     ScatterKernel,
+    SortKernel,
     Store,
 )  # fmt: skip
 from duo_ir.kernels.program import Cond, Copy, Item, Program, Step
@@ -99,9 +100,11 @@ def print_kernel(kernel: Kernel, head: str = "") -> str:
     elif isinstance(kernel, ScanKernel):
         names = [*_names("i", len(kernel.axes)), "l"]
         lines = [f"{head}scan({args}){_loops(names, (*kernel.axes, kernel.length))}"]
-        lines.append(
-            f"  {_access(kernel.target, names)} = running sum of {_access(kernel.source, names)} in {kernel.acc.name}"
-        )
+        lines.append("  state " + ", ".join(f"{dtype.name} {number}" for dtype, number in kernel.start))
+        lines += _body(kernel.body, kernel.stores, names)
+        lines.append("    next " + ", ".join(f"%{n}" for n in kernel.following))
+    elif isinstance(kernel, SortKernel):
+        lines = _sort(kernel, f"{head}sort({args})")
     elif isinstance(kernel, AttentionKernel):
         lines = _attention(kernel, f"{head}attention{' gradient' if kernel.backward else ''}({args})")
     else:
@@ -138,6 +141,16 @@ def _attention(kernel: AttentionKernel, head: str) -> list[str]:
     lines.append(f"  g {reads[3]}, lse {lse}, delta {delta}")
     writes = [_access(a, [*batch, *shape]) for a, shape in zip(kernel.writes, shapes)]
     return [*lines, f"  {writes[0]} = dq, {writes[1]} = dk, {writes[2]} = dv"]
+
+
+def _sort(kernel: SortKernel, head: str) -> list[str]:
+    names = _names("i", len(kernel.axes))
+    of = f"{_access(kernel.source, [*names, 'l'])}{', descending' if kernel.descending else ''}"
+    lines = [f"{head}{_loops([*names, 'l', 'j'], (*kernel.axes, kernel.length, kernel.count))}"]
+    for target, what in ((kernel.values, "values"), (kernel.positions, "positions")):
+        if target is not None:
+            lines.append(f"  {_access(target, [*names, 'j'])} = sorted {what} of {of}")
+    return lines
 
 
 def _scatter(kernel: ScatterKernel, head: str) -> list[str]:
@@ -208,7 +221,7 @@ def _instr(instr: Instr, names: Sequence[str]) -> str:
     if instr.op == "check":
         assert isinstance(attr, tuple)
         return f"check {args} < {attr[0]} site {attr[1]}"
-    if instr.op in ("const", "dim"):
+    if instr.op in ("const", "dim", "saved"):
         return f"{instr.op} {attr}"
     return f"{instr.op} {args}".rstrip()
 

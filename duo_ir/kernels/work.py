@@ -18,6 +18,7 @@ from duo_ir.kernels.kernel import (
     LoopKernel,
     ScanKernel,
     ScatterKernel,
+    SortKernel,
 )  # fmt: skip
 from duo_ir.ops.attention import HALF
 from duo_ir.types import evaluate, product
@@ -50,7 +51,7 @@ def flops(kernel: Kernel, sizes: Mapping[str, int]) -> int:
     if isinstance(kernel, ScatterKernel):
         return evaluate(product(kernel.axes), sizes) * (_body(kernel.body) + (kernel.mode == "add"))
     if isinstance(kernel, ScanKernel):
-        return evaluate(product(kernel.axes) * kernel.length, sizes)
+        return evaluate(product(kernel.axes) * kernel.length, sizes) * _body(kernel.body)
     return 0
 
 
@@ -94,6 +95,9 @@ def describe(kernel: Kernel, sizes: Mapping[str, int]) -> str:
         return f"loop {numbers(kernel.axes)}" + (f", {', '.join(dict.fromkeys(parts))}" if parts else "")
     if isinstance(kernel, ScanKernel):
         return f"cumulative {numbers((*kernel.axes, kernel.length))}"
+    if isinstance(kernel, SortKernel):
+        count, length = numbers((kernel.count,)), numbers((kernel.length,))
+        return f"sort {numbers(kernel.axes)} of {length}" + (f", first {count}" if count != length else "")
     if isinstance(kernel, ScatterKernel):
         return f"scatter {numbers(kernel.axes)} into {evaluate(kernel.size, sizes)}"
     return type(kernel).__name__

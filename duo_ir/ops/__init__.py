@@ -67,16 +67,18 @@ from duo_ir.ops.elementwise import (
 from duo_ir.ops.generate import constant, iota, size
 from duo_ir.ops.indexing import gather, scatter
 from duo_ir.ops.linalg import matmul
+from duo_ir.ops.order import sort
 from duo_ir.ops.random import random_bits, random_word
-from duo_ir.ops.reduce import all, any, argmax, argmin, cumsum, max, min, prod, sum
+from duo_ir.ops.reduce import all, any, argmax, argmin, max, min, prod, sum
+from duo_ir.ops.running import cummax, cummin, cumprod, cumsum, linear_scan, logcumsumexp
 from duo_ir.ops.shape import broadcast, concat, flip, pad, reshape, slice, transpose
 
 __all__ = [
     "abs", "acos", "add", "all", "and_", "any", "argmax", "argmin", "asin", "atan", "attention", "attention_gradient", "bitcast", "broadcast",
-    "broadcasting", "cast", "ceil", "concat", "cond", "constant", "conv", "cos", "cosh", "cumsum", "div", "eq", "erf", "exp", "expm1", "flip",
+    "broadcasting", "cast", "ceil", "concat", "cond", "constant", "conv", "cos", "cosh", "cummax", "cummin", "cumprod", "cumsum", "div", "eq", "erf", "exp", "expm1", "flip",
     "floor", "floor_divide",
-    "gather", "ge", "gelu", "gelu_tanh", "gt", "integer_pow", "iota", "is_finite", "le", "log", "log1p", "lt", "matmul", "max", "maximum", "min", "minimum",
+    "gather", "ge", "gelu", "gelu_tanh", "gt", "integer_pow", "iota", "is_finite", "le", "linear_scan", "log", "log1p", "logcumsumexp", "lt", "matmul", "max", "maximum", "min", "minimum",
     "mul", "ne", "neg", "normal_quantile", "not_", "or_", "pad", "pow", "prod", "random_bits", "random_word", "remainder", "reshape", "round", "rsqrt",
-    "scatter", "shift_left", "shift_right_arithmetic", "shift_right_logical", "sigmoid", "sign", "silu", "sin", "sinh", "size", "slice", "sqrt",
+    "scatter", "shift_left", "shift_right_arithmetic", "shift_right_logical", "sigmoid", "sign", "silu", "sin", "sinh", "size", "slice", "sort", "sqrt",
     "stop_gradient", "straight_through", "sub", "sum", "tan", "tanh", "transpose", "trunc", "where", "while_", "xor",
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Reductions and the cumulative sum. Reduced axes are dropped from the shape; `broadcasting.py` has forms that keep them.
+"""Reductions. Reduced axes are dropped from the shape; `broadcasting.py` has forms that keep them.
 
 The order of every sum and product is fixed by the numerics contract and written out in `reference.py`.
 """
@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 
 from duo_ir.core import Op, Value
 from duo_ir.errors import ArgumentError, DTypeError, ShapeError
-from duo_ir.opdef import Cumulative, OpDef, Reduction, compute_dtype
+from duo_ir.opdef import OpDef, Reduction, compute_dtype
 from duo_ir.ops import broadcasting as nd
 from duo_ir.ops import elementwise as ew
 from duo_ir.ops import reference, shape
@@ -193,21 +193,3 @@ argmin = OpDef(
     reference=reference.argmin,
     doc="The first NaN, else the lowest index of the least.",
 )
-
-
-# -------------------------------------------------------------------------------------------------- cumulative sum
-def _cumsum_type(x: TensorType, *, axis: int) -> TensorType:
-    _number(x)
-    check_axes((axis,), x.rank, "axis")
-    return x
-
-
-def _cumsum_vjp(op: Op, g: Value) -> tuple[Value]:
-    axis = op.attrs["axis"]
-    return (shape.flip(cumsum(shape.flip(g, axes=(axis,)), axis=axis), axes=(axis,)),)
-
-
-cumsum = OpDef(
-    "cumsum", _cumsum_type, Cumulative(), reference=reference.cumsum, vjp=_cumsum_vjp, linear=(0,),
-    doc="Sums of all elements up to each, added one after another from +0.0.",
-)  # fmt: skip

@@ -1,4 +1,4 @@
-"""NumPy references in the exact orders of the numerics contract (reductions, contractions, convolution, cumulative sums, scatter).
+"""NumPy references in the exact orders of the numerics contract (reductions, contractions, convolution, scatter).
 
 Each is vectorised over everything that is not reduced, and sequential where the contract is. f16 and bf16 accumulate in f32 and
 round once at the end.
@@ -144,19 +144,6 @@ def argmax(x: Array, *, axes: Ints) -> Array:
 def argmin(x: Array, *, axes: Ints) -> Array:
     """The first NaN, else the lowest index among the least."""
     return np.asarray(np.argmin(widen(x), axis=axes[0]), np.int64)
-
-
-@np.errstate(all="ignore")
-def cumsum(x: Array, *, axis: int) -> Array:
-    """Sequential from +0.0."""
-    wide = widen(x)
-    out = np.empty_like(wide)
-    acc = np.zeros(x.shape[:axis] + x.shape[axis + 1 :], wide.dtype)
-    source, target = np.moveaxis(wide, axis, 0), np.moveaxis(out, axis, 0)
-    for k in range(x.shape[axis]):
-        acc = acc + source[k]
-        target[k] = acc
-    return narrow(out, x.dtype)
 
 
 # ------------------------------------------------------------------------------------------------------- contraction

@@ -29,6 +29,7 @@ from duo_ir.opdef import (
     Reduction,
     Reshape,
     Scatter,
+    Sort,
 )
 from duo_ir.ops import and_, iota, not_, where
 from duo_ir.ops import any as any_
@@ -358,6 +359,7 @@ _RULES: dict[type, Callable[[_Walk, Op, list[Lane]], Any]] = {
     Reshape: _reshape,
     Concat: _along_axis,
     Cumulative: _along_axis,
+    Sort: _along_axis,
     Reduction: _reduction,
     Contraction: _contraction,
     Convolution: _convolution,

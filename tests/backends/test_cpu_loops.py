@@ -786,13 +786,17 @@ def test_scan(shape, axis):
         order = [k for k in range(len(shape)) if k != axis] + [axis]
         at = Affine(0, tuple(strides[k] for k in order))
         n = math.prod(shape)
+        step = [("load", (), dtype, Access(0, at)), ("saved", (), acc, 0)]
+        step += [("convert", (0,), acc), ("add", (1, 2), acc), ("convert", (3,), dtype)] if acc is not dtype else []
+        step += [("add", (1, 0), acc)] if acc is dtype else []
         kernel = ScanKernel(
             (Arg(dtype, n), Arg(dtype, n, True)),
             tuple(shape[k] for k in order[:-1]),
             shape[axis],
-            Access(0, at),
-            Access(1, at),
-            acc,
+            ((acc, 0),),
+            (3 if acc is not dtype else 2,),
+            body(*step),
+            (Store(Access(1, at), len(step) - 1),),
         )
         x = data(dtype, n)
         wide = x.reshape(shape).astype(acc.numpy)

@@ -240,6 +240,36 @@ def _attention_gradient(
     return dq, dk, np.einsum("...hts,...the->...she", p, g)
 
 
+_RUNNING: Variants = tuple(((s,), {"axis": a}) for s, a in (((7,), 0), ((3, 5), 0), ((3, 5), 1), ((0,), 0), ((2, 3, 4), 1)))
+
+
+def _extremum(x: np.ndarray, axis: int, pick: Any) -> tuple[Any, Any]:
+    """Running extrema, and where the last of equals is."""
+    if not x.size:
+        return x, np.zeros(x.shape, np.int64)
+    values = pick.accumulate(x, axis)
+    place = np.arange(x.shape[axis]).reshape([-1 if a == axis else 1 for a in range(x.ndim)])
+    return values, np.maximum.accumulate(np.where(x == values, place, 0), axis)
+
+
+def _recurrence(a: np.ndarray, b: np.ndarray, axis: int) -> Any:
+    out, state = np.empty_like(b), np.zeros_like(np.take(b, 0, axis)) if b.size else 0
+    for k in range(b.shape[axis]):
+        state = np.take(a, k, axis) * state + np.take(b, k, axis)
+        np.moveaxis(out, axis, 0)[k] = state
+    return out
+
+
+def _sorted(x: np.ndarray, axis: int, descending: bool, count: int) -> tuple[Any, Any]:
+    """A stable descending sort is a stable ascending one of the reversed, reversed."""
+    if descending:
+        order = x.shape[axis] - 1 - np.flip(np.argsort(np.flip(x, axis), axis, kind="stable"), axis)
+    else:
+        order = np.argsort(x, axis, kind="stable")
+    places = np.take(order, np.arange(count), axis)
+    return np.take_along_axis(x, places, axis), places
+
+
 _TOGETHER = (  # shapes of query, key, value and perhaps a mask; causal
     ((5, 1, 3), (5, 1, 3), (5, 1, 2), False), ((2, 3, 2, 4), (2, 7, 2, 4), (2, 7, 2, 4), (2, 2, 3, 7), False),
     ((66, 1, 2), (66, 1, 2), (66, 1, 3), True), ((0, 2, 3), (4, 2, 3), (4, 2, 1), True),
@@ -440,9 +470,18 @@ def _table() -> list[Row]:
         Row(o.all, lambda x, axes: x.all(axis=axes), (real,), (bool_,), _REDUCED),
         Row(o.argmax, lambda x, axes: np.asarray(x.argmax(axis=axes[0])), (real,), NUMBERS, _SEARCHED),
         Row(o.argmin, lambda x, axes: np.asarray(x.argmin(axis=axes[0])), (real,), NUMBERS, _SEARCHED),
-        Row(o.cumsum, lambda x, axis: np.cumsum(x, axis, dtype=x.dtype), (real,), NUMBERS, tuple(
-            ((s,), {"axis": a}) for s, a in (((7,), 0), ((3, 5), 0), ((3, 5), 1), ((0,), 0), ((2, 3, 4), 1))
-        ), None, (0,)),
+        Row(o.cumsum, lambda x, axis: np.cumsum(x, axis, dtype=x.dtype), (real,), NUMBERS, _RUNNING, None, (0,)),
+        Row(o.cumprod, lambda x, axis: np.cumprod(x, axis, dtype=x.dtype), (uniform(-2, 2),), NUMBERS, _RUNNING, None, (0,)),
+        Row(o.cummax, lambda x, axis: _extremum(x, axis, np.maximum), (spread,), NUMBERS, _RUNNING, 0, (0,)),
+        Row(o.cummin, lambda x, axis: _extremum(x, axis, np.minimum), (spread,), NUMBERS, _RUNNING, 0, (0,)),
+        Row(o.logcumsumexp, lambda x, axis: np.logaddexp.accumulate(x, axis), (real,), FLOATS, _RUNNING, None, (0,)),
+        Row(o.linear_scan, _recurrence, (uniform(-1, 1), real), NUMBERS, tuple(((s[0], s[0]), a) for s, a in _RUNNING), None, (0, 1)),
+        Row(o.sort, _sorted, (spread,), ALL, tuple(
+            ((s,), {"axis": a, "descending": d, "count": k}) for s, a, d, k in (
+                ((7,), 0, False, 7), ((7,), 0, True, 3), ((3, 5), 0, True, 3), ((3, 5), 1, False, 5), ((2, 33), 1, False, 33), ((0,), 0, False, 0),
+                ((3, 70), 1, True, 0), ((2, 3, 4), 1, False, 2), ((1,), 0, True, 1), ((2, 300), 1, True, 4), ((2, 0), 0, False, 1),
+            )
+        ), 0, (0,)),
         Row(o.reshape, lambda x, shape: x.reshape(shape), (real,), ALL, tuple(
             ((s,), {"shape": t}) for s, t in (((6,), (2, 3)), ((2, 3), (3, 2)), ((1,), ()), ((), (1, 1)), ((0,), (2, 0)), ((2, 3, 4), (6, 4)))
         ), 0, (0,)),

@@ -1,0 +1,166 @@
+"""Sorting in CUDA C: tiles of a row by a bitonic network in shared memory, then runs merged two by two, a launch for each doubling.
+
+A row that fits a tile takes one launch. Records hold a key and a position, so that all are distinct and the order is the one stable order of
+`duo_ir/ops/order.py`; values are read again where they came from. Where only the first few are wanted, runs are cut to them on the way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from duo_backends.cuda.body import Emitter, Scope, Writer, in_memory
+from duo_backends.cuda.code import GpuTarget, KernelCode, Launch, ceil_div, parameters, points, polynomial, symbol
+from duo_ir.kernels.kernel import Access, Affine, SortKernel
+from duo_ir.types import evaluate, i64, product
+
+_TILE = 1024  # records that a block sorts at most
+_DOUBLINGS = 21  # merging launches of a kernel for any length: up to 2^31 records
+_EACH, _THREADS = 8, 128  # results that a thread merges
+
+
+def compile_sort(kernel: SortKernel, target: GpuTarget) -> KernelCode:
+    """CUDA C and launches of a SortKernel."""
+    return _Sort(kernel, symbol(kernel, target)).compile()
+
+
+@dataclass
+class _Sort:
+    kernel: SortKernel
+    name: str
+
+    def __post_init__(self) -> None:
+        kernel = self.kernel
+        self.w = Writer()
+        self.e = Emitter(self.w, kernel.args, True)
+        self.wide = kernel.dtype.itemsize == 8
+        self.record = "SortPair" if self.wide else "SortWord"
+        self.record_bytes = 16 if self.wide else 8
+        n = kernel.length
+        self.tile = min(_TILE, max(32, 1 << (n - 1).bit_length())) if isinstance(n, int) and n > 0 else _TILE
+        self.n, self.count = polynomial(n), polynomial(kernel.count)
+        names = [f"a{k}" for k in range(len(kernel.args))] + ["scratch", "status"] + [f"d_{d}" for d in kernel.dims]
+        self.arguments = ", ".join(names)
+        self.launches: list[Launch] = []
+
+    def compile(self) -> KernelCode:
+        self._load()
+        self._store()
+        self._tiles()
+        n = self.kernel.length
+        most = self._passes(n) if isinstance(n, int) else _DOUBLINGS
+        for number in range(most):
+            self._merges(number)
+        if most:
+            self._write()
+        return KernelCode(self.w.text(), tuple(self.launches), self._scratch, headers=("sort.cuh",))
+
+    # ------------------------------------------------------------------------------------------------------- sizes
+    def _passes(self, n: int) -> int:
+        return max(0, ceil_div(n, self.tile) - 1).bit_length()
+
+    def _length(self, sizes: Mapping[str, int]) -> int:
+        return evaluate(self.kernel.length, sizes)
+
+    def _wanted(self, sizes: Mapping[str, int]) -> int:
+        """Rows, none where nothing is to be written."""
+        return points(self.kernel.axes, sizes) if evaluate(self.kernel.count, sizes) else 0
+
+    def _scratch(self, sizes: Mapping[str, int]) -> int:
+        n = self._length(sizes)
+        return 2 * self.record_bytes * n * self._wanted(sizes) if self._passes(n) else 0
+
+    # ------------------------------------------------------------------------------------------------------- functions
+    def _load(self) -> None:
+        """The record of element i of a row."""
+        w, e, kernel = self.w, self.e, self.kernel
+        head = f"static __device__ __forceinline__ {self.record} {self.name}_load({parameters(kernel)}, long long row, long long i)"
+        with w.block(head):
+            x = e.define(kernel.dtype, e.load(kernel.source, (), Scope((*e.unravel("row", kernel.axes), "i"))))
+            w.put(f"{self.record} r;")
+            w.put(f"duo_record(r, {'~' if kernel.descending else ''}duo_key_{kernel.dtype.name}({x.name}), i);")
+            w.put("return r;")
+
+    def _store(self) -> None:
+        """Result j of a row, from its record."""
+        w, e, kernel = self.w, self.e, self.kernel
+        head = f"static __device__ __forceinline__ void {self.name}_store({parameters(kernel)}, long long row, long long j, {self.record} r)"
+        with w.block(head):
+            outer = e.unravel("row", kernel.axes)
+            place = e.define(i64, "duo_place(r)")
+            if kernel.positions is not None:
+                w.put(f"{self._target(kernel.positions, (*outer, 'j'))} = {place.name};")
+            if kernel.values is not None:
+                at = kernel.source.at
+                source = Access(kernel.source.buffer, Affine(at.offset, at.strides))
+                x = e.define(kernel.dtype, e.load(source, (), Scope((*outer, place.name))))
+                w.put(f"{self._target(kernel.values, (*outer, 'j'))} = {in_memory(x)};")
+
+    def _target(self, access: Access, indices: tuple[str, ...]) -> str:
+        return f"a{access.buffer}[{self.e.address(access, indices)}]"
+
+    def _function(self, name: str, threads: int) -> str:
+        return f'extern "C" __global__ void __launch_bounds__({threads}) {name}({parameters(self.kernel)})'
+
+    # -------------------------------------------------------------------------------------------------------- launches
+    def _tiles(self) -> None:
+        """Sorts each tile of each row; to scratch memory, or as results where the row is one tile."""
+        w, name, tile = self.w, f"{self.name}_0", self.tile
+        threads = max(32, min(256, tile // 2))
+        with w.block(self._function(name, threads)):
+            w.put("extern __shared__ __align__(16) unsigned char duo_shared[];")
+            w.put(f"{self.record} *s = ({self.record} *)duo_shared;")
+            w.put(f"const long long n = {self.n}, tiles = (n + {tile - 1}) / {tile};")
+            w.put(f"const long long row = blockIdx.x / tiles, first = blockIdx.x % tiles * {tile};")
+            with w.block(f"for (int t = threadIdx.x; t < {tile}; t += {threads})"):
+                w.put(f"if (first + t < n) s[t] = {self.name}_load({self.arguments}, row, first + t);")
+                w.put("else duo_last(s[t]);")
+            w.put(f"duo_sort_tile<{self.record}, {tile}>(s);")
+            w.put(f"const long long count = {self.count};")
+            with w.block(f"for (int t = threadIdx.x; t < {tile}; t += {threads})"):
+                w.put("if (first + t >= n || t >= count) continue;")
+                w.put(f"if (tiles == 1) {self.name}_store({self.arguments}, row, t, s[t]);")
+                w.put(f"else (({self.record} *)scratch)[row*n + first + t] = s[t];")
+
+        def blocks(sizes: Mapping[str, int]) -> int:
+            return self._wanted(sizes) * ceil_div(self._length(sizes), tile)
+
+        self.launches.append(Launch(name, threads, blocks, lambda sizes: tile * self.record_bytes))
+
+    def _merges(self, number: int) -> None:
+        """Merges runs of tile * 2^number records."""
+        w, name = self.w, f"{self.name}_{1 + number}"
+        with w.block(self._function(name, _THREADS)):
+            w.put(f"const long long n = {self.n}, rows = {polynomial(product(self.kernel.axes))}, each = (n + {_EACH - 1}) / {_EACH};")
+            w.put(f"const long long point = (long long)blockIdx.x*{_THREADS} + threadIdx.x;")
+            w.put("if (point >= rows*each) return;")
+            w.put(f"const long long row = point / each, begin = point % each * {_EACH};")
+            w.put(f"{self.record} *a = ({self.record} *)scratch + row*n, *b = a + rows*n;")
+            old, new = ("a", "b") if number % 2 == 0 else ("b", "a")
+            w.put(f"duo_merge<{self.record}>({old}, {new}, n, {self.count}, {self.tile << number}LL, begin, {_EACH});")
+
+        def blocks(sizes: Mapping[str, int]) -> int:
+            n = self._length(sizes)
+            return ceil_div(self._wanted(sizes) * ceil_div(n, _EACH), _THREADS) if number < self._passes(n) else 0
+
+        self.launches.append(Launch(name, _THREADS, blocks))
+
+    def _write(self) -> None:
+        """Results from the records of one run."""
+        w, name, kernel = self.w, f"{self.name}_w", self.kernel
+        with w.block(self._function(name, _THREADS)):
+            w.put(f"const long long n = {self.n}, count = {self.count}, rows = {polynomial(product(kernel.axes))};")
+            w.put(f"const long long point = (long long)blockIdx.x*{_THREADS} + threadIdx.x;")
+            w.put("if (point >= rows*count) return;")
+            w.put("const long long row = point / count, j = point % count;")
+            w.put("int passes = 0;")
+            w.put(f"for (long long width = {self.tile}; width < n; width *= 2) ++passes;")
+            w.put(f"const {self.record} *from = (const {self.record} *)scratch + (passes % 2 ? rows*n : 0);")
+            w.put(f"{self.name}_store({self.arguments}, row, j, from[row*n + j]);")
+
+        def blocks(sizes: Mapping[str, int]) -> int:
+            if not self._passes(self._length(sizes)):
+                return 0
+            return ceil_div(self._wanted(sizes) * evaluate(kernel.count, sizes), _THREADS)
+
+        self.launches.append(Launch(name, _THREADS, blocks))

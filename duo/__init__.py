@@ -11,6 +11,8 @@ import numpy as _numpy  # from here and not from deep within: with few frames be
 
 from duo import autograd, debug, functional, nn, optim
 from duo.control import cond, while_loop
+from duo.devices import Device as device
+from duo.devices import get_default_device
 from duo.eager import native as _native
 from duo.eager.creation import (
     arange,
@@ -31,6 +33,7 @@ from duo.eager.creation import (
     randn,
     randn_like,
     randperm,
+    set_default_device,
     set_default_dtype,
     tensor,
     zeros,

@@ -12,17 +12,29 @@ from typing import Any
 
 import numpy as np
 
+from duo.devices import Device
 from duo.dispatch import apply
+from duo.eager.moving import bring
 from duo.eager.tensor import EagerTensor, tensor_of
 from duo.eager.trace import state as tracing
+from duo.runtime import check_device
 from duo.tracing import innermost
 
 
+class State(EagerTensor):
+    """The state of a generator. It is on the device where it was drawn from last, so that there is one stream, whatever device it is for."""
+
+    __slots__ = ()
+    _roams = True
+
+
 class Generator:
-    """A stream of random numbers. `manual_seed(seed)` starts it again; `get_state`/`set_state` save and restore it."""
+    """A stream of random numbers, the same on every device. `manual_seed(seed)` starts it again; `get_state`/`set_state` save and restore it.
+    `device` is where it says that it is; it can be drawn from on any."""
 
     def __init__(self, device: object = "cpu") -> None:
-        self._state = _state(0, 0)
+        self.device = Device(check_device(device))
+        self._state = State(_state(0, 0)._val)
 
     @property
     def cell(self) -> EagerTensor:
@@ -97,8 +109,17 @@ def set_rng_state(state: EagerTensor) -> None:
     default_generator.set_state(state)
 
 
-def draw(body: Callable[..., Any], tensors: tuple = (), attrs: tuple = (), generator: Generator | None = None) -> Any:
-    """The sample of `body(state, *tensors, *attrs) -> (sample, new state)`; the generator moves on."""
+def draw(
+    body: Callable[..., Any],
+    tensors: tuple = (),
+    attrs: tuple = (),
+    generator: Generator | None = None,
+    device: str | None = None,
+) -> Any:
+    """The sample of `body(state, *tensors, *attrs) -> (sample, new state)`; the generator moves on. `device`: where it is made; else where the
+    tensors are."""
     source = default_generator if generator is None else generator
+    if device is not None:
+        bring(source.cell, device)
     sample, source.state = apply(body, (source.state, *tensors), attrs)
     return sample

@@ -1,8 +1,8 @@
 """Where frontends meet backends: buffers, executables, devices.
 
 A `Runnable` is a compiled Function: it takes buffers (and Python numbers for scalar parameters) and gives buffers. They are cached by
-canonical hash and bounded in number, so equal programs, from whichever frontend, are compiled once. `DUO_BACKEND=interpret` runs everything by
-the reference interpreter, which gives the same bits.
+canonical hash and bounded in number, so equal programs, from whichever frontend, are compiled once for a device. Each device that is used has a
+backend; a buffer says where it is (`device`). `DUO_BACKEND=interpret` runs everything by the reference interpreter, which gives the same bits.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from duo.devices import CPU, canonical
 from duo_backends.cpu.memory import Buffer, allocate
 from duo_ir.core import Function
 from duo_ir.errors import ArgumentError, DeviceError
@@ -44,10 +45,41 @@ class Statistics:
 statistics = Statistics()
 
 
-@functools.cache
-def backend() -> Any:
-    """The CPU backend. Emitters and passes are loaded here, at the first compilation, so that `import duo` stays quick."""
-    return importlib.import_module("duo_backends.cpu.backend").CpuBackend()
+_backends: dict[str, Any] = {}
+_there: dict[str, str] = {CPU: CPU}  # devices that were looked for and found, under their canonical names
+
+
+def backend(device: str = CPU) -> Any:
+    """The backend of a device. Emitters and passes are loaded here, at the first compilation, so that `import duo` stays quick."""
+    found = _backends.get(device)
+    if found is None:
+        with _making:
+            found = _backends.get(device)
+            if found is None:
+                found = _backends[device] = _make_backend(device)
+    return found
+
+
+def _make_backend(device: str) -> Any:
+    if device == CPU:
+        return importlib.import_module("duo_backends.cpu.backend").CpuBackend()
+    kind, _, number = device.partition(":")
+    return importlib.import_module(f"duo_backends.{kind}.backend").CudaBackend(int(number))
+
+
+def use_backend(device: str, backend: Any) -> None:
+    """Makes `backend` the one of a device, or with None, forgets the one it has. Programs are compiled anew."""
+    if backend is None:
+        _backends.pop(device, None)
+        _there.pop(device, None)
+    else:
+        _backends[device] = backend
+    clear_cache()
+
+
+def in_use() -> list[str]:
+    """The devices that have a backend by now."""
+    return list(_backends)
 
 
 @functools.cache
@@ -70,20 +102,21 @@ class Interpreted:
 
     givable: frozenset[int] = frozenset()  # it overwrites no input
 
-    def __init__(self, function: Function, check: bool = False) -> None:
-        self.function, self.check = function, check
+    def __init__(self, function: Function, check: bool = False, device: str = CPU) -> None:
+        self.function, self.check, self.device = function, check, device
 
-    def run(self, inputs: Sequence[Any], donated: Collection[int] = ()) -> list[Buffer]:
+    def run(self, inputs: Sequence[Any], donated: Collection[int] = ()) -> list[Any]:
         arrays = [
-            to_numpy(b, p.type, copy=True) if isinstance(b, Buffer) else np.asarray(b, p.type.dtype.numpy)
+            to_numpy(b, p.type, copy=True) if hasattr(b, "device") else np.asarray(b, p.type.dtype.numpy)
             for b, p in zip(inputs, self.function.params)
         ]
         run = _interpreter().interpret_checked if self.check else _interpreter().interpret
-        return [from_numpy(a) for a in run(self.function, *arrays)]
+        return [from_numpy(a, device=self.device) for a in run(self.function, *arrays)]
 
 
-_cache: OrderedDict[tuple[str, bool, tuple[int, ...]], Any] = OrderedDict()
+_cache: OrderedDict[tuple[str, bool, tuple[int, ...], str], Any] = OrderedDict()
 _lock = threading.Lock()
+_making = threading.RLock()
 _saved_alone = 0
 _use_interpreter = os.environ.get("DUO_BACKEND", "cpu") == "interpret"
 _check_nan = False
@@ -91,8 +124,8 @@ _fusion = os.environ.get("DUO_FUSION", "1") != "0"
 
 
 def _renew_lock() -> None:
-    global _lock
-    _lock = threading.Lock()  # another thread of the parent may have held it
+    global _lock, _making
+    _lock, _making = threading.Lock(), threading.RLock()  # another thread of the parent may have held them
 
 
 if hasattr(os, "register_at_fork"):
@@ -133,10 +166,10 @@ def clear_cache() -> None:
 cache_listeners: list[Any] = []
 
 
-def runnable(function: Function, fused: bool = True, scalars: Collection[int] = ()) -> Any:
-    """The compiled form of a Function whose types are static. `scalars`: numbers of 0-d parameters given as Python numbers."""
+def runnable(function: Function, fused: bool = True, scalars: Collection[int] = (), device: str = CPU) -> Any:
+    """The compiled form, for a device, of a Function whose types are static. `scalars`: numbers of 0-d parameters given as Python numbers."""
     fused = fused and _fusion
-    key = (function.hash, fused, tuple(scalars))
+    key = (function.hash, fused, tuple(scalars), device)
     found = _cache.get(key)
     if found is not None:
         statistics.hits += 1
@@ -145,7 +178,7 @@ def runnable(function: Function, fused: bool = True, scalars: Collection[int] = 
         except KeyError:
             pass
         return found
-    made = _make(function, fused, scalars)
+    made = _make(function, fused, scalars, device)
     with _lock:
         statistics.compiled += 1
         statistics.fused += fused
@@ -164,7 +197,7 @@ class Hoisted(NamedTuple):
 
 
 def hoist(function: Function, constants: Iterable[int], scalars: Collection[int] = ()) -> Hoisted | None:
-    """`runnable` of a Function in two; None where little depends on the parameters numbered `constants` alone."""
+    """`runnable` on the CPU of a Function in two; None where little depends on the parameters numbered `constants` alone."""
     if _use_interpreter or _check_nan:
         return None
     simple = _pipeline().simplify(function)
@@ -175,13 +208,13 @@ def hoist(function: Function, constants: Iterable[int], scalars: Collection[int]
 
 
 def compile_alone(function: Function, scalars: Collection[int] = ()) -> Any:
-    """`runnable` without fusion, for a caller that keeps what it gets. There may be one for every shape that a program meets, so only
+    """`runnable` on the CPU without fusion, for a caller that keeps what it gets. There may be one for every shape that a program meets, so only
     the first MAX_SAVED_ALONE of a process are kept on disk."""
     global _saved_alone
     with _lock:
         statistics.compiled += 1
         _saved_alone += 1
-    return _make(function, False, scalars, _saved_alone <= MAX_SAVED_ALONE)
+    return _make(function, False, scalars, CPU, _saved_alone <= MAX_SAVED_ALONE)
 
 
 def recorder(
@@ -193,13 +226,15 @@ def recorder(
 
 
 def interpreted(function: Function) -> Interpreted:
-    """`runnable` by the reference interpreter, for programs that are not worth compiling."""
+    """`runnable` on the CPU by the reference interpreter, for programs that are not worth compiling."""
     return Interpreted(function, _check_nan)
 
 
-def _make(function: Function, fused: bool, scalars: Collection[int], save: bool = True) -> Any:
+def _make(function: Function, fused: bool, scalars: Collection[int], device: str, save: bool = True) -> Any:
     if _use_interpreter or _check_nan:
-        return Interpreted(function, _check_nan)
+        return Interpreted(function, _check_nan, device)
+    if device != CPU:
+        return _pipeline().compile(function, backend(device), fusion=fused, scalars=scalars).bind({})
     return _compile(function, fused, scalars, save)
 
 
@@ -216,8 +251,11 @@ def _compile(function: Function, fused: bool, scalars: Collection[int], save: bo
     return made
 
 
-def from_numpy(array: np.ndarray, copy: bool = True) -> Buffer:
-    """A buffer with the array's contents; without `copy`, its very memory (C-contiguous arrays)."""
+# ---------------------------------------------------------------------------------------------------------- buffers
+def from_numpy(array: np.ndarray, copy: bool = True, device: str = CPU) -> Any:
+    """A buffer with the array's contents; on the CPU without `copy`, its very memory (C-contiguous arrays)."""
+    if device != CPU:
+        return backend(device).from_numpy(array)
     if not copy:
         return Buffer.from_numpy(array)
     array = np.ascontiguousarray(array)
@@ -226,17 +264,29 @@ def from_numpy(array: np.ndarray, copy: bool = True) -> Buffer:
     return buffer
 
 
-def filled(value: Any, type: TensorType) -> Buffer:
+def filled(value: Any, type: TensorType, device: str = CPU) -> Any:
     """A buffer whose elements are all that Python number or NumPy scalar."""
+    if device != CPU:
+        return backend(device).filled(value, type.dtype, type.static_shape())
     buffer = allocate(type.dtype.numpy.itemsize * math.prod(type.static_shape()))
     buffer.fill(value, type.dtype, type.static_shape())
     return buffer
 
 
-def to_numpy(buffer: Buffer, type: TensorType, copy: bool = False) -> np.ndarray:
-    """The buffer as an array of that type; without `copy`, a view that keeps the buffer alive."""
+def to_numpy(buffer: Any, type: TensorType, copy: bool = False) -> np.ndarray:
+    """The buffer as an array of that type; on the CPU without `copy`, a view that keeps the buffer alive. Raises IndexOutOfRange when a program
+    that a GPU ran before met one."""
     shape = type.static_shape()
+    if buffer.__class__ is not Buffer:
+        return backend(buffer.device).to_numpy(buffer, type.dtype, shape)
     return buffer.read(type.dtype, shape) if copy else buffer.numpy(type.dtype, shape)
+
+
+def moved(buffer: Any, type: TensorType, device: str) -> Any:
+    """A buffer with the same contents on another device, or the very buffer where it is there already."""
+    if buffer.device == device:
+        return buffer
+    return from_numpy(to_numpy(buffer, type), device=device)
 
 
 _C_TYPES: dict[str, Any] = {
@@ -245,24 +295,35 @@ _C_TYPES: dict[str, Any] = {
 }  # fmt: skip
 
 
-def read_number(buffer: Buffer, type: TensorType) -> Any:
+def read_number(buffer: Any, type: TensorType) -> Any:
     """The only element of a buffer as a Python number."""
     found = _C_TYPES.get(type.dtype.name)
-    if found is not None:
+    if found is not None and buffer.__class__ is Buffer:
         return found.from_address(buffer.ptr).value
     return to_numpy(buffer, type, copy=True).item()
 
 
 def synchronize() -> None:
-    """Waits for programs that were started. Those on the CPU have finished when they return."""
+    """Waits for programs that were started, on every device in use. Those on the CPU have finished when they return. Raises IndexOutOfRange for
+    one that met an index out of range."""
+    for used in list(_backends.values()):
+        used.synchronize()
 
 
 def check_device(device: object) -> str:
-    """The device's name if programs can run there. Raises DeviceError."""
-    name = str(device)
-    if name.split(":")[0] != "cpu":
-        raise DeviceError(f"device {name!r} is not there: this build of duo runs on 'cpu'")
-    return "cpu"
+    """The canonical name of a device on which programs can run; None is the default device. Raises DeviceError, which says what is missing."""
+    if device.__class__ is str and device in _there:
+        return _there[device]  # type: ignore[index]
+    name = canonical(device)
+    if name not in _there:
+        try:
+            found = backend(name)
+            _ = found.driver, found.compiler  # looked for here
+        except DeviceError as error:
+            _backends.pop(name, None)
+            raise DeviceError(f"device {name!r} cannot be used: {error}") from None
+        _there[name] = name
+    return name
 
 
 # ---------------------------------------------------------------------------------------------------------- profiles

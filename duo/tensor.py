@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from duo import functional as F
+from duo.devices import CPU, canonical, names_device
 from duo.dispatch import apply, apply_view
 from duo.functional import elementwise as elem
 from duo.functional import random as rng
@@ -180,10 +181,10 @@ class Tensor:
         """to(dtype), to(device), to(device, dtype) or to(other tensor). A memory_format changes nothing: layout is the compiler's matter."""
         for a in args:
             if is_tensor(a):
-                dtype = a.dtype
+                dtype, device = a.dtype, getattr(a, "device", None)
             elif isinstance(a, builtins.bool):
                 continue  # PyTorch's non_blocking
-            elif isinstance(a, str) and a.split(":")[0] in ("cpu", "cuda"):
+            elif names_device(a):
                 device = a
             else:
                 dtype = a
@@ -193,12 +194,18 @@ class Tensor:
         return F.clone(out) if copy and out is self else out
 
     def _to_device(self, device: Any) -> Any:
-        if str(device).split(":")[0] != "cpu":
-            raise DeviceError(f"to: this tensor cannot move to {device!r}")
+        """On another device. A tensor that has no memory of its own, only a place in a program, does not move."""
+        if canonical(device) != CPU:
+            raise DeviceError(f"to: this tensor cannot move to {device!r}; move what it is computed from")
         return self
 
     def cpu(self) -> Any:
+        """On the CPU."""
         return self._to_device("cpu")
+
+    def cuda(self, device: Any = None) -> Any:
+        """On a GPU: the current one, or that of the number or name."""
+        return self._to_device("cuda" if device is None else device)
 
     def type_as(self, other: Any) -> Any:
         """In other's dtype."""

@@ -15,7 +15,7 @@ import numpy as np
 
 from duo.dispatch import View, apply
 from duo.eager.infer import user_location
-from duo.eager.tensor import EagerTensor
+from duo.eager.tensor import EagerTensor, tensor_of
 from duo.tensor import Tensor
 from duo_ir.core import Builder, Function, Value, current_builder
 from duo_ir.errors import TraceError
@@ -122,7 +122,14 @@ class Traced(Tensor):
             f"a tensor {self._type} inside {self.tracing.where} is not written in place; use the op that returns a new tensor"
         )
 
-    _lift = staticmethod(EagerTensor._lift)
+    @staticmethod
+    def _lift(array: np.ndarray) -> EagerTensor:
+        return tensor_of(array)
+
+    @property
+    def device(self) -> Any:
+        """Where it runs is up to the tensors that it is called on."""
+        return None
 
     def item(self) -> NoReturn:  # type: ignore[override]
         raise TraceError(

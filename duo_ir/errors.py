@@ -28,6 +28,10 @@ class DeviceError(DuoError, RuntimeError):
     """Operands on different devices, or a device that is not there."""
 
 
+class HostError(DeviceError, TypeError):
+    """Memory of the host is asked of a tensor that is on another device."""
+
+
 class GradientError(DuoError, RuntimeError):
     """A gradient that cannot be computed: freed, overwritten or not recorded."""
 

@@ -19,7 +19,7 @@ from duo.eager.steps import Unable
 from duo.eager.trace import Trace, Val, commit, hooks, open_trace, places, settle, state
 from duo.eager.trie import NOTHING, Info, Macro, Node
 from duo_ir.core import Value
-from duo_ir.errors import DuoError, GradientError
+from duo_ir.errors import DeviceError, DuoError, GradientError
 from duo_ir.ops import add, stop_gradient
 from duo_ir.ops.broadcasting import ones_like
 
@@ -58,14 +58,14 @@ class Backward(Macro):
                 path = Path.to(parent)
                 walk = path.reverse(low, [n for n, _ in seeds], wanted, Checks(path.freed, path.stale({})))
                 path.ahead = key, walk
-                return tuple([Info(path.type(n)) for n in walk.numbers]) or (NOTHING,), walk.numbers
+                return tuple([Info(path.type(n), False, parent.device) for n in walk.numbers]) or (NOTHING,), walk.numbers
             except (Unable, DuoError):
                 pass  # if it is an error, the Construction finds it at the user's line
         construction = Construction(parent, places(trace))
         numbers, gradients = self._run(
             construction, key, Watch(construction.freed, construction.stale(), construction.free(), construction.moved)
         )
-        return tuple(Info(g.type, key[5]) for g in gradients) or (NOTHING,), numbers
+        return tuple(Info(g.type, key[5], parent.device) for g in gradients) or (NOTHING,), numbers
 
     def build(self, construction: Construction, node: Node) -> tuple[Any, ...]:
         watch = Watch(free=construction.free())
@@ -160,8 +160,16 @@ def call_hooks(hooks: Sequence[Callable], gradient: Any) -> Any:
     for hook in list(hooks):
         new = hook(gradient)
         if new is not None:
+            check_device_of("a hook gave a gradient", new, gradient)
             gradient = new
     return gradient
+
+
+def check_device_of(what: str, gradient: Any, tensor: Any) -> None:
+    """Raises DeviceError for a gradient that is not on the device of the tensor that it is for."""
+    mine, wanted = gradient._val.info.device, tensor._val.info.device
+    if mine is not wanted:
+        raise DeviceError(f"{what} on {mine} for a tensor on {wanted}; move it there by .to({wanted!r})")
 
 
 class Engine:

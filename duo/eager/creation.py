@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from duo import runtime
+from duo import devices, runtime
 from duo.eager.tensor import EagerTensor, from_numpy, material
-from duo.eager.trace import record
+from duo.eager.trace import open_trace, record, state
 from duo.eager.watch import changed
 from duo.functional import creation as bodies
 from duo.functional import random as samples
@@ -19,6 +19,14 @@ from duo_ir.types import DType, TensorType, bool_, f32, f64, i64
 from duo_ir.types import dtype as as_dtype
 
 _default = [f32]
+
+
+def set_default_device(device: Any) -> None:
+    """The device of tensors that are made without one, in every thread. Raises DeviceError where it cannot be used."""
+    devices.set_default(runtime.check_device("cpu" if device is None else device))
+
+
+devices.on_change(changed)
 
 
 def set_default_dtype(dtype: Any) -> None:
@@ -50,32 +58,43 @@ def _shape(size: tuple) -> tuple[int, ...]:
     return shape
 
 
-def _finish(tensor: EagerTensor, requires_grad: bool, device: Any = None) -> EagerTensor:
-    if device is not None:
-        runtime.check_device(device)
+def _finish(tensor: EagerTensor, requires_grad: bool) -> EagerTensor:
     return tensor.requires_grad_() if requires_grad else tensor
 
 
-def _made(body: Any, operands: tuple, attrs: tuple) -> EagerTensor:
-    return EagerTensor(record(body, operands, attrs)[0])
+def _on(device: Any) -> str:
+    """The device that a new tensor is for; a compiled function that asks for the default one depends on it."""
+    if device is not None:
+        return runtime.check_device(device)
+    if state.capture is not None:
+        state.capture.reads_default_device = True
+    return runtime.check_device(devices.default())
+
+
+def _made(body: Any, operands: tuple, attrs: tuple, device: Any) -> EagerTensor:
+    name = _on(device)
+    while True:
+        if state.trace.device is not name:
+            open_trace(name)
+        (val,) = record(body, operands, attrs)
+        if val.info.device is name:  # a signal handler may have worked on another device
+            return EagerTensor(val)
 
 
 # ------------------------------------------------------------------------------------------------------ from data
 def tensor(data: Any, *, dtype: Any = None, device: Any = None, requires_grad: bool = False) -> EagerTensor:
     """A tensor with a copy of `data`: numbers, nested lists, NumPy arrays, tensors. Python floats give the default dtype, ints int64."""
     if isinstance(data, EagerTensor):
-        out = data.detach().clone()
+        out = data.detach() if device is None else data.detach()._to_device(device)
+        out = out.clone() if out._val.info.device is data._val.info.device else out
         out = out if dtype is None else out.to(as_dtype(dtype))
-        return _finish(out, requires_grad, device)
+        return _finish(out, requires_grad)
     wanted = None if dtype is None else as_dtype(dtype)
     array = _array_of(data, wanted)
     if not array.flags.c_contiguous:
         array = np.ascontiguousarray(array)
-    return _finish(
-        EagerTensor(material(runtime.from_numpy(array), TensorType(as_dtype(array.dtype), array.shape))),
-        requires_grad,
-        device,
-    )
+    buffer = runtime.from_numpy(array, device=_on(device))
+    return _finish(EagerTensor(material(buffer, TensorType(as_dtype(array.dtype), array.shape))), requires_grad)
 
 
 def _array_of(data: Any, wanted: DType | None) -> np.ndarray:
@@ -111,11 +130,12 @@ def _as_lists(data: Any) -> Any:
 
 
 def as_tensor(data: Any, dtype: Any = None, device: Any = None) -> EagerTensor:
-    """`data` as a tensor, sharing memory where it can (tensors and NumPy arrays of that dtype)."""
+    """`data` as a tensor, sharing memory where it can (tensors and NumPy arrays of that dtype, on that device)."""
     wanted = None if dtype is None else as_dtype(dtype)
     if isinstance(data, EagerTensor):
-        return data if wanted is None or wanted is data.dtype else data.to(wanted)
-    if isinstance(data, np.ndarray) and (wanted is None or wanted.numpy == data.dtype):
+        out = data if device is None else data._to_device(device)
+        return out if wanted is None or wanted is out.dtype else out.to(wanted)
+    if isinstance(data, np.ndarray) and (wanted is None or wanted.numpy == data.dtype) and _on(device) == devices.CPU:
         return from_numpy(data)
     return tensor(data, dtype=dtype, device=device)
 
@@ -131,18 +151,20 @@ def full(
         implied = {bool: bool_, int: i64}.get(type(fill_value), _default[0])
         wanted = implied if dtype is None else as_dtype(dtype)
         fill_value = fill_value.item() if isinstance(fill_value, np.generic) else fill_value
+    if isinstance(fill_value, EagerTensor):
+        fill_value = fill_value._to_device(_on(device))
     shape = _shape((size,))
-    return _finish(_made(bodies._fill, (fill_value,), (shape, wanted)), requires_grad, device)
+    return _finish(_made(bodies._fill, (fill_value,), (shape, wanted), device), requires_grad)
 
 
 def zeros(*size: Any, dtype: Any = None, device: Any = None, requires_grad: bool = False) -> EagerTensor:
     """Zeros: zeros(2, 3) or zeros((2, 3))."""
-    return _finish(_made(bodies._zeros, (), (_shape(size), _float(dtype))), requires_grad, device)
+    return _finish(_made(bodies._zeros, (), (_shape(size), _float(dtype)), device), requires_grad)
 
 
 def ones(*size: Any, dtype: Any = None, device: Any = None, requires_grad: bool = False) -> EagerTensor:
     """Ones: ones(2, 3) or ones((2, 3))."""
-    return _finish(_made(bodies._ones, (), (_shape(size), _float(dtype))), requires_grad, device)
+    return _finish(_made(bodies._ones, (), (_shape(size), _float(dtype)), device), requires_grad)
 
 
 def empty(*size: Any, dtype: Any = None, device: Any = None, requires_grad: bool = False) -> EagerTensor:
@@ -154,7 +176,7 @@ def eye(
     n: int, m: int | None = None, *, dtype: Any = None, device: Any = None, requires_grad: bool = False
 ) -> EagerTensor:
     """The identity matrix [n, m]."""
-    return _finish(_made(bodies._eye, (), (n, n if m is None else m, _float(dtype))), requires_grad, device)
+    return _finish(_made(bodies._eye, (), (n, n if m is None else m, _float(dtype)), device), requires_grad)
 
 
 def arange(
@@ -166,7 +188,7 @@ def arange(
     whole = all(isinstance(x, (int, np.integer)) and not isinstance(x, bool) for x in (start, end, step))
     wanted = as_dtype(dtype) if dtype is not None else (i64 if whole else _default[0])
     start, end, step = (int(x) if whole else float(x) for x in (start, end, step))
-    return _finish(_made(bodies._arange, (), (start, end, step, wanted)), requires_grad, device)
+    return _finish(_made(bodies._arange, (), (start, end, step, wanted), device), requires_grad)
 
 
 def linspace(
@@ -174,27 +196,29 @@ def linspace(
 ) -> EagerTensor:
     """`steps` values from start to end, both included."""
     return _finish(
-        _made(bodies._linspace, (), (float(start), float(end), int(steps), _float(dtype))), requires_grad, device
+        _made(bodies._linspace, (), (float(start), float(end), int(steps), _float(dtype)), device), requires_grad
     )
 
 
 # ------------------------------------------------------------------------------------------------------ random
-def _sampled(body: Any, tensors: tuple, size: Any, dtype: DType, generator: Generator | None) -> EagerTensor:
-    return draw(body, tensors, (_shape(size), dtype), generator)
+def _sampled(
+    body: Any, tensors: tuple, size: Any, dtype: DType, generator: Generator | None, device: Any
+) -> EagerTensor:
+    return draw(body, tensors, (_shape(size), dtype), generator, _on(device))
 
 
 def rand(
     *size: Any, generator: Generator | None = None, dtype: Any = None, device: Any = None, requires_grad: bool = False
 ) -> EagerTensor:
     """Uniform in [0, 1)."""
-    return _finish(_sampled(samples._uniform, (), size, _float(dtype), generator), requires_grad, device)
+    return _finish(_sampled(samples._uniform, (), size, _float(dtype), generator, device), requires_grad)
 
 
 def randn(
     *size: Any, generator: Generator | None = None, dtype: Any = None, device: Any = None, requires_grad: bool = False
 ) -> EagerTensor:
     """Standard normal."""
-    return _finish(_sampled(samples._normal, (), size, _float(dtype), generator), requires_grad, device)
+    return _finish(_sampled(samples._normal, (), size, _float(dtype), generator, device), requires_grad)
 
 
 def randint(
@@ -212,18 +236,26 @@ def randint(
     if high is None or not low < high:
         raise ArgumentError(f"randint needs low < high, got {low} and {high}")
     wanted = i64 if dtype is None else as_dtype(dtype)
-    return _finish(_sampled(samples._randint, (int(low), int(high)), (size,), wanted, generator), False, device)
+    return _finish(_sampled(samples._randint, (int(low), int(high)), (size,), wanted, generator, device), False)
 
 
 def normal(
-    mean: Any = 0.0, std: Any = 1.0, size: Any = None, *, generator: Generator | None = None, dtype: Any = None
+    mean: Any = 0.0,
+    std: Any = 1.0,
+    size: Any = None,
+    *,
+    generator: Generator | None = None,
+    dtype: Any = None,
+    device: Any = None,
 ) -> EagerTensor:
-    """Normal samples with that mean and deviation (numbers or tensors)."""
+    """Normal samples with that mean and deviation (numbers or tensors, whose device decides)."""
     if size is None:
         shapes: list[Any] = [t.shape for t in (mean, std) if isinstance(t, EagerTensor)]
         size = np.broadcast_shapes(*shapes)
     operands = tuple(t if isinstance(t, EagerTensor) else float(t) for t in (mean, std))
-    return _sampled(samples._normal_of, operands, (tuple(size),), _float(dtype), generator)
+    if device is None and any(isinstance(t, EagerTensor) for t in operands):
+        return draw(samples._normal_of, operands, (_shape((tuple(size),)), _float(dtype)), generator)
+    return _sampled(samples._normal_of, operands, (tuple(size),), _float(dtype), generator, device)
 
 
 def bernoulli(input: EagerTensor, *, generator: Generator | None = None) -> EagerTensor:
@@ -240,24 +272,26 @@ def multinomial(
     return draw(samples._multinomial, (input,), (num_samples,), generator)
 
 
-def randperm(n: int, *, generator: Generator | None = None, dtype: Any = None) -> EagerTensor:
+def randperm(
+    n: int, *, generator: Generator | None = None, dtype: Any = None, device: Any = None
+) -> EagerTensor:
     """A random order of 0..n-1: the order of n random keys (ties by position)."""
-    keys = _sampled(samples._uniform, (), (n,), f64, generator).numpy()
+    keys = _sampled(samples._uniform, (), (n,), f64, generator, devices.CPU).numpy()
     order = np.argsort(keys, kind="stable").astype((i64 if dtype is None else as_dtype(dtype)).numpy)
-    return tensor(order)
+    return tensor(order, device=device)
 
 
-def rand_like(input: EagerTensor, *, dtype: Any = None) -> EagerTensor:
-    """Uniform in [0, 1), in input's shape and dtype."""
-    return rand(*input.shape, dtype=dtype or input.dtype) if input.ndim else rand((), dtype=dtype or input.dtype)
+def rand_like(input: EagerTensor, *, dtype: Any = None, device: Any = None) -> EagerTensor:
+    """Uniform in [0, 1), in input's shape and dtype, on its device."""
+    return rand(tuple(input.shape), dtype=dtype or input.dtype, device=input.device if device is None else device)
 
 
-def randn_like(input: EagerTensor, *, dtype: Any = None) -> EagerTensor:
-    """Standard normal, in input's shape and dtype."""
-    return randn(*input.shape, dtype=dtype or input.dtype) if input.ndim else randn((), dtype=dtype or input.dtype)
+def randn_like(input: EagerTensor, *, dtype: Any = None, device: Any = None) -> EagerTensor:
+    """Standard normal, in input's shape and dtype, on its device."""
+    return randn(tuple(input.shape), dtype=dtype or input.dtype, device=input.device if device is None else device)
 
 
 __all__: Sequence[str] = [
     "arange", "as_tensor", "bernoulli", "empty", "eye", "from_numpy", "full", "get_default_dtype", "linspace", "multinomial",
-    "normal", "ones", "rand", "rand_like", "randint", "randn", "randn_like", "randperm", "set_default_dtype", "tensor", "zeros",
+    "normal", "ones", "rand", "rand_like", "randint", "randn", "randn_like", "randperm", "set_default_device", "set_default_dtype", "tensor", "zeros",
 ]  # fmt: skip

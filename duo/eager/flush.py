@@ -17,6 +17,7 @@ from collections.abc import Callable
 from typing import Any
 
 from duo import runtime
+from duo.devices import CPU
 from duo.eager import lane
 from duo.eager.autograd import Inner
 from duo.eager.build import Construction, Watch, freed_error
@@ -100,7 +101,7 @@ class Program:
         self.holders = {p: construction.numbers().get(construction.moved(v), ()) for p, v in zip(self.residuals, kept)}
         function = construction.builder.build([*values, *kept])
         scalars = [i for i, (_, k) in enumerate(plan.inputs) if k is not None]
-        self.runnable = runtime.runnable(function, fused, scalars)
+        self.runnable = runtime.runnable(function, fused, scalars, plan.node.device)
         self.run = self.runnable.run
         self.function = function
         # What a segment keeps may be read again by a backward pass; otherwise results may overwrite inputs that nobody else can read.
@@ -145,12 +146,16 @@ class FlushPlan:
     """What every flush at one node needs (`Node.memo`); small, as most paths may be seen once.
 
     inputs, scalar_dtypes: of the path's Construction, which is made when they are asked for. saving: the ops whose rules read what segments keep.
-    quick: a program with a lane, the one that ran last; address: of the words of its lane for native code, or 0."""
+    quick: a program with a lane, the one that ran last; address: of the words of its lane for native code, or 0. at_once: whether the path is compiled
+    as a whole the first time: on a GPU starting the compiler for every op would take longest, and kernels that are known are not compiled again."""
 
-    __slots__ = ("address", "inputs", "known", "node", "programs", "pullbacks", "quick", "saving", "scalar_dtypes", "visits")
+    __slots__ = (
+        "address", "at_once", "inputs", "known", "node", "programs", "pullbacks", "quick", "saving", "scalar_dtypes", "visits",
+    )  # fmt: skip
 
     def __init__(self, node: Node) -> None:
         self.node = node
+        self.at_once = FUSE_AT_ONCE or node.device is not CPU
         self.visits = 0
         self.programs: dict[tuple[int, ...], Program] = {}
         self.known: dict[tuple[int, ...], Program] = {}  # what reference counts led to before
@@ -181,7 +186,7 @@ class FlushPlan:
         for order, known in self.programs.items():
             if known.fused and known.order == order and wanted <= set(order) and len(order) <= len(live) + 4:
                 return known
-        program = self.programs[live] = Program(self, live, fused=self.visits > 1 or FUSE_AT_ONCE)
+        program = self.programs[live] = Program(self, live, fused=self.visits > 1 or self.at_once)
         return program
 
 
@@ -271,7 +276,7 @@ def _run(trace: Trace) -> None:
     try:
         if program is not None:
             _execute(trace, plan, live, program)
-        elif plan.visits or FUSE_AT_ONCE or not _run_stepwise(trace, plan, live):
+        elif plan.visits or plan.at_once or not _run_stepwise(trace, plan, live):
             program = plan.program(live)
             if program.fused and not trace.hooked and len(plan.known) < 64:
                 plan.known[counts] = program
@@ -384,7 +389,7 @@ def _segment(trace: Trace, plan: FlushPlan, program: Program, buffers: list[Any]
         if number is not None and not entries[number].overwritten:
             segment.residuals[position] = entries[number]
             continue
-        val = Val(None, -1, None, Info(_type_at(program, position)))
+        val = Val(None, -1, None, Info(_type_at(program, position), False, plan.node.device))
         val.buf = buffer
         val.stamp = version_of([outside.get(n, entries[n]) for n in program.holders[position]])
         segment.residuals[position] = val
@@ -422,7 +427,8 @@ def finish(trace: Trace) -> None:
 
 
 def synchronize() -> None:
-    """Runs what this thread has recorded and waits for it."""
+    """Runs what this thread has recorded and waits for it, and for all that GPUs have been given to do. Raises IndexOutOfRange where an index was
+    found out of range there."""
     flush()
     runtime.synchronize()
 

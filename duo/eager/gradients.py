@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from duo.eager.autograd import Engine, GradLeaf, backward_at_once, call_hooks
+from duo.eager.autograd import Engine, GradLeaf, backward_at_once, call_hooks, check_device_of
 from duo.eager.trace import hooks, state
 from duo.eager.values import conform, filled
 from duo.tensor import Tensor
@@ -16,7 +16,7 @@ from duo_ir.errors import ArgumentError, GradientError, ShapeError
 
 
 def _ones(tensor: Any) -> Any:
-    return hooks.tensor(filled(1, tensor._type))
+    return hooks.tensor(filled(1, tensor._type, tensor._val.info.device))
 
 
 def _check_roots(tensors: Sequence[Any], gradients: Sequence[Any]) -> list[tuple[Any, Any]]:
@@ -27,6 +27,7 @@ def _check_roots(tensors: Sequence[Any], gradients: Sequence[Any]) -> list[tuple
                 f"a gradient can be implied for one element only; this tensor is {t._type}: pass gradient=..."
             )
         if g is not None:
+            check_device_of("the gradient given is", g, t)
             if g._type.shape != t._type.shape:
                 raise ShapeError(f"the gradient given has shape {list(g._type.shape)}, the tensor is {t._type}")
             if g._type.dtype is not t._type.dtype:

@@ -31,15 +31,15 @@ def relocated(trace: Trace, sources: list[tuple[int, int | None]], number: int, 
             inputs.append(entries[entry].buf if k is None or scalars is None else scalars[k])
         scalar_inputs = [i for i, (_, k) in enumerate(sources) if k is not None]
         if isinstance(error, NanError):
-            runtime.Interpreted(construction.function([number]), True).run(inputs)
+            runtime.Interpreted(construction.function([number]), True, trace.node.device).run(inputs)
         else:
-            _check(construction, construction.value(number), inputs, scalar_inputs)
+            _check(construction, construction.value(number), inputs, scalar_inputs, trace.node.device)
     except DuoError as found:
         return found.with_traceback(None) if type(found) is type(error) else error
     return error
 
 
-def _check(construction: Construction, value: Value, inputs: list[Any], scalars: list[int]) -> None:
+def _check(construction: Construction, value: Value, inputs: list[Any], scalars: list[int], device: str) -> None:
     """Raises IndexOutOfRange for the first op that `value` needs whose indices are wrong."""
     builder = construction.builder
     for op in _needed(builder.ops, value):
@@ -47,7 +47,7 @@ def _check(construction: Construction, value: Value, inputs: list[Any], scalars:
         if not isinstance(kind, Gather | Scatter):
             continue
         indices = op.operands[1:] if isinstance(kind, Gather) else op.operands[2:]
-        buffers = runtime.runnable(builder.build(indices), False, scalars).run(inputs)
+        buffers = runtime.runnable(builder.build(indices), False, scalars, device).run(inputs)
         arrays = [runtime.to_numpy(b, i.type) for b, i in zip(buffers, indices)]
         where = f" at {op.loc}" if op.loc is not None else ""
         check_indices(op.definition.name + where, arrays, op.operands[0].type.static_shape(), op.attrs["axes"])

@@ -29,12 +29,13 @@ def _switch(enabled: bool) -> None:
 def _empty(mine: dict[str, Any], trace: Trace, enabled: bool) -> Trace:
     """A trace of that mode in place of an empty one of the other, which waits for the next change."""
     if trace.__class__ is not Trace:
-        return type(trace)(enabled)  # of a function that is being compiled
+        return type(trace)(enabled, trace.device)  # of a function that is being compiled
     other, mine["spare"] = mine["spare"], trace
     if other is None or len(other.entries) != 1 or other.leaves or other.born != forks[0]:
-        return Trace(enabled)  # it was used meanwhile, or has the locks of a parent process
+        return Trace(enabled, trace.device)  # it was used meanwhile, or has the locks of a parent process
     node = other.entries[0].node
-    return other if node is not None and node.grad == enabled else Trace(enabled)
+    fits = node is not None and node.grad == enabled and other.device is trace.device
+    return other if fits else Trace(enabled, trace.device)
 
 
 class _GradMode:

@@ -10,6 +10,7 @@ import threading
 from typing import Any
 
 from duo import runtime
+from duo.devices import CPU
 from duo.dispatch import apply_generally, use_quick
 from duo.eager.cells import layout, offset_of
 from duo.eager.flush import FlushPlan, flush
@@ -38,8 +39,8 @@ def _recorder() -> Any:
     objects: dict[str, Any] = {
         "none": None, "true": True, "false": False, "empty": (), "zero": 0, "minus_one": -1, "float": float, "int": int, "bool": bool, "tuple": tuple,
         "RLock": type(threading.RLock()), "tensor": EagerTensor, "Val": Val, "Node": Node, "Trace": Trace, "Storage": Storage, "Sharers": Sharers,
-        "FlushPlan": FlushPlan, "END": END, "LEAF": LEAF, "NOTHING": NOTHING, "detached": DETACHED, "root_grad": ROOTS[True],
-        "root_plain": ROOTS[False], "state": state, "hooks": hooks, "forks": forks, "full": full, "record": apply_generally, "flush": flush,
+        "FlushPlan": FlushPlan, "END": END, "LEAF": LEAF, "NOTHING": NOTHING, "detached": DETACHED, "root_grad": ROOTS[True, CPU],
+        "root_plain": ROOTS[False, CPU], "cpu": CPU, "state": state, "hooks": hooks, "forks": forks, "full": full, "record": apply_generally, "flush": flush,
         "elsewhere": recorded_elsewhere, "dict_name": "__dict__", "trace_name": "trace", "grad_name": "grad", "capture_name": "capture",
         "acquire_name": "acquire", "release_name": "release",
     }  # fmt: skip

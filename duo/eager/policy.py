@@ -9,12 +9,14 @@ from typing import Any
 class Hooks:
     """What rooms above this one plug in. flush.py: `flush` closes and runs a trace; `policy`, when set, is asked after every op whether to
     flush now and whether to raise errors here (DUO_SYNC, DUO_FLUSH). tensor.py: `tensor`, the class of eager tensors. native.py:
-    `repeated` is called when a program has shown that it comes again."""
+    `repeated` is called when a program has shown that it comes again. moving.py: `moved` copies a value to a device, `bring` moves a tensor there."""
 
-    __slots__ = ("_placing", "_policy", "busy", "flush", "repeated", "tensor")
+    __slots__ = ("_placing", "_policy", "bring", "busy", "flush", "moved", "repeated", "tensor")
     flush: Callable[[Any], None]
     tensor: Any
     repeated: Callable[[], None]
+    moved: Callable[[Any, str], Any]
+    bring: Callable[[Any, str], None]
 
     def __init__(self) -> None:
         self._policy: Callable[[], tuple[bool, bool]] | None = None

@@ -37,6 +37,8 @@ def format_tensor(tensor: Any) -> str:
         notes.append(f"size={array.shape}")
     if type_.dtype not in _IMPLIED or (array.size == 0 and type_.dtype is not f32):
         notes.append(f"dtype={type_.dtype!r}")
+    if tensor.is_cuda:
+        notes.insert(0, f"device='{tensor.device}'")
     if tensor._leaf is not None and tensor.requires_grad:
         notes.append("requires_grad=True")
     elif tensor.requires_grad:

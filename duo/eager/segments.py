@@ -27,13 +27,13 @@ Point = int | Position  # where a cotangent enters a segment
 
 
 class Origin:
-    """Where a value came from: value `number` (or the inner value at that Position) of the path that `segment` ran. `error`: its gradient was
+    """Where a value came from (or a copy of it, where `segment` is a Moved): value `number` (or the inner value at that Position) of the path that `segment` ran. `error`: its gradient was
     freed before the flush (or what says so when asked)."""
 
     __slots__ = ("_error", "hooks", "number", "segment")
 
     def __init__(
-        self, segment: Segment | None, number: Point, error: Exception | Callable[[], Exception] | None
+        self, segment: Any, number: Point, error: Exception | Callable[[], Exception] | None
     ) -> None:
         self.segment, self.number, self._error = segment, number, error
         self.hooks: list[Callable] = []
@@ -98,7 +98,7 @@ class SegmentBackward(Macro):
     name = "segment_backward"
 
     def infer(self, parent: Node, key: tuple, trace: Trace | None = None) -> tuple[tuple[Info, ...], Any]:
-        return tuple(Info(t, key[3]) for t in key[1].types) or (NOTHING,), None
+        return tuple(Info(t, key[3], parent.device) for t in key[1].types) or (NOTHING,), None
 
     def build(self, construction: Construction, node: Node) -> tuple[Any, ...]:
         _, pullback, refs, _ = node.key
@@ -116,6 +116,11 @@ SEGMENT_BACKWARD = SegmentBackward()
 _serial = itertools.count()
 
 
+def new_serial() -> int:
+    """Segments are walked back in the reverse order of these."""
+    return next(_serial)
+
+
 class Segment:
     """What one flush left: the path it ran, what it read, residuals by position, and the op numbers whose residuals are freed.
 
@@ -123,7 +128,7 @@ class Segment:
     replaced, number by number, when the op itself was the last thing that the path computed and so could not note it there."""
 
     def __init__(self, node: Node, entries: Sequence[Val], sources: list[Any], places: Mapping[int, Loc]) -> None:
-        self.serial = next(_serial)
+        self.serial = new_serial()
         self.node = node
         self.sources = sources
         self.places = places
@@ -150,8 +155,8 @@ class Segment:
         if source is None or isinstance(source, Val):
             return source
         dtype = self.node.memo.scalar_dtypes[number]
-        val = Val(None, -1, None, Info(TensorType(dtype, ())))
-        val.buf = from_numpy(np.asarray(source, dtype.numpy))
+        val = Val(None, -1, None, Info(TensorType(dtype, ()), False, self.node.device))
+        val.buf = from_numpy(np.asarray(source, dtype.numpy), device=self.node.device)
         self.sources[number] = val
         return val
 
@@ -210,7 +215,7 @@ class Segment:
         holders: list[Any] = [None] * len(operands) + list(given.values())
         operands += [t._value() for t in given.values()]
         while True:
-            trace = open_trace()
+            trace = open_trace(self.node.device)
             refs = [number_in(trace, v, t) for v, t in zip(operands, holders)]
             key = (SEGMENT_BACKWARD, pullback, tuple(refs), engine.create)
             vals = commit(trace, key) if -1 not in refs else None
@@ -249,7 +254,7 @@ class Segment:
 
 def unmarked(val: Val, requires_grad: bool | None = None) -> Val:
     """The same value, not marked as overwritten."""
-    out = Val(None, -1, None, val.info if requires_grad is None else Info(val.info.type, requires_grad))
+    out = Val(None, -1, None, val.info if requires_grad is None else Info(val.info.type, requires_grad, val.info.device))
     out.buf, out.extra = val.buf, val.extra
     return out
 

@@ -14,11 +14,13 @@ from typing import Any, ClassVar
 import numpy as np
 
 from duo import runtime
+from duo.devices import CPU, Device
 from duo.dispatch import View
-from duo.eager.autograd import GradLeaf, Inner
+from duo.eager.autograd import GradLeaf, Inner, check_device_of
 from duo.eager.flush import flush
 from duo.eager.gradients import backward
 from duo.eager.hooks import RemovableHook
+from duo.eager.moving import bring, moved
 from duo.eager.operators import quick_operator
 from duo.eager.printing import format_tensor
 from duo.eager.sharing import (
@@ -37,7 +39,7 @@ from duo.eager.values import as_leaf, conform, filled, material, overwrite
 from duo.functional.indexing import getitem
 from duo.tensor import Tensor
 from duo_ir.core import Value
-from duo_ir.errors import ArgumentError, DTypeError, GradientError, ShapeError, TraceError
+from duo_ir.errors import ArgumentError, DTypeError, GradientError, HostError, ShapeError, TraceError
 from duo_ir.ops import stop_gradient, straight_through
 from duo_ir.types import TensorType, bool_, dtype
 
@@ -78,7 +80,7 @@ def _without_history(view: View, val: Val) -> Val:
     out = _new(Val)
     out.trace = out.node = out.scalars = out.extra = out.stamp = None
     out.index = -1
-    out.info = Info(val.info.type) if val.info.requires_grad else val.info
+    out.info = Info(val.info.type, False, val.info.device) if val.info.requires_grad else val.info
     out.buf = val.buf
     return out
 
@@ -88,6 +90,7 @@ class EagerTensor(Tensor):
 
     __slots__ = ("__weakref__", "_chain", "_kept", "_leaf", "_seen", "_storage", "_val")
     _priority = 0
+    _roams = False  # whether it goes to the device where it is used (state of a generator)
     _apply: ClassVar[Callable[..., Any]]  # the recorder, below
 
     def __init__(self, val: Val) -> None:
@@ -150,9 +153,13 @@ class EagerTensor(Tensor):
     def _update(state: EagerTensor, new: EagerTensor) -> None:
         state._write(new._value())
 
-    @staticmethod
-    def _lift(array: Any) -> EagerTensor:
-        return tensor_of(array)
+    def _lift(self, array: Any) -> EagerTensor:
+        return tensor_of(array, self._val.info.device)
+
+    def _draw_(self, body: Any, parameters: tuple, generator: Any) -> Any:
+        source = self._generator() if generator is None else generator
+        bring(source.cell, self._val.info.device)
+        return super()._draw_(body, parameters, source)
 
     def _value(self) -> Val:
         return self._val if self._storage is None else self._current()
@@ -216,8 +223,11 @@ class EagerTensor(Tensor):
                     f"a tensor {new._type} that has no value yet (of a function that is traced, or of a graph) is not written into an eager"
                     f" tensor {type_}; return it and write it after"
                 )
-            new = full_value(new, type_)
-        elif new._type is not type_:
+            new = full_value(new, type_, self._val.info.device)
+        elif new._val.info.device is not self._val.info.device:
+            new = new._to_device(self._val.info.device)
+            by = new._value()
+        if new._type is not type_:
             if len(new._type.shape) > len(type_.shape):
                 raise ShapeError(f"cannot write a tensor {new._type} in place into {type_}: it has more axes")
             new = EagerTensor._apply(conform, (new,), (type_.dtype, type_.shape))
@@ -271,6 +281,8 @@ class EagerTensor(Tensor):
 
     def __getitem__(self, index: Any) -> EagerTensor:
         index, storage = _places(index), self._storage
+        if self._val.info.device is not CPU:
+            index = _index_on(index, self._val.info.device)
         if storage is not None and storage.shared is not None and not self._chain and _gathers(index):
             found = self._gathered(storage, index)
             if found is not None:
@@ -294,7 +306,11 @@ class EagerTensor(Tensor):
 
     def __setitem__(self, index: Any, value: Any) -> None:
         spread = value._type.shape if isinstance(value, EagerTensor) else isinstance(value, (np.ndarray, list, tuple))
-        super().__setitem__(_places(index) if spread else index, value)
+        if spread:
+            index = _places(index)
+        if self._val.info.device is not CPU:
+            index = _index_on(index, self._val.info.device)
+        super().__setitem__(index, value)
 
     # ------------------------------------------------------------------------------------------- what it is
     @property
@@ -302,8 +318,22 @@ class EagerTensor(Tensor):
         return self._val.info.type
 
     @property
-    def device(self) -> Any:
-        return "cpu"
+    def device(self) -> Device:
+        return Device(self._val.info.device)
+
+    @property
+    def is_cuda(self) -> bool:
+        return self._val.info.device is not CPU
+
+    def get_device(self) -> int:
+        """The number of the GPU that it is on, -1 for the CPU."""
+        index = self.device.index
+        return -1 if index is None else index
+
+    def _to_device(self, device: Any) -> EagerTensor:
+        name = runtime.check_device(device)
+        val = self._value()
+        return self if val.info.device is name else EagerTensor(moved(val, name))
 
     @property
     def requires_grad(self) -> bool:
@@ -369,6 +399,8 @@ class EagerTensor(Tensor):
             raise GradientError("only a leaf that requires grad has .grad; call requires_grad_() first")
         if value is not None and value._type is not self._type:
             raise ShapeError(f"the gradient of {self._type} cannot be {value._type}")
+        if value is not None:
+            check_device_of("a gradient is set", value, self)
         if state.capture is not None:
             state.capture.write_grad(self._leaf)
         self._leaf.grad = value
@@ -415,7 +447,8 @@ class EagerTensor(Tensor):
         return out
 
     def _fresh_copy(self) -> EagerTensor:
-        out = EagerTensor(material(runtime.from_numpy(self.detach().numpy()), self._type))
+        buffer = runtime.from_numpy(self.detach()._array(share=False), device=self._val.info.device)
+        out = EagerTensor(material(buffer, self._type))
         return out.requires_grad_() if self.requires_grad else out
 
     def __reduce__(self) -> Any:
@@ -424,6 +457,10 @@ class EagerTensor(Tensor):
     # ------------------------------------------------------------------------------------------- looking at values
     def numpy(self) -> np.ndarray:
         """The values as a NumPy array that shares this tensor's memory (a view through indexing or transposition gives a copy)."""
+        if self._val.info.device is not CPU:
+            raise HostError(
+                f"a tensor {self._val.info} has no .numpy(), which shares the memory of the CPU; use .cpu().numpy(), which copies it there"
+            )
         storage = self._storage
         if storage is not None and self._chain is DETACHED and self._leaf is None and state.capture is None:
             return share_memory(self, storage)
@@ -537,6 +574,13 @@ def _places(index: Any) -> Any:
     return tuple(out)
 
 
+def _index_on(index: Any, device: str) -> Any:
+    """An index whose tensors, where they are on the CPU, are copied to a device."""
+    if index.__class__ is tuple:
+        return tuple([_index_on(i, device) for i in index])
+    return index._to_device(device) if isinstance(index, EagerTensor) and not index.is_cuda else index
+
+
 def _gathers(index: Any) -> bool:
     """Whether elements are chosen one by one, so that the result is no view."""
     items = index if index.__class__ is tuple else (index,)
@@ -566,15 +610,16 @@ def read_now(storage: Storage, chain: tuple, most: bool = True) -> Val | None:
     return now(storage, read, most)
 
 
-def full_value(value: Any, type: TensorType) -> EagerTensor:
+def full_value(value: Any, type: TensorType, device: str = CPU) -> EagerTensor:
     """A tensor of that type filled with a Python number or NumPy scalar."""
-    return EagerTensor(filled(value, type))
+    return EagerTensor(filled(value, type, device))
 
 
-def tensor_of(array: np.ndarray) -> EagerTensor:
+def tensor_of(array: np.ndarray, device: str = CPU) -> EagerTensor:
     """A tensor with a copy of the array."""
     array = np.asarray(array)
-    return EagerTensor(material(runtime.from_numpy(array), TensorType(dtype(array.dtype), array.shape)))
+    buffer = runtime.from_numpy(array, device=device)
+    return EagerTensor(material(buffer, TensorType(dtype(array.dtype), array.shape)))
 
 
 def from_numpy(array: np.ndarray) -> EagerTensor:

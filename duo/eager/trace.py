@@ -1,7 +1,8 @@
 """Recording: the trace, and what a recorded value is.
 
 Each thread has a Trace, a list of entries. An entry is a `Val`, one SSA value of the program that is being recorded; its number
-is its position. A trace is a path in a trie (trie.py), so recording an op seen before is one dict look-up.
+is its position. A trace is a path in a trie (trie.py), so recording an op seen before is one dict look-up. All of a trace runs on one
+device: an op on another one closes it and begins a trace there (`open_trace`).
 
 An op reads the last entry, makes its own and commits by appending while the last entry is still the one it read; nothing else
 advances, so a signal handler, a finaliser or another thread in between cannot corrupt a trace. Closing a trace appends END likewise.
@@ -15,12 +16,14 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+from duo import runtime
+from duo.devices import CPU
 from duo.eager.infer import explained, user_frame_from, user_location
 from duo.eager.policy import Hooks
 from duo.eager.trie import COLD, GRAD_MODE, LEAF, NOTHING, OVERWRITE, Applied, Info, Macro, Node
 from duo.runtime import Buffer
 from duo_ir.core import Loc
-from duo_ir.errors import DuoError
+from duo_ir.errors import DeviceError, DuoError
 
 MAX_NODES = 100_000  # of half a kilobyte
 MAX_APPLIED = 8192  # bodies with kinds of operands that are remembered
@@ -91,7 +94,15 @@ def alias(base: Val, val: Val) -> None:
         stamp.add(val.trace, val.index)
 
 
-ROOTS = {grad: Node(None, ("root", grad), (NOTHING,), grad, None) for grad in (True, False)}
+class _Roots(dict):
+    """(grad mode, device) -> root of the trie."""
+
+    def __missing__(self, key: tuple[bool, str]) -> Node:
+        grad, device = key
+        return self.setdefault(key, Node(None, ("root", *key), (NOTHING,), grad, None, device=device))  # type: ignore[no-any-return]
+
+
+ROOTS = _Roots()
 _END_NODE = Node(None, ("end",), (NOTHING,), False, None)
 END = Val(None, -1, _END_NODE, NOTHING)
 
@@ -118,6 +129,7 @@ class Trace:
         "__weakref__",
         "born",
         "call",
+        "device",
         "done",
         "entries",
         "hooked",
@@ -130,13 +142,14 @@ class Trace:
         "program",
     )
 
-    def __init__(self, grad: bool) -> None:
+    def __init__(self, grad: bool, device: str = CPU) -> None:
         root = _new(Val)
         root.trace = self
         root.index = 0
-        root.node = ROOTS[grad]
+        root.node = ROOTS[grad, device]
         root.info = NOTHING
         root.buf = root.scalars = root.extra = root.stamp = None
+        self.device = device
         self.entries: list[Val] = [root]
         self.leaves: dict[Val, int] = {}  # a value from outside -> its number here
         self.leaf_numbers: dict[Any, int] = {}  # a GradLeaf -> number of its latest entry
@@ -152,7 +165,7 @@ class Trace:
 
     def enter(self, val: Val, tensor: Any = None) -> int:
         """The number of a value from outside that is not here yet (`leaves`) and which `tensor` holds; -1 when this trace has been closed
-        meanwhile."""
+        meanwhile, or is of another device."""
         if val.buf is None:
             settle(val)
         info = val.info
@@ -166,7 +179,7 @@ class Trace:
                 key = (LEAF, info, before)
                 node = last.node.next.get(key)
                 if node is None:
-                    if last is END:
+                    if last is END or info.device is not self.device:
                         return -1
                     node = _miss(last, key, ())
                 last.node.hot = node
@@ -218,13 +231,19 @@ full = [False]  # whether the trie is as large as it may grow
 hooks = Hooks()
 
 
-def open_trace() -> Trace:
-    """This thread's trace, a new one if it has been closed."""
+def open_trace(device: str | None = None) -> Trace:
+    """This thread's trace, a new one if it has been closed; on `device`, or where the last one was. A trace of another device is run first."""
     trace = state.trace
     if trace.entries[-1] is END:
         if full[0]:
             forget()
-        trace = state.trace = Trace(state.grad)
+        trace = state.trace = Trace(state.grad, trace.device if device is None else device)
+    elif device is not None and device is not trace.device:
+        if state.capture is not None:
+            state.capture.leave(trace, device)
+        elif len(trace.entries) > 1:
+            hooks.flush(trace)
+        trace = state.trace = type(trace)(state.grad, device)
     return trace
 
 
@@ -304,13 +323,50 @@ def note_overwritten_here(trace: Trace, number: int, by: int) -> None:
 
 
 class Operand:
-    """What a tensor holds now. Reading a tensor again may record and flush (a view, memory that NumPy shares): a retry must not."""
+    """What a tensor holds now. Reading a tensor again may record and flush (a view, memory that NumPy shares): a retry must not. `cell`: the
+    tensor, if it is one that goes to the device where it is used."""
 
-    __slots__ = ("_storage", "_val")
+    __slots__ = ("_storage", "_val", "cell")
+    _roams = False
 
     def __init__(self, tensor: Any) -> None:
         self._val: Val = tensor._val if tensor._storage is None else tensor._current()
         self._storage = None
+        self.cell = tensor if tensor._roams else None
+
+
+def _again(body: Any, operands: tuple) -> tuple:
+    """The operands for another try at recording `body`, after the trace was closed or turned out to be of another device: a trace is open where
+    they are. Beside tensors of a GPU, 0-d tensors of the CPU are copied there, and a generator's state moves. Raises DeviceError."""
+    operands = tuple([t if t.__class__ in (float, int, bool) else Operand(t) for t in operands])
+    held = [t for t in operands if t.__class__ is Operand]
+    devices = {t._val.info.device for t in held}
+    if len(devices) > 1:
+        staying = [t for t in held if t.cell is None]
+        wanted = {t._val.info.device for t in staying if t._val.info.device is not CPU or t._val.info.type.shape}
+        if len(wanted) > 1:
+            name, location = getattr(body, "__name__", "op").strip("_"), user_location()
+            at = f"\n  at {location.full()}" if location is not None else ""
+            raise DeviceError(
+                f"{name}({', '.join([o.__name__ if o.__class__ is type else str(o._val.info) for o in _kinds(operands)])}): operands on "
+                f"{' and '.join(sorted(wanted))}; one op runs on one device: move one there by .to({max(wanted)!r}){at}"
+            )
+        devices = wanted or {CPU}
+        (device,) = devices
+        for t in held:
+            if t._val.info.device is device:
+                continue
+            if t.cell is not None:
+                hooks.bring(t.cell, device)
+            else:
+                t._val = hooks.moved(t._val, device)
+        operands = tuple([t.cell if t.__class__ is Operand and t.cell is not None else t for t in operands])
+    open_trace(*devices)
+    return operands
+
+
+def _kinds(operands: tuple) -> list[Any]:
+    return [t if t.__class__ is Operand else t.__class__ for t in operands]
 
 
 def record(body: Any, operands: tuple, attrs: tuple = ()) -> list[Val]:
@@ -359,9 +415,8 @@ def recorder(kind: Any = None) -> Callable[..., Any]:
             if node.key != key:
                 node = last.node.next.get(key)
                 if node is None:
-                    if last is END:
-                        operands = tuple([t if t.__class__ in (float, int, bool) else Operand(t) for t in operands])
-                        open_trace()
+                    if last is END or -1 in key:
+                        operands = _again(body, operands)
                         continue
                     node = _miss(last, key, attrs)
                 last.node.hot = node
@@ -456,6 +511,8 @@ def _stop(trace: Trace, *vals: Val) -> None:
         if raising:
             for val in vals:
                 settle(val)
+            if trace.device is not CPU:
+                runtime.synchronize()
 
 
 def _miss(last: Val, key: tuple, attrs: tuple) -> Node:
@@ -482,11 +539,11 @@ def _add(last: Val, key: tuple, attrs: tuple) -> Node:
             r if r.__class__ is not int else entries[r].info if r < count else parent.info_of(r) for r in refs
         ])  # fmt: skip
         grad = parent.grad
-        memo_key = (body, operands, attrs, key[-1] if attrs else None, grad)
+        memo_key = (body, operands, attrs, key[-1] if attrs else None, grad, parent.device)
         extra = _applied.get(memo_key)
         if extra is None:
             try:
-                extra = Applied(body, operands, attrs, grad)
+                extra = Applied(body, operands, attrs, grad, parent.device)
             except DuoError as error:
                 types = tuple([i if i.__class__ is type else i.type for i in operands])
                 raise explained(error, body, types) from None

@@ -7,9 +7,11 @@ of a body to operands (`Applied`) or a `Macro`, which infers and builds itself.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from duo.devices import CPU
 from duo.eager.infer import infer
 from duo_ir.core import Loc
 from duo_ir.types import TensorType, bool_, evaluate
@@ -20,28 +22,33 @@ _RUN = 64  # values between two steps that `Node.far` names
 
 
 class Info:
-    """What is known of a value without running anything. Interned. `array`, `shape`: NumPy's dtype and shape of it, for native code."""
+    """What is known of a value without running anything. Interned, and so are names of devices. `array`, `shape`: NumPy's dtype and shape of it, for
+    native code."""
 
-    __slots__ = ("array", "nbytes", "requires_grad", "shape", "type")
-    _all: dict[tuple[TensorType, bool], Info] = {}
+    __slots__ = ("array", "device", "nbytes", "requires_grad", "shape", "type")
+    _all: dict[tuple[TensorType, bool, str], Info] = {}
     type: TensorType
     requires_grad: bool
+    device: str
     nbytes: int
     array: Any
     shape: Any
 
-    def __new__(cls, type: TensorType, requires_grad: bool = False) -> Info:
-        found = cls._all.get((type, requires_grad))
+    def __new__(cls, type: TensorType, requires_grad: bool = False, device: str = CPU) -> Info:
+        found = cls._all.get((type, requires_grad, device))
         if found is None:
             found = object.__new__(cls)
-            found.type, found.requires_grad = type, requires_grad
+            found.type, found.requires_grad, found.device = type, requires_grad, sys.intern(device)
             found.array, found.shape = type.dtype.numpy, type.shape
             found.nbytes = evaluate(type.nbytes, {})
-            cls._all[type, requires_grad] = found
+            cls._all[type, requires_grad, device] = found
         return found
 
     def __repr__(self) -> str:
-        return f"{self.type}{' grad' if self.requires_grad else ''}"
+        return f"{self}{' grad' if self.requires_grad else ''}"
+
+    def __str__(self) -> str:
+        return str(self.type) if self.device is CPU else f"{self.type} on {self.device}"
 
 
 class _Cold:
@@ -58,16 +65,23 @@ class Node:
     """One step of a path. `infos` describes the values that the step made.
 
     `loc` is where the step was recorded first, `placed` whether every entry says so for itself: those that a gradient can go back through
-    or that can fail at run time, whose errors name the line. `other` is where it was recorded last, if elsewhere. `hot` is the step that came next
+    or that can fail at run time, whose errors name the line. `device` is where the whole path runs. `other` is where it was recorded last, if elsewhere. `hot` is the step that came next
     the last time, which is likely to come again."""
 
     __slots__ = (
-        "__weakref__", "attrs", "code", "depth", "extra", "far", "first", "grad", "hot", "info", "infos", "key", "lasti", "left", "loc", "memo", "next",
+        "__weakref__", "attrs", "code", "depth", "device", "extra", "far", "first", "grad", "hot", "info", "infos", "key", "lasti", "left", "loc", "memo", "next",
         "op", "other", "parent", "placed", "right", "size", "special", "stop", "tracked",
     )  # fmt: skip
 
     def __init__(
-        self, parent: Node | None, key: tuple, infos: tuple[Info, ...], grad: bool, loc: Loc | None, attrs: tuple = ()
+        self,
+        parent: Node | None,
+        key: tuple,
+        infos: tuple[Info, ...],
+        grad: bool,
+        loc: Loc | None,
+        attrs: tuple = (),
+        device: str = CPU,
     ) -> None:
         self.parent, self.key, self.infos, self.grad, self.loc, self.attrs = parent, key, infos, grad, loc, attrs
         self.info = infos[0]
@@ -76,6 +90,7 @@ class Node:
         self.extra: Any = None  # of a body's step its Applied, of a macro's what `infer` gave
         self.first: int = 0  # number of its first value
         self.size: int = 0  # bytes of the values from outside up to here
+        self.device: str = device if parent is None else parent.device
         self.tracked = False  # whether any value up to here requires grad
         self.far: Node | None = None  # a step far back, the same for a run of steps; see `info_of`
         if parent is not None:
@@ -122,15 +137,15 @@ class Node:
 
 
 class Applied:
-    """A body applied to operands of these Infos and number classes, in one grad mode: what it gives. `step` is how steps.py runs it alone."""
+    """A body applied to operands of these Infos and number classes, in one grad mode on one device: what it gives. `step` is how steps.py runs it alone."""
 
     __slots__ = ("attrs", "body", "checked", "fresh", "grad", "infos", "operands", "step")
 
-    def __init__(self, body: Any, operands: tuple, attrs: tuple, grad: bool) -> None:
+    def __init__(self, body: Any, operands: tuple, attrs: tuple, grad: bool, device: str) -> None:
         self.body, self.operands, self.attrs, self.grad = body, operands, attrs, grad
         found = infer(body, tuple([i if i.__class__ is type else i.type for i in operands]), attrs)
         tracked = {k for k, i in enumerate(operands) if grad and i.__class__ is Info and i.requires_grad}
-        self.infos = tuple([Info(t, not tracked.isdisjoint(r)) for t, r in zip(found.types, found.reached)])
+        self.infos = tuple([Info(t, not tracked.isdisjoint(r), device) for t, r in zip(found.types, found.reached)])
         self.checked, self.fresh = found.checked, found.fresh
         self.step: Any = None
 
@@ -181,7 +196,7 @@ class Mark(Macro):
         return (node.key[1],), list
 
     def infer(self, parent: Node, key: tuple, trace: Any = None) -> tuple[tuple[Info, ...], Any]:
-        return (Info(parent.info_of(key[1]).type, True),), None
+        return (Info(parent.info_of(key[1]).type, True, parent.device),), None
 
     def build(self, construction: Any, node: Node) -> tuple[Any, ...]:
         return (construction.cut(node.key[1]),)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from duo import runtime
+from duo.devices import CPU
 from duo.eager.autograd import GradLeaf
 from duo.eager.segments import Origin
 from duo.eager.trace import Val, commit, note_overwritten, note_overwritten_here, open_trace, settle, state
@@ -15,17 +16,17 @@ from duo_ir.types import DType, Shape, TensorType
 
 
 def material(buffer: Any, type: TensorType, requires_grad: bool = False) -> Val:
-    """A value that is there."""
-    val = Val(None, -1, None, Info(type, requires_grad))
+    """A value that is there, on the buffer's device."""
+    val = Val(None, -1, None, Info(type, requires_grad, buffer.device))
     val.buf = buffer
     if state.capture is not None:
         state.capture.made.add(val)
     return val
 
 
-def filled(value: Any, type: TensorType) -> Val:
+def filled(value: Any, type: TensorType, device: str = CPU) -> Val:
     """Every element a Python number or NumPy scalar."""
-    return material(runtime.filled(value, type), type)
+    return material(runtime.filled(value, type, device), type)
 
 
 def conform(new: Value, dtype: DType, shape: Shape) -> Value:

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from duo.eager.tensor import tensor_of
+from duo.runtime import check_device
 from duo_ir.errors import ArgumentError, FormatError
 from duo_ir.types import DType
 from duo_ir.types import dtype as as_dtype
@@ -94,9 +95,11 @@ def save(obj: Any, path: Any) -> None:
 
 
 def load(path: Any, map_location: Any = None) -> Any:
-    """What `save` wrote; a plain safetensors file gives a dict of tensors."""
+    """What `save` wrote; a plain safetensors file gives a dict of tensors. They are on the CPU, as a file does not say where they were, or on the
+    device `map_location`."""
+    device = check_device("cpu" if map_location is None else map_location)
     arrays, metadata = load_arrays(path)
-    tensors = {name: tensor_of(a) for name, a in arrays.items()}
+    tensors = {name: tensor_of(a, device) for name, a in arrays.items()}
     if _STRUCTURE not in metadata:
         return OrderedDict(tensors)
     try:

@@ -16,13 +16,15 @@ from duo.eager.flush import flush
 from duo.eager.infer import user_frame
 from duo.eager.sharing import readable, snapshot, still_shared
 from duo.eager.tensor import EagerTensor, material, read_now
-from duo.eager.trace import END, Trace, Val, settle, state
+from duo.eager.trace import END, Operand, Trace, Val, settle, state
+from duo.eager.trie import LEAF
 from duo.eager.watch import Epoch
 from duo.jit import nests
 from duo.jit.hooks import Hooks, unwatched
 from duo.optim.optimizer import Optimizer
 from duo.runtime import to_numpy
 from duo_ir.core import Loc
+from duo_ir.errors import DeviceError
 
 
 class CaptureTrace(Trace):
@@ -30,12 +32,13 @@ class CaptureTrace(Trace):
 
     __slots__ = ("holders",)
 
-    def __init__(self, grad: bool) -> None:
-        super().__init__(grad)
+    def __init__(self, grad: bool, device: str) -> None:
+        super().__init__(grad, device)
         self.holders: dict[Val, Any] = state.capture.holders
+        state.capture.trace = self
 
     def enter(self, val: Val, tensor: Any = None) -> int:
-        if tensor is not None:
+        if tensor is not None and tensor.__class__ is not Operand:  # which was looked at before
             self.holders.setdefault(val, weakref.ref(tensor))
         return super().enter(val, tensor)
 
@@ -97,6 +100,7 @@ class Capture:
         self.reasons: dict[str, None] = {}
         self.shared: dict[Any, Val] = {}  # what was read of memory that NumPy shares, by storage or tensor with views
         self.originals: dict[Val, Val] = {}  # that -> the value that the tensor had
+        self.reads_default_device = False
         self.exports: dict[Any, Val] = {}  # storages that NumPy shares and that were written, with their first value
         self.epoch = Epoch.count
         self.grad_mode = state.grad
@@ -109,7 +113,8 @@ class Capture:
         self._collecting = gc.isenabled()
         gc.disable()
         state.capture = self
-        self.trace = state.trace = CaptureTrace(state.grad)
+        devices = [t._val.info.device for t in self.tensors] or [state.trace.device]
+        state.trace = CaptureTrace(state.grad, devices[0])
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -131,6 +136,17 @@ class Capture:
         return (
             f"the value {what}is needed{where}, but {self.name} is being compiled, where only types are known; "
             "use duo.where or duo.cond, return it, or move it out of the compiled function"
+        )
+
+    def leave(self, trace: Trace, device: str) -> None:
+        """An op on another device than the trace's is about to be recorded. Raises DeviceError where something was recorded already."""
+        if all(val.node.key[0] is LEAF for val in trace.entries[1:] if val.node is not None):
+            return
+        frame = user_frame()
+        where = f" at {Loc(frame.f_code, frame.f_lasti).full()}" if frame is not None else ""
+        raise DeviceError(
+            f"{self.name} is being compiled as one program on one device, which has begun on {trace.device} and goes on on {device}{where}; "
+            "move tensors outside of it, make new ones with device=, or compile the parts"
         )
 
     def aside(self, work: Callable[..., Any], *arguments: Any) -> Any:

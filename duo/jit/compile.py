@@ -162,7 +162,7 @@ class Compiled:
         trace = state.trace
         entries, numbers = run(capture)
         capture.trace.holders = {}  # stamps of the values refer to the trace: old state would stay until the garbage collector came
-        state.trace = Trace(state.grad)
+        state.trace = Trace(state.grad, trace.device)
         capture.finish_exports()
         if observer is None:
             return result, None, capture, None
@@ -248,7 +248,7 @@ def _reopen() -> None:
     """After an error in the function: what it recorded so far stays, and runs when someone looks."""
     trace = state.trace
     if trace.entries[-1] is END:
-        state.trace = Trace(state.grad)
+        state.trace = Trace(state.grad, trace.device)
 
 
 def _leaf_key(x: Any) -> Any:
@@ -266,7 +266,7 @@ def _describe(args: tuple, kwargs: dict) -> list[str]:
 
 def _shown(x: Any) -> str:
     if isinstance(x, EagerTensor):
-        return str(x._val.info.type)
+        return str(x._val.info)
     if isinstance(x, (list, tuple)):
         return f"[{', '.join(map(_shown, x))}]"
     return guards.brief(x) if isinstance(x, guards.IMMUTABLE) else type(x).__name__

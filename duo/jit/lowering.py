@@ -36,7 +36,7 @@ def lower(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Function:
     finally:
         state.capture = None
         capture.undo()
-        state.trace = Trace(state.grad)
+        state.trace = Trace(state.grad, state.trace.device)
 
 
 def _function(capture: Capture, results: list[Val]) -> Function:

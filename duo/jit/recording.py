@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from duo import devices
 from duo.eager.autograd import GradLeaf
 from duo.eager.flush import FlushPlan, Program, flush
 from duo.eager.sharing import still_shared
@@ -18,8 +19,9 @@ from duo.jit import nests
 from duo.jit.capture import Capture
 from duo.jit.guards import IMMUTABLE
 from duo.nn.parameter import Buffer, Parameter
+from duo.random import State
 
-_TENSORS = (EagerTensor, Parameter, Buffer)
+_TENSORS = (EagerTensor, Parameter, Buffer, State)
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,7 @@ class Recording:
     leaves: list[tuple[GradLeaf, tuple]] = field(default_factory=list)  # leaves that were read, with their hooks
     no_leaf: list[EagerTensor] = field(default_factory=list)
     result: Any = None  # the returned nest; tensors are replaced by Made numbers or Sources
+    default_device: str | None = None  # where tensors were made for which no device was given
     extras: dict[int, Any] = field(default_factory=dict)  # number -> leaf, of values that are leaves
     reasons: dict[str, None] = field(default_factory=dict)
 
@@ -147,6 +150,8 @@ class _Analysis:
         node = entries[-2].node if len(entries) > 1 else entries[0].node
         assert node is not None
         self.r = Recording(node, trace.program, reasons=dict(capture.reasons))
+        if capture.reads_default_device:
+            self.r.default_device = devices.default()
         self.sources: dict[int, Source] = {}  # id of a tensor that was there before -> where it is found
         self.tensors: dict[int, EagerTensor] = {}
         self.initial: dict[int, Val] = {}

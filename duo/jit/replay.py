@@ -10,6 +10,7 @@ import textwrap
 from types import SimpleNamespace
 from typing import Any
 
+from duo import devices
 from duo.eager.autograd import GradLeaf
 from duo.eager.creation import get_default_dtype
 from duo.eager.flush import _segment, flush
@@ -159,6 +160,9 @@ class Replay:
                 return f"an argument changed {brief(a)} -> {brief(b)}"
         if state.grad is not self.grad:
             return f"gradients are {'on' if state.grad else 'off'} now"
+        wanted = self.recording.default_device
+        if wanted is not None and devices.default() != wanted:
+            return f"the default device changed {wanted} -> {devices.default()}"
         for guard in self.checks:
             if not guard.holds():
                 return f"guard failed: {guard.report()}"
@@ -244,7 +248,7 @@ def close_open_trace() -> None:
     """What is recorded and not yet run goes first, and a fresh trace begins."""
     flush()
     if state.trace.entries[-1] is END:
-        state.trace = Trace(state.grad)
+        state.trace = Trace(state.grad, state.trace.device)
 
 
 def storage_of(tensor: EagerTensor) -> Storage:
@@ -290,6 +294,7 @@ class Writer:
         r, replay = self.r, self.replay
         self.add("mine = state.__dict__")  # one look-up of this thread's state
         self.miss_if(f"mine['grad'] is not {replay.grad} or mine['capture'] is not None")
+        self._default_device()
         self._arguments()
         self.miss_if("Epoch.count != structure.epoch and not replay.same_structure()")
         self._guards()
@@ -314,6 +319,12 @@ class Writer:
         return self.names["replay_of"]
 
     # ------------------------------------------------------------------------------------------------------ the checks
+    def _default_device(self) -> None:
+        wanted = self.r.default_device
+        if wanted is not None:
+            self.names["default_device"] = devices.default
+            self.miss_if(f"default_device() is not {self.const(wanted, 'd')}")
+
     def _arguments(self) -> None:
         seen: dict[int, str] = {}
 

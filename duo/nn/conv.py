@@ -34,6 +34,7 @@ class _Convolution(Module):
         groups: int,
         bias: bool,
         padding_mode: str,
+        device: Any,
         dtype: Any,
     ) -> None:
         super().__init__()
@@ -48,8 +49,8 @@ class _Convolution(Module):
         self.dilation = per_axis(name, "dilation", dilation, n)
         self.padding_mode = choice(name, "padding_mode", padding_mode, _MODES)
         shape = (in_channels, out_channels // groups) if self._transposed else (out_channels, in_channels // groups)
-        self.weight = Parameter(empty(*shape, *self.kernel_size, dtype=dtype))
-        self.register_parameter("bias", Parameter(empty(out_channels, dtype=dtype)) if bias else None)
+        self.weight = Parameter(empty(*shape, *self.kernel_size, dtype=dtype, device=device))
+        self.register_parameter("bias", Parameter(empty(out_channels, dtype=dtype, device=device)) if bias else None)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -94,8 +95,8 @@ class _Conv(_Convolution):
         dtype: Any = None,
     ) -> None:
         super().__init__(
-            in_channels, out_channels, kernel_size, stride, padding, 0, dilation, groups, bias, padding_mode, dtype
-        )
+            in_channels, out_channels, kernel_size, stride, padding, 0, dilation, groups, bias, padding_mode, device, dtype
+        )  # fmt: skip
 
     def forward(self, input: Any) -> Any:
         conv = (F.conv1d, F.conv2d, F.conv3d)[self._dims - 1]
@@ -163,7 +164,8 @@ class _ConvTranspose(_Convolution):
         if padding_mode != "zeros":
             raise ArgumentError(f"{type(self).__name__}: padding_mode is 'zeros', not {padding_mode!r}")
         super().__init__(
-            in_channels, out_channels, kernel_size, stride, padding, output_padding, dilation, groups, bias, padding_mode, dtype
+            in_channels, out_channels, kernel_size, stride, padding, output_padding, dilation, groups, bias, padding_mode, device,
+            dtype,
         )  # fmt: skip
 
     def forward(self, input: Any, output_size: Any = None) -> Any:

@@ -11,6 +11,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
+from duo.devices import names_device
 from duo.eager.flush import flush
 from duo.eager.hooks import RemovableHook
 from duo.eager.mode import no_grad
@@ -244,22 +245,30 @@ class Module:
                 p.grad.zero_()
 
     def to(self, *args: Any, **kwargs: Any) -> Module:
-        """Casts floating-point parameters and buffers (`to(duo.float64)`) and moves them to a device (`to("cpu")`), in place.
+        """Casts floating-point parameters and buffers (`to(duo.float64)`) and moves all of them to a device (`to("cuda")`), in place: they stay the
+        same tensors. An optimizer's state follows at its next step.
 
         memory_format is taken and changes nothing: layout is the compiler's matter."""
-        target = kwargs.get("dtype")
+        target, device = kwargs.get("dtype"), kwargs.get("device")
         for arg in args:
             if isinstance(arg, EagerTensor):
-                target = arg.dtype
-            elif isinstance(arg, str) and arg.split(":")[0] in ("cpu", "cuda"):
-                check_device(arg)
+                target, device = arg.dtype, arg.device
+            elif isinstance(arg, bool):
+                continue  # PyTorch's non_blocking
+            elif names_device(arg):
+                device = arg
             else:
                 target = arg
-        if "device" in kwargs and kwargs["device"] is not None:
-            check_device(str(kwargs["device"]))
-        if target is not None:
-            wanted = as_dtype(target)
-            self._convert(lambda t: t.to(wanted) if t._type.dtype.is_float else t)
+        place = None if device is None else check_device(device)
+        wanted = None if target is None else as_dtype(target)
+
+        def convert(t: Any) -> Any:
+            if place is not None:
+                t = t._to_device(place)
+            return t.to(wanted) if wanted is not None and t._type.dtype.is_float else t
+
+        if place is not None or wanted is not None:
+            self._convert(convert)
         return self
 
     def _convert(self, fn: Callable[[Any], Any]) -> None:
@@ -267,10 +276,12 @@ class Module:
         with no_grad():
             for tensor in [*self.parameters(), *self.buffers()]:
                 new = fn(tensor.detach())
-                if new._type is not tensor._type:
+                if new._type is not tensor._type or new._val.info.device is not tensor._val.info.device:
+                    gradient = tensor.grad
+                    tensor.grad = None
                     tensor.data = new
-                    if tensor.grad is not None:
-                        tensor.grad = fn(tensor.grad)
+                    if gradient is not None:
+                        tensor.grad = fn(gradient)
         if state.capture is None:
             flush()  # gradients recorded from here on are of other types: a trace holds one type of a leaf
 
@@ -288,6 +299,10 @@ class Module:
 
     def cpu(self) -> Module:
         return self.to("cpu")
+
+    def cuda(self, device: Any = None) -> Module:
+        """Moves it to a GPU: the current one, or that of the number or name."""
+        return self.to("cuda" if device is None else device)
 
     # ---------------------------------------------------------------------------------------------- state
     def state_dict(self, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> OrderedDict[str, Any]:

@@ -17,11 +17,11 @@ from duo_ir.types import i64
 class _PerChannel(Module):
     """`weight` and `bias` per channel, 1 and 0 at first, where the layer is affine."""
 
-    def __init__(self, channels: int, affine: bool, bias: bool, dtype: Any) -> None:
+    def __init__(self, channels: int, affine: bool, bias: bool, device: Any, dtype: Any) -> None:
         super().__init__()
         self.affine = affine
-        self.register_parameter("weight", Parameter(ones(channels, dtype=dtype)) if affine else None)
-        self.register_parameter("bias", Parameter(zeros(channels, dtype=dtype)) if affine and bias else None)
+        self.register_parameter("weight", Parameter(ones(channels, dtype=dtype, device=device)) if affine else None)
+        self.register_parameter("bias", Parameter(zeros(channels, dtype=dtype, device=device)) if affine and bias else None)
 
     def reset_parameters(self) -> None:
         if self.weight is not None:
@@ -48,13 +48,13 @@ class _BatchNorm(_PerChannel):
         *,
         bias: bool = True,
     ) -> None:
-        super().__init__(num_features, affine, bias, dtype)
+        super().__init__(num_features, affine, bias, device, dtype)
         self.num_features, self.eps, self.momentum = num_features, eps, momentum
         self.track_running_stats = track_running_stats
         tracked = track_running_stats
-        self.register_buffer("running_mean", Buffer(zeros(num_features, dtype=dtype)) if tracked else None)
-        self.register_buffer("running_var", Buffer(ones(num_features, dtype=dtype)) if tracked else None)
-        self.register_buffer("num_batches_tracked", Buffer(zeros(dtype=i64)) if tracked else None)
+        self.register_buffer("running_mean", Buffer(zeros(num_features, dtype=dtype, device=device)) if tracked else None)
+        self.register_buffer("running_var", Buffer(ones(num_features, dtype=dtype, device=device)) if tracked else None)
+        self.register_buffer("num_batches_tracked", Buffer(zeros(dtype=i64, device=device)) if tracked else None)
 
     def reset_running_stats(self) -> None:
         """Mean 0, variance 1, no batches seen."""
@@ -131,7 +131,7 @@ class _InstanceNorm(_PerChannel):
             raise ArgumentError(
                 f"{type(self).__name__} keeps no running statistics; use BatchNorm, or normalise by the input"
             )
-        super().__init__(num_features, affine, bias, dtype)
+        super().__init__(num_features, affine, bias, device, dtype)
         self.num_features, self.eps, self.momentum = num_features, eps, momentum
         self.track_running_stats = False
 
@@ -180,7 +180,7 @@ class GroupNorm(_PerChannel):
     ) -> None:
         if num_groups < 1 or num_channels % num_groups:
             raise ArgumentError(f"GroupNorm: {num_channels} channels do not make {num_groups} groups")
-        super().__init__(num_channels, affine, bias, dtype)
+        super().__init__(num_channels, affine, bias, device, dtype)
         self.num_groups, self.num_channels, self.eps = num_groups, num_channels, eps
 
     def forward(self, input: Any) -> Any:

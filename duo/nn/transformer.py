@@ -31,23 +31,26 @@ class _Layer(Module):
 
     def __init__(
         self, d_model: int, nhead: int, dim_feedforward: int, dropout: float, activation: Activation, layer_norm_eps: float,
-        batch_first: bool, norm_first: bool, bias: bool, dtype: Any, cross: bool,
+        batch_first: bool, norm_first: bool, bias: bool, device: Any, dtype: Any, cross: bool,
     ) -> None:  # fmt: skip
         super().__init__()
 
         def attention() -> MultiheadAttention:
-            return MultiheadAttention(d_model, nhead, dropout, bias=bias, batch_first=batch_first, dtype=dtype)
+            return MultiheadAttention(
+                d_model, nhead, dropout, bias=bias, batch_first=batch_first, device=device, dtype=dtype
+            )
 
         self.self_attn = attention()
         if cross:
             self.multihead_attn = attention()
-        self.linear1 = Linear(d_model, dim_feedforward, bias=bias, dtype=dtype)
+        self.linear1 = Linear(d_model, dim_feedforward, bias=bias, device=device, dtype=dtype)
         self.dropout = Dropout(dropout)
-        self.linear2 = Linear(dim_feedforward, d_model, bias=bias, dtype=dtype)
+        self.linear2 = Linear(dim_feedforward, d_model, bias=bias, device=device, dtype=dtype)
         self.norm_first = norm_first
         names = ("1", "2", "3") if cross else ("1", "2")
         for n in names:
-            self.add_module(f"norm{n}", LayerNorm(d_model, eps=layer_norm_eps, bias=bias, dtype=dtype))
+            norm = LayerNorm(d_model, eps=layer_norm_eps, bias=bias, device=device, dtype=dtype)
+            self.add_module(f"norm{n}", norm)
         for n in names:
             self.add_module(f"dropout{n}", Dropout(dropout))
         self.activation = _activation(activation)
@@ -75,7 +78,8 @@ class TransformerEncoderLayer(_Layer):
         device: Any = None, dtype: Any = None,
     ) -> None:  # fmt: skip
         super().__init__(
-            d_model, nhead, dim_feedforward, dropout, activation, layer_norm_eps, batch_first, norm_first, bias, dtype, False
+            d_model, nhead, dim_feedforward, dropout, activation, layer_norm_eps, batch_first, norm_first, bias, device, dtype,
+            False,
         )  # fmt: skip
 
     def forward(self, src: Any, src_mask: Any = None, src_key_padding_mask: Any = None, is_causal: bool = False) -> Any:
@@ -93,7 +97,8 @@ class TransformerDecoderLayer(_Layer):
         device: Any = None, dtype: Any = None,
     ) -> None:  # fmt: skip
         super().__init__(
-            d_model, nhead, dim_feedforward, dropout, activation, layer_norm_eps, batch_first, norm_first, bias, dtype, True
+            d_model, nhead, dim_feedforward, dropout, activation, layer_norm_eps, batch_first, norm_first, bias, device, dtype,
+            True,
         )  # fmt: skip
 
     def forward(
@@ -170,12 +175,12 @@ class Transformer(Module):
             batch_first,
             norm_first,
             bias,
-            None,
+            device,
             dtype,
         )
 
         def norm() -> LayerNorm:
-            return LayerNorm(d_model, eps=layer_norm_eps, bias=bias, dtype=dtype)
+            return LayerNorm(d_model, eps=layer_norm_eps, bias=bias, device=device, dtype=dtype)
 
         self.encoder = custom_encoder or TransformerEncoder(
             TransformerEncoderLayer(*options), num_encoder_layers, norm()
@@ -201,4 +206,4 @@ class Transformer(Module):
     @staticmethod
     def generate_square_subsequent_mask(sz: int, device: Any = None, dtype: Any = None) -> Any:
         """[sz, sz], -inf above the diagonal and 0 elsewhere: a float mask that lets position i see 0..i."""
-        return full((sz, sz), float("-inf"), dtype=dtype).triu(1)
+        return full((sz, sz), float("-inf"), dtype=dtype, device=device).triu(1)

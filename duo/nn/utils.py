@@ -18,10 +18,11 @@ def clip_grad_norm_(parameters: Any, max_norm: float, norm_type: float = 2.0) ->
     if not grads:
         return zeros(())
     with no_grad():
-        total = F.norm(F.stack([F.norm(g, norm_type) for g in grads]), norm_type)
+        first = grads[0].device
+        total = F.norm(F.stack([F.norm(g, norm_type).to(first) for g in grads]), norm_type)
         scale = F.clamp(max_norm / (total + 1e-6), max=1.0)
         for g in grads:
-            g.mul_(scale)
+            g.mul_(scale.to(g.device))
     return total
 
 

@@ -47,8 +47,8 @@ class Optimize(Macro):
             kind = parent.info_of(p).type
             if parent.info_of(g).type is not kind:
                 raise ShapeError(f"{self.rule.name}: a parameter {kind} has a gradient {parent.info_of(g).type}")
-            infos.append(Info(kind, parent.info_of(p).requires_grad))
-            infos.extend([Info(kind)] * count)
+            infos.append(Info(kind, parent.info_of(p).requires_grad, parent.device))
+            infos.extend([Info(kind, False, parent.device)] * count)
         return tuple(infos), None
 
     def build(self, construction: Any, node: Node) -> tuple[Value, ...]:
@@ -216,16 +216,21 @@ class Optimizer:
     def _step_group(self, group: dict[str, Any], settings: _Settings) -> None:
         macro = settings.macro
         if not self.rule.counts and not macro.slots:
-            if params := [p for p in group["params"] if p._leaf is not None and p._leaf.grad is not None]:
-                self._update(macro, group, settings, params)
+            params = [p for p in group["params"] if p._leaf is not None and p._leaf.grad is not None]
+            for device in dict.fromkeys([p._val.info.device for p in params]):
+                self._update(macro, group, settings, [p for p in params if p._val.info.device is device])
             return
         options = macro.options
-        cohorts: dict[Any, list[Any]] = {}  # parameters that were updated equally often
+        cohorts: dict[Any, list[Any]] = {}  # parameters that were updated equally often, of one device
+        moved = [p for p in group["params"] if self._is_elsewhere(p)]
+        if moved:
+            self._follow(moved)
         for p in group["params"]:
             if p.grad is not None:
                 slots = self.state[p]
-                cohorts.setdefault(id(slots.get("step")) if slots else "new", []).append(p)
-        for key, params in cohorts.items():
+                key = id(slots.get("step")) if slots else "new", p._val.info.device
+                cohorts.setdefault(key, []).append(p)
+        for (key, _), params in cohorts.items():
             if key == "new":
                 self._start(options, params)
                 first = _optimize(self.rule, options | {"first"}) if "momentum" in options else macro
@@ -236,13 +241,36 @@ class Optimizer:
 
     def _start(self, options: frozenset, params: list[Any]) -> None:
         """State for parameters that meet their first gradient; those that start together share one step counter."""
-        step = full_value(0, TensorType(i64, ())) if self.rule.counts else None
+        device = params[0]._val.info.device
+        step = full_value(0, TensorType(i64, ()), device) if self.rule.counts else None
         if step is not None:
             self._sharing[id(step)] = (step, len(params))
         for p in params:
             slots = {"step": step} if step is not None else {}
-            slots.update((name, full_value(self.initial(name), p._type)) for name in self.rule.slots(options))
+            slots.update((name, full_value(self.initial(name), p._type, device)) for name in self.rule.slots(options))
             self.state[p].update(slots)  # all at once: an interrupt finds a parameter started or not
+
+    def _is_elsewhere(self, param: Any) -> bool:
+        """Whether the parameter has left its state behind on another device."""
+        slots = self.state[param]
+        return bool(slots) and next(iter(slots.values()))._val.info.device is not param._val.info.device
+
+    def _follow(self, params: list[Any]) -> None:
+        """State goes where its parameter has gone. Those that shared a step counter and are together again share one there."""
+        self._memory.notes = None
+        counters: dict[Any, Any] = {}
+        for p in params:
+            device = p._val.info.device
+            for name, value in self.state[p].items():
+                if name != "step":
+                    self.state[p][name] = value._to_device(device)
+                    continue
+                counter = counters.get((id(value), device))
+                if counter is None:
+                    counter = counters[id(value), device] = value._to_device(device)
+                self.state[p][name] = counter
+                self._sharing[id(value)] = (value, self._sharing.get(id(value), (value, 1))[1] - 1)
+                self._sharing[id(counter)] = (counter, self._sharing.get(id(counter), (counter, 0))[1] + 1)
 
     def _update(self, macro: Optimize, group: dict[str, Any], settings: _Settings, params: list[Any]) -> None:
         if state.capture is not None:
@@ -285,7 +313,7 @@ class Optimizer:
     ) -> tuple[Trace, list[Any]]:
         """The entry of the step, of values that were read already: the trace that it is in, and its values."""
         while True:
-            trace = open_trace()
+            trace = open_trace(read[0].info.device)
             leaves = trace.leaves
             numbers = [
                 v.index if v.trace is trace else leaves.get(v) or trace.enter(v, t) for v, t in zip(read, tensors)
@@ -330,19 +358,22 @@ class Optimizer:
             mine.update({k: v for k, v in theirs.items() if k != "params"})
         self.state = Slots()
         self._sharing = {}
-        counters: dict[int, Any] = {}
+        counters: dict[Any, Any] = {}
         for n, slots in state_dict["state"].items():
             p = by_number[int(n)]
-            mine = self.state[p]
+            mine, device = self.state[p], p._val.info.device
             for name, value in slots.items():
-                mine[name] = self._counter(value, counters) if name == "step" else value.detach().clone()
+                if name == "step":
+                    mine[name] = self._counter(value, device, counters)
+                else:
+                    mine[name] = value.detach().clone()._to_device(device)
 
-    def _counter(self, step: Any, counters: dict[int, Any]) -> Any:
-        """The shared step counter for parameters that were updated this often."""
+    def _counter(self, step: Any, device: str, counters: dict[Any, Any]) -> Any:
+        """The shared step counter for parameters of a device that were updated this often."""
         done = int(step.item()) if hasattr(step, "item") else int(step)
-        if done not in counters:
-            counters[done] = full_value(done, TensorType(i64, ()))
-        counter = counters[done]
+        if (done, device) not in counters:
+            counters[done, device] = full_value(done, TensorType(i64, ()), device)
+        counter = counters[done, device]
         self._sharing[id(counter)] = (counter, self._sharing.get(id(counter), (counter, 0))[1] + 1)
         return counter
 

@@ -64,6 +64,7 @@ class Buffer:
     __slots__ = ("__weakref__", "_home", "_shared", "nbytes", "ptr")
 
     _shared: object
+    device = "cpu"
 
     def __init__(self, ptr: int, nbytes: int, home: Any) -> None:
         self.ptr = ptr

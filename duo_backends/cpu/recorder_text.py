@@ -25,12 +25,12 @@ PYTHON = (
 )  # fmt: skip
 # Objects that the frontend names, beside the bodies of operators.
 OBJECTS = (
-    "none", "true", "empty", "zero", "float", "int", "bool", "tuple", "Val", "Node", "Trace", "tensor", "state", "dict_name", "trace_name", "END", "LEAF", "hooks",
+    "none", "true", "cpu", "empty", "zero", "float", "int", "bool", "tuple", "Val", "Node", "Trace", "tensor", "state", "dict_name", "trace_name", "END", "LEAF", "hooks",
     "record", "false", "grad_name", "root_grad", "root_plain", "RLock", "forks", "full", "NOTHING", "elsewhere", *lane_text.OBJECTS, *share_text.OBJECTS,
 )  # fmt: skip
 SLOTS = (
     "trace.entries", "trace.leaves", "trace.leaf_numbers", "trace.links", "trace.hooked", "trace.lock", "trace.born", "trace.node", "trace.done",
-    "trace.placed", "trace.program", "trace.call", "stamp.overwritten", "stamp.trace", "stamp.numbers", "value.trace", "value.index", "value.node", "value.info", "value.buf", "value.scalars", "value.extra",
+    "trace.device", "trace.placed", "trace.program", "trace.call", "stamp.overwritten", "stamp.trace", "stamp.numbers", "value.trace", "value.index", "value.node", "value.info", "value.buf", "value.scalars", "value.extra",
     "value.stamp", "node.hot", "node.key", "node.op", "node.left", "node.right", "node.special", "node.stop", "node.depth", "node.lasti", "node.code", "node.info", "node.infos",
     "info.requires_grad", "tensor._val", "tensor._storage", "tensor._chain", "tensor._seen", "tensor._leaf", "storage.shared",
     "storage.version", "hooks.busy", *lane_text.SLOTS, *share_text.SLOTS,
@@ -202,7 +202,7 @@ end:
   ret void
 }
 
-; `open_trace` of a thread whose trace has been closed; null where that is to be left to Python.
+; `open_trace` of a thread whose trace, on the CPU, has been closed; null where that is to be left to Python.
 define internal ptr @duo.open() nounwind {
 entry:
   %none = const none
@@ -273,6 +273,8 @@ fill:
   give trace.links %trace %links
   give trace.hooked %trace %hooked
   give trace.lock %trace %lock
+  %cpu = const cpu
+  set trace.device %trace %cpu
   set trace.born %trace %born
   set trace.node %trace %none
   set trace.done %trace %false
@@ -610,12 +612,17 @@ is.open.still:
   %is.closed = icmp eq ptr %current.last, %end
   br i1 %is.closed, label %open, label %opened
 open:
+  %device = get trace.device %current
+  %cpu = const cpu
+  %on.cpu = icmp eq ptr %device, %cpu
   call void @Py_DecRef(ptr %current)
+  br i1 %on.cpu, label %open.new, label %never
+open.new:
   %fresh = call ptr @duo.open()
   %unopened = icmp eq ptr %fresh, null
   br i1 %unopened, label %never, label %opened
 opened:
-  %trace = phi ptr [ %current, %is.open.still ], [ %fresh, %open ]
+  %trace = phi ptr [ %current, %is.open.still ], [ %fresh, %open.new ]
   %float = const float
   %int = const int
   %bool = const bool

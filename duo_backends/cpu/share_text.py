@@ -11,7 +11,7 @@ PYTHON = ("PyWeakref_NewRef",)
 ARRAYS = {"PyArray_NewFromDescr": 94, "PyArray_SetBaseObject": 282}
 OBJECTS = ("Storage", "Sharers", "detached", "minus_one", "ndarray", "python.detach", "python.numpy", "python.__array__", "blocks", "append_name")
 SLOTS = (
-    "storage.base", "storage.leaf", "storage.val", "buffer._shared", "info.array", "info.shape", "sharers.arrays", "sharers.first",
+    "storage.base", "storage.leaf", "storage.val", "buffer._shared", "info.array", "info.device", "info.shape", "sharers.arrays", "sharers.first",
     "blocks.append",
 )  # fmt: skip
 METHODS = ("detach", "numpy", "__array__")
@@ -241,7 +241,11 @@ begin:
   %info = get value.info %val
   %tracked = get info.requires_grad %info
   %is.tracked = icmp eq ptr %tracked, %true
-  %b = or i1 %seen.already, %is.tracked
+  %device = get info.device %info
+  %cpu = const cpu
+  %is.away = icmp ne ptr %device, %cpu ; memory of a GPU
+  %b1 = or i1 %seen.already, %is.tracked
+  %b = or i1 %b1, %is.away
   br i1 %b, label %leave, label %settle
 settle:
   %buf = get value.buf %val

@@ -1,0 +1,90 @@
+"""Eager tensors on an (emulated) GPU: where they are, what moves them, and that nothing else about them changes."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import duo
+from duo_ir import errors
+from tests.cuda_emulator.support import needs_emulator
+from tests.frontends.cuda_support import gpu  # noqa: F401
+
+pytestmark = [needs_emulator, pytest.mark.usefixtures("gpu")]
+
+
+def test_where_tensors_are():
+    x = duo.tensor([[1.0, 2.0], [3.0, 4.0]], device="cuda")
+    y = x * 2 + 1
+    assert str(y.device) == "cuda:0" and y.is_cuda and y.get_device() == 0
+    assert y.device == duo.device("cuda", 0) == duo.device("cuda:0") == "cuda:0" and hash(y.device) == hash("cuda:0")
+    assert not y.cpu().is_cuda and y.cpu().device == "cpu" and y.cuda() is y and y.to("cuda:0") is y
+    assert y.tolist() == [[3.0, 5.0], [7.0, 9.0]] and y.sum().item() == 24.0 and bool((y > 0).all())
+    assert repr(x) == "tensor([[1., 2.],\n        [3., 4.]], device='cuda:0')"
+    for t in (duo.zeros(2, device="cuda"), duo.zeros_like(x), x.new_ones(3), x[0], x.T, x.detach(), x.to(duo.float64)):
+        assert t.is_cuda
+    assert duo.tensor(x).is_cuda and not duo.tensor(x, device="cpu").is_cuda
+    with pytest.raises(TypeError, match=r"\.cpu\(\)\.numpy\(\)"):
+        y.numpy()
+
+
+def test_operands_on_two_devices():
+    x, y = duo.ones(2, device="cuda"), duo.ones(2)
+    with pytest.raises(errors.DeviceError, match=r"(?s)add\(f32\[2\] on cuda:0, f32\[2\]\).*\.to\('cuda:0'\).*test_cuda_eager.py:"):
+        x + y
+    scale = duo.tensor(3.0, requires_grad=True)
+    z = (x * scale + scale).sum()
+    z.backward()
+    assert z.is_cuda and z.item() == 12.0 and not scale.grad.is_cuda and scale.grad.item() == 4.0
+    assert (scale * scale).device == "cpu"
+
+
+def test_gradients_cross_devices():
+    w = duo.tensor([1.0, 2.0, 3.0], device="cuda", requires_grad=True)
+    h = w * w
+    y = h.cpu()
+    ((y * 2).sum() + h.sum().cpu()).backward()
+    assert w.grad.is_cuda and w.grad.tolist() == [6.0, 12.0, 18.0]
+    (g,) = duo.autograd.grad((w * w).cpu().sum(), w, create_graph=True)
+    (second,) = duo.autograd.grad(g.sum(), w)
+    assert second.tolist() == [2.0, 2.0, 2.0]
+
+
+def test_one_stream_of_random_numbers():
+    def program(device: str) -> list[float]:
+        duo.manual_seed(3)
+        out = [duo.rand(3, device=device), duo.randn(2), duo.nn.functional.dropout(duo.ones(8, device=device))]
+        out.append(duo.empty(3, device=device).normal_())
+        return [v for t in out for v in t.tolist()]
+
+    assert program("cuda") == program("cpu")
+
+
+def test_views_and_writes():
+    def program(device: str) -> list:
+        x = duo.arange(12, device=device).reshape(3, 4).float()
+        row = x[1]
+        row += 10.0
+        x[:, 0] = duo.tensor(7.0)
+        x[duo.tensor([0, 2]), [1, 1]] = 5.0
+        x.T[3].mul_(2)
+        return [x.tolist(), row.tolist(), x[[2, 0]].tolist()]
+
+    assert program("cuda") == program("cpu")
+    x = duo.zeros(3, device="cuda")
+    x.copy_(duo.tensor([1.0, 2.0, 3.0]))
+    x[1:] = np.array([5.0, 6.0])
+    assert x.is_cuda and x.tolist() == [1.0, 5.0, 6.0]
+
+
+def test_default_device():
+    with duo.device("cuda"):
+        assert duo.ones(2).is_cuda and duo.tensor(1.0).is_cuda and duo.nn.Linear(2, 3).weight.is_cuda
+        with duo.device("cpu"):
+            assert not duo.rand(2).is_cuda
+    duo.set_default_device("cuda:0")
+    try:
+        assert duo.get_default_device() == "cuda:0" and duo.arange(3).is_cuda and not duo.ones(2, device="cpu").is_cuda
+    finally:
+        duo.set_default_device("cpu")
+    assert not duo.ones(2).is_cuda

@@ -52,6 +52,7 @@ def distinct(out: Any, operands: Sequence[Value]) -> Any:
     return straight_through(out, out) if out.type.dtype.is_float and any(out is v for v in operands) else out
 
 
+_views: dict[Any, Any] = {}  # class of a tensor -> its `_view`
 _applies: dict[Any, Any] = {}  # class of the operand, or classes of several -> `_apply` of the class that decides
 _quick: Any = None  # a class of tensors, and how it applies a body if nothing but it and numbers is there
 _quick_apply: Any = None
@@ -98,6 +99,12 @@ def _plain(x: Any) -> Any:
 
 def apply_view(view: View, tensor: Any, attrs: tuple[Any, ...] = ()) -> Any:
     """A view of `tensor`."""
-    if tensor.__class__ is Value:
+    cls = tensor.__class__
+    if cls is Value:
         return view.read(tensor, *attrs)
-    return kind_of((tensor,))._view(view, tensor, attrs)
+    found = _views.get(cls)
+    if found is None:
+        found = kind_of((tensor,))._view
+        if len(_views) < 256:
+            _views[cls] = found
+    return found(view, tensor, attrs)

@@ -44,6 +44,7 @@ from duo_ir.ops import stop_gradient, straight_through
 from duo_ir.types import TensorType, bool_, dtype
 
 _new: Any = object.__new__
+_record_one = recorder()  # of what a view reads: one value
 
 
 def _detach_read(x: Value) -> Value:
@@ -112,10 +113,12 @@ class EagerTensor(Tensor):
         if storage.shared is not None and state.capture is None and readable(storage):
             val = read_now(storage, chain, most=False)
         if val is None:
-            (val,) = record(view.read, (tensor,), attrs)
-        out = EagerTensor(val)
+            val = _record_one(view.read, (tensor,), attrs)
+        out = _new(EagerTensor)
+        out._val = val
         out._storage, out._chain, out._seen = storage, chain, storage.version
-        if not _through_data(out._chain):
+        out._leaf = None
+        if not _through_data(chain):
             alias(storage.val, val)
         return out
 

@@ -34,6 +34,8 @@ def is_tensor(x: Any) -> bool:
 
 def integer(name: str, what: str, value: Any) -> int:
     """`value` as an int (NumPy integers too, bools not)."""
+    if value.__class__ is int:
+        return value  # type: ignore[no-any-return]
     if isinstance(value, bool):
         raise ArgumentError(f"{name}: {what} is an int, not {value!r}")
     try:
@@ -66,6 +68,11 @@ def size_args(name: str, values: Any) -> tuple[DimLike, ...]:
     """A shape given as f(2, 3), f((2, 3)) or f([2, 3]), as a tuple of ints and Dims; -1 and others pass unjudged."""
     if len(values) == 1 and isinstance(values[0], (tuple, list)):
         values = values[0]
+    for v in values:
+        if v.__class__ is not int:
+            break
+    else:
+        return tuple(values)
     return tuple([v if isinstance(v, Dim) else integer(name, "a size", v) for v in values])
 
 

@@ -44,7 +44,8 @@ _SMALL_BODY = 8  # instructions up to which loops are unrolled
 _UNROLL = 8  # vectors of a reduction in one go,
 _STATES = 4  # or of one in any order, each with a state of its own
 _FAR = 1 << 18  # elements from which cache lines are asked for early,
-_AHEAD = 512  # and how many elements early
+_AHEAD = 512  # and how many elements early,
+_BEYOND = 1 << 22, 4096  # or, from so many elements on, which come from memory
 _NEXT_ROW = 512, 1 << 16  # elements of rows that are asked for while the row before is worked on
 _PAD = 64  # elements: rows of saved values end with room for a vector
 _MANY_LEVELS = 54  # enough for 2^63 elements
@@ -408,11 +409,16 @@ class _Rows:
     def _ask(self, stage: Stage, scope: Scope) -> None:
         """Asks for what a stage reads a little later, where it reads it first and nothing else has asked."""
         if self.number == 0 and self.fetching is None and self._is_far(stage):
-            self.e.prefetch(stage.body, scope, len(self.outer), _AHEAD)
+            size = self._elements(stage)
+            early = _BEYOND[1] if isinstance(size, int) and size >= _BEYOND[0] else _AHEAD
+            self.e.prefetch(stage.body, scope, len(self.outer), early)
+
+    def _elements(self, stage: Stage) -> DimLike:
+        return product((*self.kernel.axes, *stage.axes))
 
     def _is_far(self, stage: Stage) -> bool:
         """Whether what it reads is likely to come from beyond a core's own caches."""
-        elements = product((*self.kernel.axes, *stage.axes))
+        elements = self._elements(stage)
         return not isinstance(elements, int) or elements >= _FAR
 
     def _segments(self, stage: Stage, reducers: Sequence[Reducer], start: Region) -> list[str]:

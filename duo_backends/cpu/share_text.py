@@ -250,7 +250,7 @@ begin:
 settle:
   %buf = get value.buf %val
   %pending = icmp eq ptr %buf, %none
-  br i1 %pending, label %flush, label %make
+  br i1 %pending, label %flush, label %memory
 flush:
   %trace = get value.trace %val
   %trace.class = const Trace
@@ -264,8 +264,13 @@ lane:
   br i1 %flushed, label %settled, label %leave
 settled:
   %buf.now = get value.buf %val
-  %lost = icmp eq ptr %buf.now, %none
-  br i1 %lost, label %leave, label %make
+  br label %memory
+memory:
+  %block = phi ptr [ %buf, %settle ], [ %buf.now, %settled ]
+  %block.class = call ptr @duo.class(ptr %block)
+  %buffer.class = const Buffer
+  %plain.memory = icmp eq ptr %block.class, %buffer.class
+  br i1 %plain.memory, label %make, label %leave
 
 make: ; first what allocates
   %array = call ptr @duo.array(ptr %val)

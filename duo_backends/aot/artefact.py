@@ -13,12 +13,12 @@ from functools import cached_property
 import numpy as np
 
 from duo_backends.aot import runtime
+from duo_backends.aot.entries import Entry, State, Trainer
 from duo_backends.aot.library import build_library, emit_kernels
-from duo_backends.aot.module import Entry, State
 from duo_backends.aot.plan import make_plan
 from duo_backends.aot.source import ProgramSource, Source, hoisted
 from duo_backends.aot.targets import AotTarget
-from duo_backends.aot.weights import Block, block_of
+from duo_backends.aot.weights import Block, block_of, checkpoint_header, code_of
 from duo_backends.cpu.backend import CpuBackend
 from duo_backends.cpu.emit import panel_columns
 from duo_ir import pipeline
@@ -71,11 +71,44 @@ class Artefact:
     def codes(self) -> Mapping:
         return emit_kernels(self.programs, self.target)
 
+    @cached_property
+    def trainer(self) -> Trainer | None:
+        """What a training step needs beside its programs."""
+        t = self.source.training
+        if t is None:
+            return None
+        programs = {p.name: k for k, p in enumerate(self.source.programs)}
+        states = {state.name: k for k, state in enumerate(self.states)}
+        arrays = self.source.states
+        rows = tuple(
+            [(name, code_of(arrays[s]), arrays[s].shape, states[s], optimizer) for name, s, optimizer in t.checkpoint]
+        )
+        headers = [
+            checkpoint_header(
+                [(name, arrays[s]) for name, s, optimizer in t.checkpoint if whole or not optimizer], text
+            )
+            for whole, text in zip((True, False), t.metadata)
+        ]
+        return Trainer(
+            programs[t.step],
+            programs[t.first] if t.first is not None else -1,
+            programs[t.init] if t.init is not None else -1,
+            states[t.generator] if t.generator is not None else -1,
+            rows,
+            (headers[0], headers[1]),
+        )
+
     def library(self, embed: bool = True) -> bytes:
         """The shared library; with `embed`, weights lie in it."""
         weights = self.block.content if embed else b""
         return build_library(
-            self.source.name, self.entries, self.codes, self.target, weights=weights, states=self.states
+            self.source.name,
+            self.entries,
+            self.codes,
+            self.target,
+            weights=weights,
+            states=self.states,
+            trainer=self.trainer,
         )
 
     def _entry(self, p: ProgramSource, program: Program, codes: Mapping) -> Entry:

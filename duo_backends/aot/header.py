@@ -87,7 +87,23 @@ def header_text(source: Source, target: str, producer: str) -> str:
         "/* Uses the caller's memory, aligned to 64 bytes, for temporaries from now on (NULL: the model's own). */",
         f"int {name}_set_scratch({name} *model, void *memory, int64_t bytes);",
     ]
-    for p in source.programs:
+    parts += [
+        "",
+        "/* Where a state lies (a weight that training changes, say), NULL if there is none of that name; its size is stored at bytes unless that is NULL.",
+        "   It moves with every call of a program that changes it. */",
+        f"void *{name}_state({name} *model, const char *name, int64_t *bytes);",
+    ]
+    if source.training is not None:
+        parts += [
+            "",
+            "/* All as at the start, with weights drawn anew from this seed. */",
+            f"int {name}_init({name} *model, int64_t seed);",
+            "",
+            "/* Checkpoints, safetensors that Python's duo.save and duo.load write and read too. A file that is not one of this model changes nothing. */",
+            f"int {name}_save({name} *model, const char *path);",
+            f"int {name}_load({name} *model, const char *path);",
+        ]
+    for p in source.public:
         parts += ["", *_program(name, p)]
     parts += ["", "#ifdef __cplusplus", "}", "#endif", "", "#endif", ""]
     return "\n".join(parts)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 from duo_backends.aot.elf import shared_library
-from duo_backends.aot.module import Entry, State, module_text
+from duo_backends.aot.entries import Entry, State, Trainer
+from duo_backends.aot.module import module_text
 from duo_backends.aot.targets import AotTarget, initialise
 from duo_backends.binding import kernels_of
 from duo_backends.cpu import jit
@@ -14,7 +15,15 @@ from duo_backends.cpu.emit import compile_kernel
 from duo_ir.kernels.kernel import Kernel
 from duo_ir.kernels.program import Program
 
-COMMON = ("create", "destroy", "message", "set_scratch")  # functions of every library, after its prefix and `_`
+COMMON = (
+    "create",
+    "destroy",
+    "message",
+    "set_scratch",
+    "state",
+)  # functions of every library, after its prefix and `_`
+
+TRAINER = ("init", "save", "load")  # of those that train
 
 
 def emit_kernels(programs: Sequence[Program], target: AotTarget) -> dict[Kernel, KernelCode]:
@@ -31,18 +40,21 @@ def build_library(
     *,
     weights: bytes = b"",
     states: Sequence[State] = (),
+    trainer: Trainer | None = None,
 ) -> bytes:
     """The bytes of lib`prefix`.so. `weights` lie in it as they are."""
     initialise()
     texts = dict.fromkeys(code.text for code in codes.values())
 
     def modules() -> Iterator[str]:
-        yield module_text(prefix, entries, target, states) + _weights_text(bool(weights))
+        yield module_text(prefix, entries, target, states, trainer) + _weights_text(bool(weights))
         yield from texts
 
     objects = jit.object_codes(modules(), target.machine)
     exports = [f"{prefix}_{name}" for name in COMMON]
-    for e in entries:
+    if trainer is not None:
+        exports += [f"{prefix}_{name}" for name in TRAINER]
+    for e in [e for e in entries if not e.name.startswith("_")]:
         exports += [f"{prefix}_{e.name}", f"{prefix}_{e.name}_scratch_bytes"]
     data_symbol = "duo_weights" if weights else ""
     return shared_library(objects, target.arch, exports, f"lib{prefix}.so", weights, data_symbol)

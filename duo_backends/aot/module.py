@@ -7,13 +7,13 @@ addresses in the data: `bind` and `describe` put them where they belong when a m
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
-from duo_backends.aot import runtime
+from duo_backends.aot import checkpoint, runtime
 from duo_backends.aot.emit import HELPERS, SizeText
-from duo_backends.aot.plan import THREADS, Argument, Plan
+from duo_backends.aot.entries import Entry, State, Texts, Trainer, bytes_text, functions_text, trainer_text, words_text
+from duo_backends.aot.plan import THREADS, Argument
 from duo_backends.aot.sizes import Size, dim
 from duo_backends.aot.subset import Unit
 from duo_backends.aot.targets import AotTarget
@@ -26,46 +26,16 @@ from duo_ir.types import evaluate
 MOST_BYTES = float(1 << 46)  # of what a call touches; far above any machine's memory, far below what overflows
 
 
-@dataclass(frozen=True)
-class Entry:
-    """A program as callers see it. `given`: names of the pointers that they pass, in order; `sources[k]`: where the address of the program's argument k
-    comes from (kind of `runtime`, number); `copies`: results that are copied after a run, (argument, kind and number of where to); `swaps`: states
-    whose two places change roles then."""
-
-    name: str
-    plan: Plan
-    given: tuple[str, ...]
-    sources: tuple[tuple[int, int], ...]
-    copies: tuple[tuple[int, int, int], ...] = ()
-    swaps: tuple[int, ...] = ()
-
-    @property
-    def dims(self) -> tuple[str, ...]:
-        """The free dims, which are the first parameters."""
-        return self.plan.program.dims
-
-    def label(self, k: int) -> str:
-        """What the program's argument k is called."""
-        kind, value = self.sources[k]
-        return self.given[value] if kind == runtime.GIVEN else f"argument {k}"
-
-
-@dataclass(frozen=True)
-class State:
-    """A state's place in a model: `start`, where its first value lies among the weights; `double`: whether its next value needs a place of its own."""
-
-    name: str
-    start: int
-    nbytes: int
-    double: bool
-
-
 def module_text(
-    prefix: str, entries: Sequence[Entry], target: AotTarget, states: Sequence[State] = (), extra: Unit | None = None
+    prefix: str,
+    entries: Sequence[Entry],
+    target: AotTarget,
+    states: Sequence[State] = (),
+    trainer: Trainer | None = None,
 ) -> str:
     """The module. `prefix` begins the names of the functions that callers see; `states`: those of a model."""
-    unit = extra or Unit()
-    unit.add(runtime.FUNCTIONS)
+    unit = Unit()
+    unit.add(runtime.FUNCTIONS if trainer is None else (*runtime.FUNCTIONS, *checkpoint.FUNCTIONS))
     parts = [target.system_text(), HELPERS, _internal(pool_text(target.arch, target.wait_text(), target.sig_setmask))]
     parts += [target.clock_text(), interpreter_text(), _BRIDGE]
     symbols = sorted({row.symbol for e in entries for row in e.plan.rows if row.symbol is not None})
@@ -73,11 +43,13 @@ def module_text(
     parts.append(_COPY)
     parts += [_Program(n, e, unit).text() for n, e in enumerate(entries)]
     parts.append(_describe(len(entries)))
-    parts.append(_functions(prefix, entries, _model_bytes(entries, len(states)), len(states)))
-    words = [w for s in states for w in (s.start, s.nbytes, int(s.double))] or [0]
-    parts.append(
-        f"@duo.states = internal constant [{len(words)} x i64] [{', '.join(f'i64 {w}' for w in words)}], align 64"
-    )
+    parts.append(functions_text(prefix, entries, _model_bytes(entries, len(states)), len(states), trainer))
+    parts.append(words_text("duo.states", [w for s in states for w in (s.start, s.nbytes, int(s.double))]))
+    texts = Texts()
+    parts.append(words_text("duo.state.names", [w for s in states for w in texts.place(s.name)]))
+    if trainer is not None:
+        parts.append(trainer_text(prefix, trainer, states, texts))
+    parts.append(bytes_text("duo.texts", bytes(texts.content)))
     return _declared_once("\n".join([*parts, unit.text()]))
 
 
@@ -310,42 +282,6 @@ def _describe(programs: int) -> str:
     return "\n".join([*lines, "end:", "  ret i64 0", "}"])
 
 
-def _functions(prefix: str, entries: Sequence[Entry], nbytes: int, states: int) -> str:
-    """What callers see: see `header.py`."""
-    out = [
-        _API.replace("PREFIX", prefix)
-        .replace("MODEL_BYTES", str(nbytes))
-        .replace("PROGRAMS", str(len(entries)))
-        .replace("STATES", str(states))
-    ]
-    for n, e in enumerate(entries):
-        dims, given = [f"i64 %d{k}" for k in range(len(e.dims))], [f"i64 %g{k}" for k in range(len(e.given))]
-        store = []
-        for name, count, letter in (("sizes", len(e.dims), "d"), ("given", len(e.given), "g")):
-            store.append(f"  %{name} = alloca i64, i64 {max(count, 1)}")
-            store += [
-                line
-                for k in range(count)
-                for line in (
-                    f"  %{letter}{k}.at = getelementptr i64, ptr %{name}, i64 {k}",
-                    f"  store i64 %{letter}{k}, ptr %{letter}{k}.at",
-                )
-            ]
-            store.append(f"  %{name}.word = ptrtoint ptr %{name} to i64")
-        out.append(
-            f"define i64 @{prefix}_{e.name}({', '.join(['i64 %model', *dims, *given])}) nounwind {{\n"
-            + "\n".join(store)
-            + f"\n  %r = call i64 @lib.call(i64 %model, i64 {n}, i64 %sizes.word, i64 %given.word)\n  ret i64 %r\n}}"
-        )
-        sizes = store[: store.index("  %sizes.word = ptrtoint ptr %sizes to i64") + 1]
-        out.append(
-            f"define i64 @{prefix}_{e.name}_scratch_bytes({', '.join(['i64 %model', *dims])}) nounwind {{\n"
-            + "\n".join(sizes)
-            + f"\n  %r = call i64 @lib.scratch(i64 %model, i64 {n}, i64 %sizes.word)\n  ret i64 %r\n}}"
-        )
-    return "\n".join(out)
-
-
 _COPY = f"""
 define internal void @duo.copy({SIGNATURE}) nounwind {{
   call void @duo_copy(ptr %args, ptr %dims, i64 %begin, i64 %end, i64 %tid, ptr %scratch, ptr %status)
@@ -377,27 +313,5 @@ end:
   br label %done
 done:
   ret i64 0
-}
-"""
-
-_API = """
-define i64 @PREFIX_create(i64 %options, i64 %out) nounwind {
-  %describe = ptrtoint ptr @duo.describe to i64
-  %weights = call i64 @duo.weights()
-  %states = ptrtoint ptr @duo.states to i64
-  %r = call i64 @lib.create(i64 %options, i64 %out, i64 MODEL_BYTES, i64 PROGRAMS, i64 %describe, i64 %weights, i64 %states, i64 STATES)
-  ret i64 %r
-}
-define void @PREFIX_destroy(i64 %model) nounwind {
-  %r = call i64 @lib.destroy(i64 %model)
-  ret void
-}
-define i64 @PREFIX_message(i64 %model) nounwind {
-  %r = call i64 @lib.message(i64 %model)
-  ret i64 %r
-}
-define i64 @PREFIX_set_scratch(i64 %model, i64 %memory, i64 %bytes) nounwind {
-  %r = call i64 @lib.set_scratch(i64 %model, i64 %memory, i64 %bytes)
-  ret i64 %r
 }
 """

@@ -39,7 +39,7 @@ def pack(source: Source, targets: Sequence[AotTarget], producer: str) -> bytes:
             "ir": number[1],
         }
         sections.append(("code", made.library(embed=False), about))
-    return write(source.name, producer, [describe_program(p) for p in source.programs], _states(source), sections)
+    return write(source.name, producer, [describe_program(p) for p in source.public], _states(source), sections)
 
 
 def describe_program(p: ProgramSource) -> dict[str, Any]:

@@ -17,7 +17,7 @@ OK, NULL_ARGUMENT, BAD_SIZE, NO_MEMORY, BAD_INDEX, SMALL_SCRATCH, WRONG_CPU, BAD
 # ---- the header of a model
 THREADS, ALLOCATE, RELEASE, USER, WEIGHTS, STATES = 0, 8, 16, 24, 32, 40
 FRAME, FRAME_BYTES, FRAME_OWNED, FRAME_USER = 48, 56, 64, 72  # FRAME_USER: the record whose words lie in the frame
-BLOCK, BLOCK_BYTES = 80, 88  # memory of states, or a file that is mapped
+BLOCK, STARTED = 80, 88  # memory of states; whether the model has been trained
 MESSAGE, MESSAGE_BYTES = 128, 384
 HEADER = 512
 
@@ -154,6 +154,46 @@ def make_states(model: int, states: int, count: int) -> int:
             at += up(nbytes)
         k += 1
     return start_states(model, states, count)
+
+
+def init(model: int, states: int, count: int, generator: int, program: int, seed: int) -> int:
+    """States as they were at first, then drawn anew by a program (-1: none) from a generator (-1: none) that starts with `seed`."""
+    if model == 0:
+        return NULL_ARGUMENT
+    start_states(model, states, count)
+    store64(model + STARTED, 0)
+    if generator >= 0:
+        place = load64(load64(model + STATES) + 16 * generator)
+        store64(place, seed)
+        store64(place + 8, 0)
+    if program < 0:
+        return OK
+    return call(model, program, 0, 0)
+
+
+def train(model: int, first: int, later: int, sizes: int, given: int) -> int:
+    """Runs the program of a training step: `first` in a model that has not been trained."""
+    if model == 0:
+        return NULL_ARGUMENT
+    bad = call(model, later if load64(model + STARTED) else first, sizes, given)
+    if bad == OK:
+        store64(model + STARTED, 1)
+    return bad
+
+
+def state(model: int, name: int, nbytes: int, table: int, texts: int, states: int, count: int) -> int:
+    """The address of the state of that name, whose size is stored at `nbytes`; 0: there is none. `table`: offset and length of each name."""
+    if model == 0 or name == 0:
+        return 0
+    k = 0
+    while k < count:
+        length = load64(table + 16 * k + 8)
+        if c("strlen", name) == length and c("memcmp", name, texts + load64(table + 16 * k), length) == 0:
+            if nbytes:
+                store64(nbytes, load64(states + 8 * STATE_WORDS * k + 8))
+            return load64(load64(model + STATES) + 16 * k)
+        k += 1
+    return 0
 
 
 def start_states(model: int, states: int, count: int) -> int:
@@ -377,5 +417,5 @@ def text(constant: int | str) -> int:
 
 
 FUNCTIONS = (
-    up, allocate, release, create, make_states, start_states, destroy, bind, reserve, address, call, failed, scratch, set_scratch, message, no_model, text,
+    up, allocate, release, create, make_states, start_states, init, train, state, destroy, bind, reserve, address, call, failed, scratch, set_scratch, message, no_model, text,
 )  # fmt: skip

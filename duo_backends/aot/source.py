@@ -46,13 +46,33 @@ class ProgramSource:
 
 
 @dataclass(frozen=True)
+class Training:
+    """What makes programs a training step. `step`: the program that trains; `first`: the one for its first run, where that differs; `init`: the one that
+    draws the states anew; `generator`: the state of the random numbers that they draw. `checkpoint`: tensors of a checkpoint (name in the file, state,
+    whether it is of the optimizer); `metadata`: what a checkpoint says beside, with the optimizer's states, and without them."""
+
+    step: str
+    first: str | None
+    init: str | None
+    generator: str | None
+    checkpoint: tuple[tuple[str, str, bool], ...]
+    metadata: tuple[str, str]
+
+
+@dataclass(frozen=True)
 class Source:
-    """`weights` and `states` (their values at the start) by name."""
+    """`weights` and `states` (their values at the start) by name. Programs whose names begin with `_` are not for callers."""
 
     name: str
     programs: tuple[ProgramSource, ...]
     weights: Mapping[str, np.ndarray]
     states: Mapping[str, np.ndarray]
+    training: Training | None = None
+
+    @property
+    def public(self) -> list[ProgramSource]:
+        """The programs that callers see."""
+        return [p for p in self.programs if not p.name.startswith("_")]
 
     def __post_init__(self) -> None:
         if not self.name.isidentifier() or not self.name.isascii():

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -53,6 +53,18 @@ def block_of(arrays: Mapping[str, np.ndarray]) -> Block:
     start = 8 + len(header)
     content = b"".join([len(header).to_bytes(8, "little"), header, *parts])
     return Block(content, {name: start + offset for name, offset in offsets.items()})
+
+
+def checkpoint_header(arrays: Sequence[tuple[str, np.ndarray]], metadata: str) -> bytes:
+    """What a safetensors file of these arrays, one after the other, begins with; `metadata`: the structure that `duo.load` gives them."""
+    rows: dict[str, object] = {"__metadata__": {"duo.structure": metadata}}
+    at = 0
+    for name, array in arrays:
+        rows[name] = {"dtype": code_of(array), "shape": list(array.shape), "data_offsets": [at, at + array.nbytes]}
+        at += array.nbytes
+    header = json.dumps(rows, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header
 
 
 def code_of(array: np.ndarray) -> str:

@@ -71,13 +71,14 @@ float, int = float32, int32
 
 if _TYPE_CHECKING:
     from duo import aot, func
-    from duo.aot import export, load_executable, spec
+    from duo.aot import export, export_training, load_executable, spec
     from duo.func import vmap
     from duo.profiling import profile
 
 # What a script without it need not load: name -> its module, and what it is there ("": the module itself).
 _LATER = {
-    "aot": ("duo.aot", ""), "export": ("duo.aot", "export"), "load_executable": ("duo.aot", "load_executable"),
+    "aot": ("duo.aot", ""), "export": ("duo.aot", "export"),
+    "export_training": ("duo.aot", "export_training"), "load_executable": ("duo.aot", "load_executable"),
     "spec": ("duo.aot", "spec"), "func": ("duo.func", ""), "vmap": ("duo.func", "vmap"), "profile": ("duo.profiling", "profile"),
 }  # fmt: skip
 

@@ -4,5 +4,6 @@
 from duo.aot.executable import Executable, load_executable
 from duo.aot.export import export
 from duo.aot.spec import Spec, spec
+from duo.aot.training import export_training
 
-__all__ = ["Executable", "Spec", "export", "load_executable", "spec"]
+__all__ = ["Executable", "Spec", "export", "export_training", "load_executable", "spec"]

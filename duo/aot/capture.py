@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,22 +29,31 @@ class Names:
     """Names of states: those that the user's modules give them, or their own."""
 
     def __init__(self, modules: Sequence[Module] = ()) -> None:
-        self._known: dict[int, str] = {}
-        self.states: dict[State, str] = {}
+        self._known: dict[int, str] = {}  # id of a tensor -> its name
+        self.states: dict[Any, str] = {}
         for module in modules:
             for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
                 self._known.setdefault(id(tensor), name)
 
     def of(self, state: State) -> str:
-        """The state's name, its own."""
-        if state not in self.states:
-            tensor = state.tensor if isinstance(state, SharedState) else None
-            wanted = self._known.get(id(tensor), state.name or "state")
+        """The state's name; states that are one tensor have one."""
+        if isinstance(state, SharedState):
+            return self._free(("tensor", id(state.tensor)), self._known.get(id(state.tensor), state.name or "state"))
+        return self._free(state, state.name or "state")
+
+    def of_live(self, origin: Live) -> str:
+        """The name of a hyperparameter."""
+        return self._free(
+            ("live", origin.owner, origin.index), origin.name or "number"
+        )
+
+    def _free(self, key: Any, wanted: str) -> str:
+        if key not in self.states:
             name, n = wanted, 1
             while name in self.states.values():
                 name, n = f"{wanted}_{n}", n + 1
-            self.states[state] = name
-        return self.states[state]
+            self.states[key] = name
+        return self.states[key]
 
 
 def source_of(function: Any, specs: Sequence[Any], name: str) -> Source:
@@ -52,14 +61,27 @@ def source_of(function: Any, specs: Sequence[Any], name: str) -> Source:
     if not callable(function):
         raise ArgumentError(f"export takes a function or a module, not {function!r}")
     given = _named(function, [spec(s) for s in specs])
-    graph = Graph()
-    with graph.as_default(), no_grad():  # what does not depend on inputs may be computed right now
-        inputs = [placeholder(s.dtype, list(s.shape), s.name) for s in given]
-        out = function(*inputs)
-    outputs = _outputs(out, graph, function)
+    with no_grad():  # what does not depend on inputs may be computed right now
+        graph, inputs, outputs = graph_of(function, given)
     names = Names(_modules_of(function))
     low = lowered(graph, list(outputs.values()), [x._value for x in inputs], {})
     return source_from([("forward", low, [s.name for s in given], list(outputs))], names, name, _eager_value)
+
+
+def graph_of(
+    function: Any, given: Sequence[Spec], names: Collection[str] | None = None
+) -> tuple[Graph, list[Any], dict[str, GraphElement]]:
+    """A graph of `function` on placeholders of these specs: it, the placeholders, the named results. `names`: what these are to be called."""
+    graph = Graph()
+    with graph.as_default():
+        inputs = [placeholder(s.dtype, list(s.shape), s.name) for s in given]
+        out = function(*inputs)
+    outputs = _outputs(out, function)
+    if names is not None:
+        if len(outputs) != len(names):
+            raise ArgumentError(f"{_called(function)} returns {len(outputs)} tensors instead of {len(names)}")
+        outputs = dict(zip(names, outputs.values()))
+    return graph, inputs, outputs
 
 
 def source_from(
@@ -67,9 +89,11 @@ def source_from(
     names: Names,
     name: str,
     value: Callable[[State], np.ndarray],
+    mutable: bool = False,
 ) -> Source:
-    """A Source of lowered programs (name, program, names of inputs, names of outputs). States that none writes are weights. `value`: a state's value."""
-    written = {s for _, low, _, _ in programs for s in low.states}
+    """A Source of lowered programs (name, program, names of inputs, names of outputs). States that none writes are weights, unless they are `mutable`,
+    as hyperparameters are then. `value`: a state's value."""
+    written = {names.of(s) for _, low, _, _ in programs for s in low.states}
     weights: dict[str, np.ndarray] = {}
     states: dict[str, np.ndarray] = {}
     made = []
@@ -81,9 +105,14 @@ def source_from(
                 params.append(Port("input", inputs[origin]))
             elif isinstance(origin, State):
                 known = names.of(origin)
-                kind, among = ("state", states) if origin in written else ("weight", weights)
-                among.setdefault(known, value(origin))
+                kind, among = ("state", states) if mutable or known in written else ("weight", weights)
+                if known not in among:
+                    among[known] = value(origin)
                 params.append(Port(kind, known))
+            elif mutable and isinstance(origin, Live):
+                known = names.of_live(origin)
+                states[known] = _constant(origin, type.dtype)
+                params.append(Port("state", known))
             else:
                 known = f"constant_{len(weights)}"
                 weights[known] = _constant(origin, type.dtype)
@@ -91,7 +120,8 @@ def source_from(
         results = [Port("output", n) for n in outputs]
         for state in low.states:
             known = names.of(state)
-            states.setdefault(known, value(state))
+            if known not in states:
+                states[known] = value(state)
             results.append(Port("state", known))
         made.append(ProgramSource(label, low.function, tuple(params), tuple(results)))
     return Source(name, tuple(made), weights, states)
@@ -146,7 +176,7 @@ def _named(function: Any, specs: list[Spec]) -> list[Spec]:
     return out
 
 
-def _outputs(out: Any, graph: Graph, function: Any) -> dict[str, GraphElement]:
+def _outputs(out: Any, function: Any) -> dict[str, GraphElement]:
     """Named results: keys of a dict, else output, or output_0, output_1, ..."""
     if isinstance(out, Mapping):
         found = dict(out)

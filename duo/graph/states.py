@@ -126,13 +126,13 @@ class Number(Source):
 
 
 class Live(Source):
-    """Number `index` of what `read()` gives at each run: hyperparameters that Python may change."""
+    """Number `index` of what `read()` gives at each run: hyperparameters that Python may change. Equal `owner` and index: the same number."""
 
-    __slots__ = ("index", "read")
+    __slots__ = ("index", "owner", "read")
 
-    def __init__(self, read: Callable[[], tuple], index: int, name: str = "") -> None:
+    def __init__(self, read: Callable[[], tuple], index: int, name: str = "", owner: Any = None) -> None:
         super().__init__(name)
-        self.read, self.index = read, index
+        self.read, self.index, self.owner = read, index, owner
 
 
 def number_of(value: float | int | bool, dtype: DType) -> float | int | bool:

@@ -396,7 +396,7 @@ class Step(Deferred):
     ) -> None:
         opt, group = self.optimizer, self.group
         read = lambda: opt.hyper(group)  # noqa: E731
-        hyper = [lowering.source(Live(read, k, n), TensorType(f64, ())) for k, n in enumerate(rule.hyper)]
+        hyper = [lowering.source(Live(read, k, n, id(group)), TensorType(f64, ())) for k, n in enumerate(rule.hyper)]
         params = [s.tensor for s, _ in rows]
         memo = lowering.memo
         counter = None

@@ -90,7 +90,7 @@ def save(obj: Any, path: Any) -> None:
             arrays[name] = _array(tensor)
         save_arrays(path, arrays)
         return
-    structure = _encode(obj, "", arrays)
+    structure, arrays = flattened(obj)
     save_arrays(path, arrays, {_STRUCTURE: json.dumps(structure)})
 
 
@@ -106,6 +106,12 @@ def load(path: Any, map_location: Any = None) -> Any:
         return _decode(json.loads(metadata[_STRUCTURE]), tensors)
     except (KeyError, ValueError, TypeError, IndexError, AttributeError, OverflowError, RecursionError) as error:
         raise FormatError(f"the structure in {os.fspath(path)!r} does not fit its tensors: {error!r}") from None
+
+
+def flattened(obj: Any) -> tuple[Any, dict[str, np.ndarray]]:
+    """What `save` writes of nested dicts and lists: the structure, which is JSON in the metadata, and named arrays."""
+    arrays: dict[str, np.ndarray] = {}
+    return _encode(obj, "", arrays), arrays
 
 
 def _is_tensor(x: Any) -> bool:

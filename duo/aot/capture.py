@@ -43,9 +43,7 @@ class Names:
 
     def of_live(self, origin: Live) -> str:
         """The name of a hyperparameter."""
-        return self._free(
-            ("live", origin.owner, origin.index), origin.name or "number"
-        )
+        return self._free(("live", origin.owner, origin.index), origin.name or "number")
 
     def _free(self, key: Any, wanted: str) -> str:
         if key not in self.states:

@@ -119,6 +119,7 @@ class Executable:
     none of the file's fits this CPU."""
 
     def __init__(self, manifest: Manifest, target: str, model: Model) -> None:
+        self.states = {p["name"]: Port(p["name"], dtype(p["dtype"]), p["shape"]) for p in manifest.states}
         self.name, self.producer, self.target = manifest.name, manifest.producer, target
         self._model = model
         self.programs = {row["name"]: Program(model, row) for row in manifest.programs}
@@ -126,6 +127,36 @@ class Executable:
 
     def __call__(self, *inputs: Any) -> Any:
         return self._first(*inputs)
+
+    def init(self, seed: int) -> None:
+        """All states as they were at first, with weights drawn anew from this seed (artefacts of `duo.export_training`)."""
+        self._model.init(seed)
+
+    def save(self, path: Any) -> None:
+        """Writes a checkpoint, as `duo.save({"model": ..., "optimizer": ..., "generator": ...}, path)` (artefacts of `duo.export_training`)."""
+        self._model.save(os.fspath(path))
+
+    def load(self, path: Any) -> None:
+        """Reads a checkpoint. Raises FormatError for a file that is not one of this model, which stays as it is then."""
+        self._model.load(os.fspath(path))
+
+    def get_state(self, name: str) -> np.ndarray:
+        """A copy of a state: "model.0.weight", or a hyperparameter such as "lr"."""
+        port = self._state(name)
+        return np.frombuffer(self._model.state(name), port.dtype.numpy).reshape(port.shape).copy()
+
+    def set_state(self, name: str, value: Any) -> None:
+        """Replaces a state's value. Raises ShapeError."""
+        port = self._state(name)
+        array = np.ascontiguousarray(value, port.dtype.numpy)
+        if array.shape != port.shape:
+            raise ShapeError(f"{self.name}: {port} is given with shape {list(array.shape)}")
+        self._model.set_state(name, array.tobytes())
+
+    def _state(self, name: str) -> Port:
+        if name not in self.states:
+            raise ArgumentError(f"{self.name} has no state {name!r}; it has {', '.join(self.states) or 'none'}")
+        return self.states[name]
 
     def __getattr__(self, name: str) -> Program:
         try:

@@ -138,7 +138,9 @@ def sparse_softmax_cross_entropy_with_logits(labels: Any = None, logits: Any = N
     x, t = _named_arguments("sparse_softmax_cross_entropy_with_logits", None, labels, logits)
     t = convert_to_tensor(t)
     if not t.dtype.is_integer:
-        raise DTypeError(f"sparse_softmax_cross_entropy_with_logits: labels are integers, not {t.dtype.name}; the order is (labels, logits)")
+        raise DTypeError(
+            f"sparse_softmax_cross_entropy_with_logits: labels are integers, not {t.dtype.name}; the order is (labels, logits)"
+        )
     inputs = (t, x)
     return named(
         x.graph, "sparse_softmax_cross_entropy_with_logits", name, lambda: x.graph.apply(_sparse_loss, inputs), inputs

@@ -152,7 +152,9 @@ class Session:
 
     def __init__(self, target: str = "", graph: Graph | None = None, config: Any = None) -> None:
         self.graph = graph if graph is not None else get_default_graph()
-        self._values: dict[State, EagerTensor] = {}  # of variables and seeded generators, as tensors that nobody else sees
+        self._values: dict[
+            State, EagerTensor
+        ] = {}  # of variables and seeded generators, as tensors that nobody else sees
         self._exposed: dict[State, SharedState] = {}  # variables that eager mode sees as tensors
         self._calls: dict[Any, Call] = {}
         self._structures: dict[Any, Call] = {}

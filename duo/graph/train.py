@@ -267,7 +267,11 @@ class AdagradOptimizer(Optimizer):
     rule = rules.TF_ADAGRAD
 
     def __init__(
-        self, learning_rate: Any, initial_accumulator_value: float = 0.1, use_locking: bool = False, name: str = "Adagrad"
+        self,
+        learning_rate: Any,
+        initial_accumulator_value: float = 0.1,
+        use_locking: bool = False,
+        name: str = "Adagrad",
     ) -> None:
         if not initial_accumulator_value > 0:
             raise InvalidArgumentError(f"initial_accumulator_value must be above 0, not {initial_accumulator_value}")

@@ -47,7 +47,9 @@ class Linear(Module):
             init.uniform_(self.bias, -bound, bound)
 
     def forward(self, input: Any) -> Any:
-        mine = self._parameters  # where those attributes are, unless a subclass says otherwise: looking there first is much quicker
+        mine = (
+            self._parameters
+        )  # where those attributes are, unless a subclass says otherwise: looking there first is much quicker
         if self.__class__ is not Linear or "weight" not in mine or "bias" not in mine:
             return F.linear(input, self.weight, self.bias)
         return F.linear(input, mine["weight"], mine["bias"])

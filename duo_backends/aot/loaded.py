@@ -14,10 +14,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from duo_backends.cpu.system import system
-from duo_ir.errors import ArgumentError, DeviceError, DuoError, IndexOutOfRange
+from duo_ir.errors import ArgumentError, DeviceError, DuoError, FormatError, IndexOutOfRange
 
 _CODES = {
     1: ArgumentError, 2: ArgumentError, 3: MemoryError, 4: IndexOutOfRange, 5: ArgumentError, 6: DeviceError, 7: ArgumentError,
+    8: FormatError,
 }  # fmt: skip
 _NAMES = {
     3: "there is not enough memory",
@@ -77,6 +78,44 @@ class Model:
                     self.check(code)
 
         return call
+
+    def init(self, seed: int) -> None:
+        """All states as at the start, drawn anew from a seed."""
+        with self._lock:
+            self.check(self._code.function("init", 2)(self._model, (seed + (1 << 63)) % (1 << 64) - (1 << 63)))
+
+    def save(self, path: str) -> None:
+        """Writes a checkpoint. Raises FormatError."""
+        self._with_path("save", path)
+
+    def load(self, path: str) -> None:
+        """Reads a checkpoint. Raises FormatError, with nothing changed."""
+        self._with_path("load", path)
+
+    def _with_path(self, name: str, path: str) -> None:
+        encoded = ctypes.create_string_buffer(os.fsencode(path))
+        with self._lock:
+            self.check(self._code.function(name, 2)(self._model, ctypes.addressof(encoded)))
+
+    def state(self, name: str) -> memoryview:
+        """The bytes of a state, as they are now."""
+        encoded, nbytes = ctypes.create_string_buffer(name.encode()), ctypes.c_int64()
+        with self._lock:
+            find = self._code.function("state", 3)
+            at = find(self._model, ctypes.addressof(encoded), ctypes.addressof(nbytes))
+            if not at:
+                raise ArgumentError(f"{self._code.name} has no state {name!r}")
+            return memoryview(ctypes.string_at(at, nbytes.value))
+
+    def set_state(self, name: str, content: bytes) -> None:
+        """Replaces a state's bytes."""
+        encoded, nbytes = ctypes.create_string_buffer(name.encode()), ctypes.c_int64()
+        with self._lock:
+            find = self._code.function("state", 3)
+            at = find(self._model, ctypes.addressof(encoded), ctypes.addressof(nbytes))
+            if not at or nbytes.value != len(content):
+                raise ArgumentError(f"{self._code.name} has no state {name!r} of {len(content)} bytes")
+            ctypes.memmove(at, content, len(content))
 
     def scratch_bytes(self, name: str, sizes: Sequence[int]) -> int:
         """Bytes of temporaries of a program for these sizes."""

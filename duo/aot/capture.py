@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import numpy as np
 from duo.aot.spec import Spec, spec
 from duo.eager.mode import no_grad
 from duo.eager.tensor import EagerTensor
+from duo.func.calls import replaced
 from duo.graph.arrays import placeholder
 from duo.graph.graph import Graph, Operation
 from duo.graph.lowering import Lowered, lowered
@@ -60,18 +62,23 @@ def source_of(function: Any, specs: Sequence[Any], name: str) -> Source:
         raise ArgumentError(f"export takes a function or a module, not {function!r}")
     given = _named(function, [spec(s) for s in specs])
     with no_grad():  # what does not depend on inputs may be computed right now
-        graph, inputs, outputs = graph_of(function, given)
-    names = Names(_modules_of(function))
+        modules = _modules_of(function)
+        graph, inputs, outputs = graph_of(function, given, modules)
+    names = Names(modules)
     low = lowered(graph, list(outputs.values()), [x._value for x in inputs], {})
     return source_from([("forward", low, [s.name for s in given], list(outputs))], names, name, _eager_value)
 
 
 def graph_of(
-    function: Any, given: Sequence[Spec], names: Collection[str] | None = None
+    function: Any, given: Sequence[Spec], modules: Sequence[Module], names: Collection[str] | None = None
 ) -> tuple[Graph, list[Any], dict[str, GraphElement]]:
-    """A graph of `function` on placeholders of these specs: it, the placeholders, the named results. `names`: what these are to be called."""
+    """A graph of `function` on placeholders of these specs: it, the placeholders, the named results. `modules`: those that it uses; `names`:
+    what the results are to be called."""
     graph = Graph()
-    with graph.as_default():
+    with graph.as_default(), ExitStack() as stack:
+        for module in modules:  # what is computed of parameters alone belongs to the program too
+            params = {n: graph.wrap(graph.read(graph.share(p))) for n, p in module.named_parameters()}
+            stack.enter_context(replaced(module, params))
         inputs = [placeholder(s.dtype, list(s.shape), s.name) for s in given]
         out = function(*inputs)
     outputs = _outputs(out, function)

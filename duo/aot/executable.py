@@ -148,7 +148,7 @@ class Executable:
     def set_state(self, name: str, value: Any) -> None:
         """Replaces a state's value. Raises ShapeError."""
         port = self._state(name)
-        array = np.ascontiguousarray(value, port.dtype.numpy)
+        array = np.array(value, port.dtype.numpy, order="C")
         if array.shape != port.shape:
             raise ShapeError(f"{self.name}: {port} is given with shape {list(array.shape)}")
         self._model.set_state(name, array.tobytes())

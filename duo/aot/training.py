@@ -72,7 +72,7 @@ def training_source(
     names_in = _input_names(model, given, whole, params)
     given = [spec(s, n) for s, n in zip(given, names_in)]
     with _mode(model, True), _unstarted(optimizer):
-        graph, inputs, outputs = graph_of(loss_of, given, {"loss"})
+        graph, inputs, outputs = graph_of(loss_of, given, [model], {"loss"})
         loss = outputs["loss"]
         with graph.as_default():
             train = optimizer.minimize(loss)
@@ -92,7 +92,7 @@ def training_source(
         ]
         with _mode(model, False), no_grad():
             shown = given[:-1]
-            shape_of, model_inputs, results = graph_of(model, shown, None)
+            shape_of, model_inputs, results = graph_of(model, shown, [model])
         low = lowered(shape_of, list(results.values()), [x._value for x in model_inputs], {})
         programs.insert(0, (FORWARD, low, [s.name for s in shown], list(results)))
         source = source_from(programs, names, name, _value, mutable=True)

@@ -24,12 +24,12 @@ def functional_call(
     for d in dicts if isinstance(dicts, (list, tuple)) else (dicts,):
         given.update(d)
     args = () if args is None else args if isinstance(args, tuple) else (args,)
-    with _replaced(module, given):
+    with replaced(module, given):
         return module(*args, **(kwargs or {}))
 
 
 @contextmanager
-def _replaced(module: Module, given: Mapping[str, Any]) -> Iterator[None]:
+def replaced(module: Module, given: Mapping[str, Any]) -> Iterator[None]:
     """The module with other tensors in its tables, which are put back after. The tables are written past their watch: nothing that a compiled
     function could see later has changed."""
     places: list[tuple[dict, str, Any]] = []  # every name of every parameter, also of tied ones

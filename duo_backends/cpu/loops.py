@@ -18,6 +18,7 @@ from duo_backends.cpu.llvm import Module, is_literal
 from duo_backends.cpu.nest import BLOCK, Phase, ceil_div, lanes_for, points, symbol
 from duo_backends.cpu.rows import compile_rows
 from duo_backends.cpu.stream import with_streams
+from duo_backends.cpu.turn import can_turn, emit_turn
 from duo_ir.kernels.collapse import accesses, move_axis_last, reorder, simplify
 from duo_ir.kernels.kernel import LoopKernel, Stage
 from duo_ir.types import DimLike, evaluate
@@ -169,7 +170,14 @@ def _emit_map(phase: Phase, kernel: LoopKernel, tiled: bool) -> None:
                 outer = phase.unravel(f.div(number, tiles), axes[:-2]) if len(axes) > 2 else []
                 first = f.mul(f.rem(number, tiles) if len(axes) > 2 else number, str(_TILE))
                 last = f.min(f.add(first, str(_TILE)), size)
-                _emit_tile(phase, kernel, width, outer, (first, last), (begin, end))
+                if can_turn(phase, kernel, width):
+                    whole = f.op(f"icmp eq i64 {f.sub(last, first)}, {_TILE}")
+                    with f.when(whole):
+                        emit_turn(phase, kernel, width, outer, (first, _TILE), (begin, end))
+                    with f.when(f.op(f"xor i1 {whole}, true")):
+                        _emit_tile(phase, kernel, width, outer, (first, last), (begin, end))
+                else:
+                    _emit_tile(phase, kernel, width, outer, (first, last), (begin, end))
             else:
                 outer = phase.unravel(f.div(units.index, blocks), axes[:-1])
                 _emit_row(phase, kernel, width, outer, begin, end)

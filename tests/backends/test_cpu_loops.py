@@ -10,10 +10,12 @@ from functools import cache
 import numpy as np
 import pytest
 
-from duo_backends.cpu import stream
+from duo_backends.cpu import stream, turn
 from duo_backends.cpu.code import Target
 from duo_backends.cpu.emit import compile_kernel
 from duo_backends.cpu.jit import build, machine
+from duo_backends.cpu.llvm import Module
+from duo_backends.cpu.nest import Phase
 from duo_ir.errors import DeviceError
 from duo_ir.kernels.body import BodyBuilder
 from duo_ir.kernels.kernel import (
@@ -348,6 +350,43 @@ def test_map_accesses(shape):
         if n == 0 or rank == 0:
             at = Affine(0, (0,) * rank)
         check(map_kernel(shape, at, x.size), [x, np.zeros(n, np.float32)])
+
+
+def across_kernel(shape, dtype, beside):
+    """out[shape] = x, turned in its last two axes, + a bias of the rows, and with `beside` + y, which lies as `out`; and x alone."""
+    outer, rows, columns = (1, *shape)[-3:]
+    turned = Affine(0, (rows * columns, 1, rows)[-len(shape) :])
+    row_wise = Affine(0, (0, 1, 0)[-len(shape) :])
+    b = [("load", (), dtype, Access(0, turned)), ("load", (), dtype, Access(1, row_wise)), ("add", (0, 1), dtype)]
+    if beside:
+        b += [("load", (), dtype, Access(2, contiguous(shape))), ("add", (2, 3), dtype)]
+    n = outer * rows * columns
+    args = (Arg(dtype, n), Arg(dtype, rows), Arg(dtype, n), Arg(dtype, n, True), Arg(dtype, n, True))
+    stores = (Store(Access(3, contiguous(shape)), len(b) - 1), Store(Access(4, contiguous(shape)), 0))
+    return LoopKernel(args, tuple(shape), (Stage((), body(*b), stores),))
+
+
+@pytest.mark.parametrize("dtype", [f32, f64, i32, i64], ids=str)
+@pytest.mark.parametrize("shape", [(16, 16), (64, 49), (33, 17), (15, 40), (2, 32, 50), (3, 16, 64), (20, 1024 + 7), (16, 2048 + 20)])
+def test_maps_that_read_across(shape, dtype):
+    n, rows = math.prod(shape), shape[-2]
+    for beside in (False, True):
+        zeros = np.zeros(n, dtype.numpy)
+        buffers = [data(dtype, n, 1, 0.1), data(dtype, rows, 2), data(dtype, n, 3), zeros, zeros]
+        check(across_kernel(shape, dtype, beside), buffers)
+
+
+def test_which_maps_are_turned():
+    """Not what has too few columns, or would compute twice what its result may lie on."""
+
+    def turned(shape, beside=False, streams=frozenset()):
+        kernel = across_kernel(shape, f32, beside)
+        return turn.can_turn(Phase(Module(), "phase", kernel, machine("native/16").target, False, streams), kernel, 4)
+
+    assert all(turned(shape) for shape in ((64, 49), (64, 4), (64, 1024 + 4), (64, 4096 + 5)))
+    assert not turned((64, 3)) and not turned((64, 4096 + 3))
+    assert turned((64, 48), beside=True) and not turned((64, 49), beside=True)
+    assert turned((64, 48), streams=frozenset([3])) and not turned((64, 49), streams=frozenset([3]))
 
 
 def test_strided_and_column_slices():

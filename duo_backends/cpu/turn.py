@@ -11,6 +11,7 @@ from duo_backends.cpu.body import Scope, Value
 from duo_backends.cpu.gemm_pack import load_square
 from duo_backends.cpu.llvm import memory_type
 from duo_backends.cpu.nest import BLOCK, Phase
+from duo_ir.kernels.collapse import accesses
 from duo_ir.kernels.kernel import Access, Instr, LoopKernel
 
 _LONGEST = 12  # instructions of a body, which is written out for each row of a square
@@ -36,8 +37,7 @@ def _across(kernel: LoopKernel, width: int) -> int | None:
     (stage,) = kernel.stages
     if len(stage.body) > _LONGEST or stage.reduces or any(i.op == "check" for i in stage.body):
         return None
-    accesses = [i.attr for i in stage.body if i.op == "load"] + [store.access for store in stage.stores]
-    if any(access.guards or access.index_strides for access in accesses):
+    if any(access.guards or access.index_strides for access, _ in accesses(stage)):
         return None
     if any(store.access.at.strides[-1] != 1 for store in stage.stores):
         return None

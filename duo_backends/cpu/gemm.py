@@ -228,7 +228,7 @@ class _Driver:
                 self.written = f.add(self.written, more, f.top)
         self._count_tiles()
         self.panels = self._ceil_div(self.n, plan.panel)
-        self.row_units = self._ceil_div(self.tiles, plan.unit_tiles)
+        self.row_units = self._ceil_div(self.tiles, plan.unit_tiles) if plan.row_units is None else str(plan.row_units)
         self.column_units = self._ceil_div(self.panels, plan.unit_panels)
         self.blocks = "1" if plan.one_block else f.call(
             "smax", "i64", [("i64", self._ceil_div(self.k, BLOCK)), ("i64", "1")], region=f.top
@@ -248,13 +248,17 @@ class _Driver:
         group = f.mul(f.div(place, f.mul(self.column_units, str(plan.group), f.top)), str(plan.group))
         rows, place = f.min(f.sub(self.row_units, group), str(plan.group)), f.sub(place, f.mul(group, self.column_units))
         p0 = f.mul(f.div(place, rows), str(plan.unit_panels))
-        t0 = f.mul(f.add(group, f.rem(place, rows)), str(plan.unit_tiles))
+        row_unit = f.add(group, f.rem(place, rows))
         batch: list[str] = []
         for axis in reversed(range(len(kernel.batch))):
             size = self.dim(kernel.batch[axis])
             batch.insert(0, f.rem(entry, size) if axis else entry)
             entry = f.div(entry, size) if axis else entry
-        t1 = f.min(f.add(t0, str(plan.unit_tiles)), self.tiles)
+        if plan.row_units is None:
+            t0 = f.mul(row_unit, str(plan.unit_tiles))
+            t1 = f.min(f.add(t0, str(plan.unit_tiles)), self.tiles)
+        else:
+            t0, t1 = (f.div(f.mul(unit, self.tiles), self.row_units) for unit in (row_unit, f.add(row_unit, "1")))
         p1 = f.min(f.add(p0, str(plan.unit_panels)), self.panels)
         a, b = self._operand(batch, kernel.a, self.a_type), self._operand(batch, kernel.b, self.b_type)
         return _Unit(tuple(batch), t0, t1, p0, p1, a, b)

@@ -26,6 +26,7 @@ OFTEN = 256  # rows of A from which on packing B costs next to nothing
 FAR_ROWS = 1024  # bytes between rows of B from which one block of them is packed: nothing foresees the next row
 UNIT_SIDE = 512  # largest rows and columns of a unit
 UNITS = 16  # units that large work is cut into at least
+MANY_UNITS = 4  # for each core, from which on a few more do no harm
 UNIT_WORK = 1 << 19  # multiply-adds of a unit below which it is not cut further; a quarter where each part packs nothing
 AHEAD_CALLS = 8  # micro-kernels of a block from which on the next one's operand is packed between them
 STREAMED_ROWS = 48  # with one or two row tiles a unit counts as having these rows: it waits for B's memory
@@ -51,8 +52,9 @@ class Plan:
     pack_a: bool
     pack_b: bool
     pack_tail: bool  # the last panel is packed although the others are read in place
-    unit_tiles: int
+    unit_tiles: int  # at most
     unit_panels: int
+    row_units: int | None  # that the row tiles are shared out to; None where their number depends on a symbolic m
 
     @property
     def panel(self) -> int:
@@ -184,7 +186,9 @@ class Plan:
         return -(-evaluate(self.kernel.n, sizes) // self.panel)
 
     def units(self, sizes: Mapping[str, int]) -> int:
-        rows, columns = -(-self.tiles(sizes) // self.unit_tiles), -(-self.panels(sizes) // self.unit_panels)
+        rows, columns = self.row_units, -(-self.panels(sizes) // self.unit_panels)
+        if rows is None:
+            rows = -(-self.tiles(sizes) // self.unit_tiles)
         return evaluate(product(self.kernel.batch), sizes) * rows * columns
 
     def scratch(self, sizes: Mapping[str, int]) -> int:
@@ -236,8 +240,13 @@ def make_plan(kernel: ContractKernel, target: Target) -> Plan:
     )
     pack_tail = not pack_b and (n is None or n % lanes != 0)
     unit_tiles, unit_panels = _unit(kernel, rows, vectors * lanes, tiles, panels, pack_a, pack_b)
+    row_units = None
+    if m is not None:
+        tiles = sum(s.count or 0 for s in segments)
+        row_units = _shared_out(tiles, unit_tiles, target.cores)
+        unit_tiles = -(-tiles // row_units) if tiles else 1
     return Plan(
-        kernel, compute, lanes, vectors, tail_vectors, segments, pack_a, pack_b, pack_tail, unit_tiles, unit_panels
+        kernel, compute, lanes, vectors, tail_vectors, segments, pack_a, pack_b, pack_tail, unit_tiles, unit_panels, row_units
     )
 
 
@@ -301,6 +310,13 @@ def _unit(
         else:
             break
     return _even(all_tiles, unit_tiles), _even(all_panels, unit_panels)
+
+
+def _shared_out(tiles: int, most: int, cores: int) -> int:
+    """Units of at most so many row tiles each. Where they are many, as many for each core: one that has no rows of its own in every run finds none of
+    them in its caches."""
+    units = -(-tiles // most)
+    return units if units <= MANY_UNITS * cores else min(tiles, -(-units // cores) * cores)
 
 
 def _even(total: float, part: float) -> int:

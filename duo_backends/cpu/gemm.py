@@ -21,7 +21,7 @@ from duo_backends.cpu.gemm_line import blocks_at_once, emit_line
 from duo_backends.cpu.gemm_pack import emit_copy, emit_copy_tiles, emit_gather, emit_transpose, emit_turn
 from duo_backends.cpu.gemm_plan import CHUNK_BLOCKS, SEQUENTIAL_K, Plan, make_plan
 from duo_backends.cpu.gemm_rows import emit_rows_kernel
-from duo_backends.cpu.gemm_tile import BLOCK, Tile, emit_micro_kernel, transposed_lanes
+from duo_backends.cpu.gemm_tile import BLOCK, LINE, Tile, emit_micro_kernel, transposed_lanes
 from duo_backends.cpu.llvm import Function, Module, memory_type, register_type, vector
 from duo_backends.cpu.stream import with_streamed_stores
 from duo_ir.errors import ArgumentError
@@ -137,7 +137,9 @@ class _Driver:
         # packed tiles and few rows are near; in other tiles a row is too short for the hardware to foresee the next one
         many = not isinstance(self.kernel.m, int) or self.kernel.m >= _FORESEEN_ROWS
         a_ahead = many and spread == 0 and not plan.pack_a and self.kernel.a.at.strides[-1] == 1 and row_bytes > 0
-        tile = Tile(rows, vectors, a, row_bytes, b, b_vector, plan.compute, spread, not plan.one_block, ahead, asks, a_ahead)
+        tile = Tile(
+            rows, vectors, a, row_bytes, b, b_vector, plan.compute, spread, not plan.one_block, ahead, asks, plan.b_next, a_ahead
+        )  # fmt: skip
         emit = emit_rows_kernel if spread != 0 else emit_micro_kernel
         return self._function(tile, "tile", lambda name: emit(self.module, self.target, name, tile))
 
@@ -482,11 +484,11 @@ class _Driver:
                 unit = self.unit
                 number = f.mul(f.sub(panel.number, unit.p0), f.sub(unit.t1, unit.t0))
                 ahead = self._pack_ahead(f.add(number, f.sub(tile.number, unit.t0)))
-            more = ""
+            more = f", i64 {self._next_panel(tile, panel, k, b_step, finish)}" if plan.b_next else ""
             if self.asking:
                 counts = [f.mul(tile.rows, n) for n in (str(self.lines.read), self.written)]
                 reads, writes = [self._choose(finish or "false", n, "0") for n in counts]
-                more = f", ptr {self.table}, i64 {f.add(ahead, reads)}, i64 {writes}"
+                more += f", ptr {self.table}, i64 {f.add(ahead, reads)}, i64 {writes}"
             if self.lines.most and finish is not None:
                 with f.when(finish):
                     table = f.gep("ptr", self.table, ahead)
@@ -497,6 +499,16 @@ class _Driver:
             if finish is not None:
                 with f.when(finish):
                     self._finish_tile(tile, panel, sums)
+
+    def _next_panel(self, tile: _RowTile, panel: _Panel, k: str, b_step: str, finish: str | None) -> str:
+        """Bytes from a k step of this panel of B to a line of the next panel, which may be the next block's first; all row tiles ask for all."""
+        f, plan = self.f, self.plan
+        size = plan.panel * self.b_type.itemsize
+        last = f.op(f"icmp eq i64 {panel.number}, {f.sub(self.unit.p1, '1')}")
+        back = f.mul(f.sub(panel.number, self.unit.p0), str(-size))
+        first = self._choose(finish or "false", back, f.add(back, f.mul(k, b_step)))
+        line = f.mul(f.rem(tile.number, str(plan.panel_lines)), str(LINE))
+        return f.add(self._choose(last, first, str(size)), line)
 
     def _sums_of(self, tile: _RowTile, panel: _Panel, sums: str) -> str:
         if self.plan.one_block:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from duo_backends.cpu.code import Target
-from duo_backends.cpu.gemm_tile import BLOCK, best_tile, compute_dtype, lanes_of, registers_of
+from duo_backends.cpu.gemm_tile import BLOCK, LINE, best_tile, compute_dtype, lanes_of, registers_of
 from duo_ir.kernels.kernel import ContractKernel
 from duo_ir.types import DimLike, DType, evaluate, product
 
@@ -24,6 +24,7 @@ B_AHEAD = 8
 WAITING_ROWS, BYTES_AHEAD = 4, 4096  # up to so many rows B is asked for so early
 OFTEN = 256  # rows of A from which on packing B costs next to nothing
 FAR_ROWS = 1024  # bytes between rows of B from which one block of them is packed: nothing foresees the next row
+SHORT_LINES = 2  # cache lines of a row of a panel of B up to which the hardware does not foresee the next row
 UNIT_SIDE = 512  # largest rows and columns of a unit
 UNITS = 16  # units that large work is cut into at least
 MANY_UNITS = 4  # for each core, from which on a few more do no harm
@@ -111,6 +112,18 @@ class Plan:
         if self.pack_a:
             access, lanes = self.kernel.a, self.unit_tiles * self.segments[0].rows
         return lanes * self.kernel.args[access.buffer].dtype.itemsize
+
+    @property
+    def panel_lines(self) -> int:
+        """Cache lines of a k step of a panel of B in memory."""
+        return -(-self.panel * self.kernel.args[self.kernel.b.buffer].dtype.itemsize // LINE)
+
+    @property
+    def b_next(self) -> bool:
+        """Whether the row tiles of a panel of B, read in place, ask for the next panel, each for a line of each k step: where its rows are so short
+        that the hardware does not, and the tiles enough for all its lines."""
+        in_place = not self.pack_b and self.kernel.b.at.strides[-1] == 1 and self.b_ahead == 0
+        return in_place and not self.may_be_long and self.panel_lines <= min(SHORT_LINES, self.unit_tiles)
 
     @property
     def b_ahead(self) -> int:

@@ -102,10 +102,12 @@ class Tile:
     adds: bool = True  # whether it is ever called with `add`
     b_ahead: int = 0  # k steps from here whose row of B is asked for early; 0: none
     asks: int = 0  # k steps from one line that the epilogue will meet to the next one asked for; 0: none are
+    b_next: bool = False  # whether a line of the next panel of B is asked for at each k step
     a_ahead: bool = False  # whether the lines of the next tile of A, which follows this one in memory, are asked for
 
 
 PARAMETERS = "i64 %k, ptr noalias readonly %a, i64 %as, ptr noalias readonly %b, i64 %bs, ptr noalias %tile, i1 %add"  # see below
+NEXT = ", i64 %next"  # with `b_next`: bytes from a k step's B to the line that it asks for
 # with `asks`: addresses of the lines that the epilogue will read, then of those that it will write, and how many there are
 ASKS = ", ptr %asks, i64 %reads, i64 %writes"
 
@@ -114,7 +116,7 @@ def emit_micro_kernel(module: Module, target: Target, name: str, tile: Tile) -> 
     """define void @name(i64 k, ptr a, i64 a_step, ptr b, i64 b_step, ptr tile, i1 add); steps in bytes per k.
 
     The tile's rows are `vectors * lanes` elements apart. Not for a `tile` with `b_column`."""
-    f = Function(module, f"define internal void @{name}({PARAMETERS}{ASKS if tile.asks else ''}) noinline #0")
+    f = Function(module, f"define internal void @{name}({PARAMETERS}{NEXT if tile.b_next else ''}{ASKS if tile.asks else ''}) noinline #0")
     rows, vectors, a, b, compute = tile.rows, tile.vectors, tile.a, tile.b, tile.compute
     lanes, element = lanes_of(target, compute), register_type(compute)
     type_ = vector(lanes, element)
@@ -158,6 +160,8 @@ def emit_micro_kernel(module: Module, target: Target, name: str, tile: Tile) -> 
             for _ in range(count):
                 if tile.b_ahead:
                     _ask_b(f, b_at, tile)
+                if tile.b_next:
+                    ask(f, f.op(f"getelementptr i8, ptr {b_at}, i64 %next"), near=2)
                 acc = step(a_at, b_at, acc)
                 a_at = f.op(f"getelementptr i8, ptr {a_at}, i64 %as")
                 b_at = f.op(f"getelementptr i8, ptr {b_at}, i64 %bs")
@@ -179,9 +183,9 @@ def emit_micro_kernel(module: Module, target: Target, name: str, tile: Tile) -> 
     f.finish()
 
 
-def ask(f: Function, at: str, write: int = 0) -> None:
-    """Asks for the cache line at `at`."""
-    operands = [("ptr", at), ("i32", str(write)), ("i32", "3"), ("i32", "1")]
+def ask(f: Function, at: str, write: int = 0, near: int = 3) -> None:
+    """Asks for the cache line at `at`. `near`: 3 for the first-level cache, 2 for the second."""
+    operands = [("ptr", at), ("i32", str(write)), ("i32", str(near)), ("i32", "1")]
     f.emit(f.intrinsic("prefetch", "void", operands, "p0"))
 
 

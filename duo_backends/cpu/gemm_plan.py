@@ -55,7 +55,7 @@ class Plan:
     pack_tail: bool  # the last panel is packed although the others are read in place
     unit_tiles: int  # at most
     unit_panels: int
-    row_units: int | None  # that the row tiles are shared out to; None where their number depends on a symbolic m
+    row_units: int | None  # that the row tiles are shared out to; None where they are none, or as many as a symbolic m needs
 
     @property
     def panel(self) -> int:
@@ -254,10 +254,9 @@ def make_plan(kernel: ContractKernel, target: Target) -> Plan:
     pack_tail = not pack_b and (n is None or n % lanes != 0)
     unit_tiles, unit_panels = _unit(kernel, rows, vectors * lanes, tiles, panels, pack_a, pack_b)
     row_units = None
-    if m is not None:
-        tiles = sum(s.count or 0 for s in segments)
+    if isinstance(tiles, int) and tiles > 0:
         row_units = _shared_out(tiles, unit_tiles, target.cores)
-        unit_tiles = -(-tiles // row_units) if tiles else 1
+        unit_tiles = -(-tiles // row_units)
     return Plan(
         kernel, compute, lanes, vectors, tail_vectors, segments, pack_a, pack_b, pack_tail, unit_tiles, unit_panels, row_units
     )

@@ -224,7 +224,7 @@ class _Gradient:
                 wide, width = p.padded(self.value_width), p.padded(self.width)
                 results = p.of_half(half.index, asked["dv"]) if asked else None
                 p.multiply(some, count, weights, p.size, grid, g_from, str(g_step), wide, dv, self.wide, ADD, results)
-                p.multiply(some, count, slopes, p.size, grid, queries, str(self.row), width, dk, self.row, ADD)
+                p.multiply(some, count, slopes, p.size, grid, queries, str(self.row), width, dk, self.row, ADD, results)
 
     def _queries(
         self, batch: list[str], i0: str, first: str, rows: str, j0: str, keys: str, diagonal: str, g: str, g_step: int, key_rows: str,

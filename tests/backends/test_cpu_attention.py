@@ -121,6 +121,12 @@ def test_packed_projections(width: int) -> None:
         check(program([x, g], True, packed=True), [x, g])
 
 
+def test_rows_that_share_cache_sets() -> None:
+    """A row every 4096 bytes: keys, values and cotangents are copied."""
+    arrays = make_arrays(f32, (), 66, 66, 8, 128, 128, "")
+    check(program(arrays, True), arrays)
+
+
 def test_one_thread_and_three() -> None:
     arrays = make_arrays(f32, (3,), 70, 80, 2, 16, 16, "")
     function = program(arrays, True)

@@ -16,25 +16,20 @@ from duo.devices import Device
 from duo.dispatch import apply
 from duo.eager.moving import bring
 from duo.eager.tensor import EagerTensor, tensor_of
+from duo.eager.trace import roaming
 from duo.eager.trace import state as tracing
 from duo.runtime import check_device
 from duo.tracing import innermost
 
 
-class State(EagerTensor):
-    """The state of a generator. It is on the device where it was drawn from last, so that there is one stream, whatever device it is for."""
-
-    __slots__ = ()
-    _roams = True
-
-
 class Generator:
     """A stream of random numbers, the same on every device. `manual_seed(seed)` starts it again; `get_state`/`set_state` save and restore it.
-    `device` is where it says that it is; it can be drawn from on any."""
+    `device` is where it says that it is; its state is where it was drawn from last."""
 
     def __init__(self, device: object = "cpu") -> None:
         self.device = Device(check_device(device))
-        self._state = State(_state(0, 0)._val)
+        self._state = _state(0, 0)
+        roaming[id(self._state)] = self._state
 
     @property
     def cell(self) -> EagerTensor:

@@ -91,7 +91,6 @@ class EagerTensor(Tensor):
 
     __slots__ = ("__weakref__", "_chain", "_kept", "_leaf", "_seen", "_storage", "_val")
     _priority = 0
-    _roams = False  # whether it goes to the device where it is used (state of a generator)
     _apply: ClassVar[Callable[..., Any]]  # the recorder, below
 
     def __init__(self, val: Val) -> None:

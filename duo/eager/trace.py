@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -322,17 +323,20 @@ def note_overwritten_here(trace: Trace, number: int, by: int) -> None:
     commit(trace, (OVERWRITE, number, by))
 
 
+# Tensors that go to the device where they are used (states of generators), by id.
+roaming: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+
+
 class Operand:
     """What a tensor holds now. Reading a tensor again may record and flush (a view, memory that NumPy shares): a retry must not. `cell`: the
     tensor, if it is one that goes to the device where it is used."""
 
     __slots__ = ("_storage", "_val", "cell")
-    _roams = False
 
     def __init__(self, tensor: Any) -> None:
         self._val: Val = tensor._val if tensor._storage is None else tensor._current()
         self._storage = None
-        self.cell = tensor if tensor._roams else None
+        self.cell = roaming.get(id(tensor))
 
 
 def _again(body: Any, operands: tuple) -> tuple:

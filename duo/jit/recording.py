@@ -19,9 +19,8 @@ from duo.jit import nests
 from duo.jit.capture import Capture
 from duo.jit.guards import IMMUTABLE
 from duo.nn.parameter import Buffer, Parameter
-from duo.random import State
 
-_TENSORS = (EagerTensor, Parameter, Buffer, State)
+_TENSORS = (EagerTensor, Parameter, Buffer)
 
 
 @dataclass(frozen=True)

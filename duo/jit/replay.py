@@ -7,6 +7,7 @@ program, and puts its outputs where the recorded call had put them. It gives MIS
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,7 +21,7 @@ from duo.eager.tensor import DATA, EagerTensor, Storage, read_now
 from duo.eager.trace import END, Trace, Val, alias, settle, state
 from duo.eager.trie import NOTHING, Info
 from duo.eager.watch import Epoch
-from duo.jit import guards, nests
+from duo.jit import donation, guards, nests
 from duo.jit.guards import Guard, brief
 from duo.jit.recording import Fresh, Recording, Same, Source
 from duo.nn.module import Module
@@ -286,6 +287,7 @@ class Writer:
         self.lines += lines
 
     miss = "return MISS"
+    last: Sequence[str] = ()  # what comes after everything else
 
     def miss_if(self, condition: str) -> None:
         self.lines.append(f"if {condition}: {self.miss}")
@@ -303,6 +305,7 @@ class Writer:
         if r.program is not None:
             self._program()
         self._effects()
+        self.add(*self.last)
         self._result()
         looks = (
             "    try:\n"
@@ -479,17 +482,22 @@ class Writer:
             self.add("if len(mine['trace'].entries) != 1: close()")
         count = len(program.order) + len(program.residuals)
         outs = [f"o{i}" for i in range(count)]
-        run = self.const(program.run, "run")
-        given = f"{run}(({', '.join(buffers)}{',' if buffers else ''}))"
-        if program.alive:
-            self.add(f"outs = {given}", f"{', '.join(outs)}, = outs")
+        inputs = f"({', '.join(buffers)}{',' if buffers else ''})"
+        given = donation.given_away(r)
+        if given:
+            self.add(*donation.run_lines(r, given, self.names, self.variables, inputs), f"{', '.join(outs)}, = outs")
+        elif program.alive:
+            self.add(f"outs = {self.const(program.run, 'run')}({inputs})", f"{', '.join(outs)}, = outs")
         else:
-            self.add(f"{', '.join(outs)}, = {given}")
+            self.add(f"{', '.join(outs)}, = {self.const(program.run, 'run')}({inputs})")
         wanted = self._wanted() | (set(program.order) if program.alive else set())
         for n, out in zip(program.order, outs):
             if n not in wanted:
                 continue
             self._val(n, out)
+        if given:
+            self.add(*donation.START)
+            self.last = donation.END
         if program.alive:
             table = ", ".join(f"{n}: {v}" for n, v in self.numbered.items())
             self.add(f"replay.segment({self.const(program, 'P')}, outs, {{{table}}}, [{', '.join(vals)}])")
@@ -500,7 +508,7 @@ class Writer:
         program = self.r.program
         assert program is not None
         bound = program.runnable
-        if program.alive or not hasattr(bound, "program"):
+        if program.alive or not hasattr(bound, "program") or self.r.node.device is not devices.CPU:
             return bool(program.alive)
         type_ = bound.program.inputs[k]
         return k in bound.program.results or (type_.dtype.kind != "f" and bound.releases and bound.may_fail)

@@ -30,7 +30,9 @@ def test_where_tensors_are():
 
 def test_operands_on_two_devices():
     x, y = duo.ones(2, device="cuda"), duo.ones(2)
-    with pytest.raises(errors.DeviceError, match=r"(?s)add\(f32\[2\] on cuda:0, f32\[2\]\).*\.to\('cuda:0'\).*test_cuda_eager.py:"):
+    with pytest.raises(
+        errors.DeviceError, match=r"(?s)add\(f32\[2\] on cuda:0, f32\[2\]\).*\.to\('cuda:0'\).*test_cuda_eager.py:"
+    ):
         x + y
     scale = duo.tensor(3.0, requires_grad=True)
     z = (x * scale + scale).sum()

@@ -23,7 +23,7 @@ import numpy as np
 from duo.devices import CPU, canonical
 from duo_backends.cpu.memory import Buffer, allocate
 from duo_ir.core import Function
-from duo_ir.errors import ArgumentError, DeviceError
+from duo_ir.errors import ArgumentError, DeviceError, IndexOutOfRange
 from duo_ir.types import TensorType
 
 MAX_EXECUTABLES = 2048
@@ -308,6 +308,11 @@ def synchronize() -> None:
     one that met an index out of range."""
     for used in list(_backends.values()):
         used.synchronize()
+
+
+def explained(device: str, explain: Callable[[IndexOutOfRange], Exception]) -> Any:
+    """Entered while this thread runs programs on a GPU: an index out of range that is noticed later is raised as `explain` tells it."""
+    return backend(device).runtime.explained(explain)
 
 
 def check_device(device: object) -> str:

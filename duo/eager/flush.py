@@ -21,7 +21,7 @@ from duo.devices import CPU
 from duo.eager import lane
 from duo.eager.autograd import Inner
 from duo.eager.build import Construction, Watch, freed_error
-from duo.eager.locate import relocated
+from duo.eager.locate import explainer, index_inputs, relocated
 from duo.eager.segments import Origin, Pullback, Segment, unmarked, version_of
 from duo.eager.steps import Position
 from duo.eager.stepwise import may_live, run
@@ -104,6 +104,9 @@ class Program:
         self.runnable = runtime.runnable(function, fused, scalars, plan.node.device)
         self.run = self.runnable.run
         self.function = function
+        # What a GPU's error, which comes after the run, is explained by: the inputs that indices are computed from.
+        late = plan.node.device is not CPU and getattr(self.runnable, "may_fail", False)
+        self.reads = index_inputs(function) if late else None
         # What a segment keeps may be read again by a backward pass; otherwise results may overwrite inputs that nobody else can read.
         params = function.params
         rows = [j for j in sorted(self.runnable.givable) if params[j].type.nbytes >= OVERWRITE_FROM]
@@ -320,6 +323,14 @@ def _execute(trace: Trace, plan: FlushPlan, live: tuple[int, ...], program: Prog
     for e, k in plan.inputs:
         entry = entries[e]
         inputs.append(entry.buf if k is None else entry.scalars[k])  # type: ignore[index]
+    if program.reads is None:
+        _call(trace, plan, program, inputs, overwrite)
+        return
+    with runtime.explained(trace.device, explainer(trace, live, program.reads, inputs)):
+        _call(trace, plan, program, inputs, overwrite)
+
+
+def _call(trace: Trace, plan: FlushPlan, program: Program, inputs: list[Any], overwrite: bool) -> None:
     given = program.given = _unreadable(trace, program, inputs) if overwrite and program.givable[0] else ()
     if not given:
         publish(trace, plan, program, program.run(inputs))

@@ -6,15 +6,20 @@ one has failed, the recording at hand, which knows its own lines, is asked which
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
+
+import numpy as np
 
 from duo import runtime
 from duo.eager.build import Construction
 from duo.eager.trace import Trace, places
-from duo_ir.core import Op, Value
+from duo.lowering import without_unread
+from duo_ir.core import Function, Op, Value
 from duo_ir.errors import DuoError, IndexOutOfRange, NanError
 from duo_ir.opdef import Gather, Scatter
 from duo_ir.ops.reference import check_indices
+from duo_ir.transforms.rewrite import dce
 
 
 def relocated(trace: Trace, sources: list[tuple[int, int | None]], number: int, error: Exception) -> Exception:
@@ -33,29 +38,73 @@ def relocated(trace: Trace, sources: list[tuple[int, int | None]], number: int, 
         if isinstance(error, NanError):
             runtime.Interpreted(construction.function([number]), True, trace.node.device).run(inputs)
         else:
-            _check(construction, construction.value(number), inputs, scalar_inputs, trace.node.device)
+            device = trace.node.device
+
+            def arrays(indices: Sequence[Value]) -> list[np.ndarray]:
+                function = construction.builder.build(indices)
+                buffers = runtime.runnable(function, False, scalar_inputs, device).run(inputs)
+                return [runtime.to_numpy(b, i.type) for b, i in zip(buffers, indices)]
+
+            _check(construction, [number], arrays)
     except DuoError as found:
         return found.with_traceback(None) if type(found) is type(error) else error
     return error
 
 
-def _check(construction: Construction, value: Value, inputs: list[Any], scalars: list[int], device: str) -> None:
-    """Raises IndexOutOfRange for the first op that `value` needs whose indices are wrong."""
-    builder = construction.builder
-    for op in _needed(builder.ops, value):
-        kind = op.definition.kind
-        if not isinstance(kind, Gather | Scatter):
-            continue
-        indices = op.operands[1:] if isinstance(kind, Gather) else op.operands[2:]
-        buffers = runtime.runnable(builder.build(indices), False, scalars, device).run(inputs)
-        arrays = [runtime.to_numpy(b, i.type) for b, i in zip(buffers, indices)]
-        where = f" at {op.loc}" if op.loc is not None else ""
-        check_indices(op.definition.name + where, arrays, op.operands[0].type.static_shape(), op.attrs["axes"])
+def index_inputs(function: Function) -> frozenset[int]:
+    """Numbers of the inputs that the indices of a program's gathers and scatters are computed from."""
+    indices = [i for op in function.ops for i in _indices(op)]
+    read = {v for op in _needed(list(function.ops), indices) for v in op.operands}.union(indices)
+    return frozenset([k for k, p in enumerate(function.params) if p in read])
 
 
-def _needed(ops: list[Op], value: Value) -> list[Op]:
-    """The ops that `value` is computed by, in order."""
-    needed, out = {value}, []
+def explainer(
+    trace: Trace, live: Sequence[int], reads: Collection[int], inputs: list[Any]
+) -> Callable[[IndexOutOfRange], Exception]:
+    """What tells, after a trace has run on a GPU and its values `live` met an index out of range, at which line of this recording. It keeps the
+    `inputs` numbered `reads` (`index_inputs`)."""
+    node, lines = trace.node, places(trace)
+    kept = {k: inputs[k] for k in reads}
+
+    def explain(error: IndexOutOfRange) -> Exception:
+        assert node is not None
+        try:
+            construction = Construction(node, lines)
+
+            def arrays(indices: Sequence[Value]) -> list[np.ndarray]:
+                function, numbers = without_unread(dce(construction.builder.build(indices)))
+                buffers = runtime.Interpreted(function).run([kept[k] for k in numbers])
+                return [runtime.to_numpy(b, i.type) for b, i in zip(buffers, indices)]
+
+            _check(construction, live, arrays)
+        except (DuoError, KeyError) as found:
+            return found.with_traceback(None) if isinstance(found, IndexOutOfRange) else error
+        return error
+
+    return explain
+
+
+def _check(
+    construction: Construction, numbers: Iterable[int], arrays: Callable[[Sequence[Value]], list[np.ndarray]]
+) -> None:
+    """Raises IndexOutOfRange for the first op that the values `numbers` need whose indices, as `arrays` gives them, are wrong."""
+    for op in _needed(construction.builder.ops, [construction.value(n) for n in numbers]):
+        indices = _indices(op)
+        if indices:
+            where = f" at {op.loc}" if op.loc is not None else ""
+            shape = op.operands[0].type.static_shape()
+            check_indices(op.definition.name + where, arrays(indices), shape, op.attrs["axes"])
+
+
+def _indices(op: Op) -> tuple[Value, ...]:
+    """The operands that are indices."""
+    kind = op.definition.kind
+    return op.operands[1:] if isinstance(kind, Gather) else op.operands[2:] if isinstance(kind, Scatter) else ()
+
+
+def _needed(ops: list[Op], values: Iterable[Value]) -> list[Op]:
+    """The ops that `values` are computed by, in order."""
+    needed, out = set(values), []
     for op in reversed(ops):
         if not needed.isdisjoint(op.results):
             needed.update(op.operands)

@@ -119,6 +119,11 @@ class CudaBound:
         self._placements: OrderedDict[tuple[int, ...], _Placement] = OrderedDict()
         self._generation = runtime.pool.generation
 
+    @property
+    def may_fail(self) -> bool:
+        """Whether it checks indices."""
+        return self.table.status > 0
+
     # --------------------------------------------------------------------------------------------------------- running
     def run(self, inputs: Sequence[DeviceBuffer | Scalar], donated: Collection[int] = ()) -> list[DeviceBuffer]:
         """See `duo_backends.base.Bound.run`; IndexOutOfRange comes when somebody waits."""

@@ -34,13 +34,17 @@ SCALARS_TEXT = (
 )
 
 
+Explain = Callable[[IndexOutOfRange], Exception]
+
+
 @dataclass(frozen=True)
 class _Check:
-    """The status words of a run, on their way to the host."""
+    """The status words of a run, on their way to the host. `explain`: what makes the error to raise, if they tell of one."""
 
     event: Any
     words: Pinned
     table: Table
+    explain: Explain | None
 
 
 class Stream:
@@ -60,6 +64,7 @@ class Stream:
 class _Current(threading.local):
     def __init__(self, stream: Stream) -> None:
         self.stream = stream
+        self.explain: Explain | None = None
 
 
 class Runtime:
@@ -73,7 +78,7 @@ class Runtime:
         self.tracking = False
         self.recording: Any = None
         self._scalars = scalars  # loads the function of SCALARS_TEXT
-        self._failed: IndexOutOfRange | None = None
+        self._failed: tuple[IndexOutOfRange, Explain | None] | None = None
         self._idle: list[Pinned] = []
         with driver:
             self.default = Stream(driver, pool.main)
@@ -97,6 +102,17 @@ class Runtime:
             yield stream
         finally:
             self._current.stream = before
+
+    @contextmanager
+    def explained(self, explain: Explain) -> Iterator[None]:
+        """What this thread runs inside, and fails later, raises what `explain` makes of the error, which names the line of the program that its
+        executable was compiled for first."""
+        before = self._current.explain
+        self._current.explain = explain
+        try:
+            yield
+        finally:
+            self._current.explain = before
 
     def set_stream(self, stream: Stream) -> None:
         """This thread's work goes to `stream` from now on."""
@@ -253,7 +269,8 @@ class Runtime:
                     self._take(stream.checks.popleft())
             failed, self._failed = self._failed, None
         if failed is not None:
-            raise failed
+            error, explain = failed
+            raise error if explain is None else explain(error)
 
     def start_check(self, ptr: int, table: Table, stream: Stream) -> None:
         """Sends for a run's status words."""
@@ -273,11 +290,12 @@ class Runtime:
         self.driver.to_host(block.ptr, ptr, table.status, stream.queue)
         event = self.driver.event()
         self.driver.record(event, stream.queue)
-        return _Check(event, block, table)
+        return _Check(event, block, table, self._current.explain)
 
     def _take(self, check: _Check) -> None:
         failed = self._error(check)
-        self._failed = self._failed or failed
+        if failed is not None and self._failed is None:
+            self._failed = failed, check.explain
 
     def _error(self, check: _Check) -> IndexOutOfRange | None:
         self.driver.wait(check.event)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+import threading
+
 import numpy as np
 import pytest
 
 import duo
+from duo import runtime
+from duo.eager.flush import flush
 from duo_ir import errors
 from tests.cuda_emulator.support import needs_emulator
-from tests.frontends.cuda_support import gpu  # noqa: F401
+from tests.frontends.cuda_support import emulated, gpu  # noqa: F401
 
 pytestmark = [needs_emulator, pytest.mark.usefixtures("gpu")]
 
@@ -90,3 +95,106 @@ def test_default_device():
     finally:
         duo.set_default_device("cpu")
     assert not duo.ones(2).is_cuda
+
+
+def test_a_bad_index_is_told_at_its_line_when_somebody_waits():
+    table = duo.arange(5.0, device="cuda")
+
+    def picked(*places: int) -> object:
+        index = duo.tensor(places, device="cuda")
+        return table[index] * 2.0  # the line of the first
+
+    def again(*places: int) -> object:
+        index = duo.tensor(places, device="cuda")
+        return table[index] * 2.0  # the line of the second
+
+    assert picked(0, 4).tolist() == [0.0, 8.0]
+    bad = again(1, 7)
+    flush()  # runs it, and nobody waits
+    with pytest.raises(IndexError, match=r"index 7 is out of range") as error:
+        duo.synchronize()
+    line = picked.__code__.co_firstlineno + 6
+    assert f"test_cuda_eager.py:{line}" in str(error.value)
+    duo.synchronize()  # told once
+    assert bad.shape == (2,)
+
+
+def test_at_once_with_sync(monkeypatch):
+    table, index = duo.ones(5, device="cuda"), duo.tensor([1, 9], device="cuda")
+    duo.debug.configure(sync=True)
+    try:
+        with pytest.raises(IndexError, match="index 9 is out of range"):
+            table[index]
+    finally:
+        duo.debug.configure(sync=False)
+    assert (table + 1).tolist() == [2.0] * 5
+
+
+def test_hooks_and_functions():
+    seen = []
+    w = duo.tensor([1.0, -2.0], device="cuda", requires_grad=True)
+    h = w * 3
+    h.register_hook(lambda g: seen.append((str(g.device), g.tolist())))
+    w.register_hook(lambda g: g * 2)
+    h.relu().sum().backward()
+    assert seen == [("cuda:0", [1.0, 0.0])] and w.grad.tolist() == [6.0, 0.0] and w.grad.is_cuda
+    h = w * 2
+    h.register_hook(lambda g: g.cpu())
+    with pytest.raises(errors.DeviceError, match="a hook gave a gradient on cpu"):
+        h.sum().backward()
+    with pytest.raises(errors.DeviceError, match="the gradient given is on cpu"):
+        (w * 2).backward(duo.ones(2))
+    with pytest.raises(errors.DeviceError, match="a gradient is set on cpu"):
+        w.grad = duo.zeros(2)
+
+
+def test_save_and_load(tmp_path):
+    model = duo.nn.Linear(2, 3, device="cuda")
+    duo.save(model.state_dict(), tmp_path / "m.safetensors")
+    there, here = duo.load(tmp_path / "m.safetensors", map_location="cuda"), duo.load(tmp_path / "m.safetensors")
+    assert there["weight"].is_cuda and not here["weight"].is_cuda
+    assert there["weight"].tolist() == here["weight"].tolist() == model.weight.tolist()
+    other = duo.nn.Linear(2, 3)
+    other.load_state_dict(there)
+    assert not other.weight.is_cuda and other.bias.tolist() == model.bias.tolist()
+
+
+def test_threads():
+    x = duo.randn(3, 4, device="cuda")
+    want = (x * 2).relu().sum(0).tolist()
+    got: list = []
+
+    def work() -> None:
+        mine = duo.ones(2)
+        got.append((x * 2).relu().sum(0).tolist() + (mine + 1).tolist())
+
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert got == [[*want, 2.0, 2.0]] * 3
+
+
+def test_two_devices_and_nan_checks(gpu):  # noqa: F811
+    runtime.use_backend("cuda:1", emulated(1))
+    try:
+        x = duo.tensor([1.0, 2.0], device="cuda:1")
+        y = (x * 3).to("cuda:0")
+        assert str(x.device) == "cuda:1" and str(y.device) == "cuda:0" and y.tolist() == [3.0, 6.0]
+        with pytest.raises(errors.DeviceError, match="cuda:0 and cuda:1"):
+            x + y
+    finally:
+        runtime.use_backend("cuda:1", None)
+    with duo.debug.check_nan():
+        assert (y + 1).tolist() == [4.0, 7.0] and (y + 1).is_cuda
+        with pytest.raises(errors.NanError):
+            (y * 0 / 0).tolist()
+
+
+def test_deepcopy_and_data():
+    p = duo.nn.Parameter(duo.ones(2, device="cuda"))
+    q = copy.deepcopy(p)
+    assert q.is_cuda and q.tolist() == [1.0, 1.0] and q is not p
+    p.data = duo.zeros(2)
+    assert not p.is_cuda and q.is_cuda

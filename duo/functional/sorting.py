@@ -19,6 +19,7 @@ from duo_ir.ops import broadcasting as nd
 from duo_ir.ops import elementwise as ew
 from duo_ir.ops import order, running
 from duo_ir.ops import reduce as red
+from duo_ir.ops.checks import never_negative
 from duo_ir.types import Dim, DimLike, i64
 
 Pair = tuple[Value, Value]
@@ -174,6 +175,8 @@ def _count(name: str, k: Any, input: Any, axis: int, least: int) -> DimLike:
     k = k if isinstance(k, Dim) else integer(name, "k", k)
     if isinstance(k, int) and (k < least or (isinstance(n, int) and k > n)):
         raise ArgumentError(f"{name}: k is {least} to {n}, the size of dim {axis} of {t}, not {k}")
+    if not never_negative(n - k):
+        raise ShapeError(f"{name}: k={k} may be more than {n}, the size of dim {axis} of {t}; declare that size as a number, or sort along it")
     return k
 
 

@@ -13,6 +13,17 @@ from typing import Any
 from duo import functional as F
 from duo.functional import elementwise as elem
 from duo.functional import linalg, reduce
+from duo.graph.sorting import (
+    argsort,
+    bincount,
+    cumprod,
+    cumulative_logsumexp,
+    histogram_fixed_width,
+    searchsorted,
+    sort,
+    top_k,
+    unique,
+)
 from duo.graph.tensor import convert_to_tensor, named
 from duo.tensor import Tensor
 from duo_ir.core import Value
@@ -393,15 +404,15 @@ def count_nonzero(input_tensor: Any, axis: Any = None, dtype: Any = i64, name: N
 
 
 __all__ = [
-    "abs", "accumulate_n", "acos", "add", "add_n", "arg_max", "arg_min", "argmax", "argmin", "asin", "atan",
-    "batch_matmul", "cast", "ceil", "clip_by_global_norm", "clip_by_norm", "clip_by_value", "cos", "cosh",
-    "count_nonzero", "cumsum", "div", "div_no_nan", "divide", "divide_no_nan", "einsum", "equal", "erf", "erfc",
+    "abs", "accumulate_n", "acos", "add", "add_n", "arg_max", "arg_min", "argmax", "argmin", "argsort", "asin", "atan",
+    "batch_matmul", "bincount", "cast", "ceil", "clip_by_global_norm", "clip_by_norm", "clip_by_value", "cos", "cosh",
+    "count_nonzero", "cumprod", "cumsum", "cumulative_logsumexp", "div", "div_no_nan", "divide", "divide_no_nan", "einsum", "equal", "erf", "erfc",
     "exp", "expm1", "floor", "floor_div", "floor_mod", "floordiv", "floormod", "global_norm", "greater",
-    "greater_equal", "is_finite", "is_inf", "is_nan", "less", "less_equal", "log", "log1p", "log_sigmoid",
+    "greater_equal", "histogram_fixed_width", "is_finite", "is_inf", "is_nan", "less", "less_equal", "log", "log1p", "log_sigmoid",
     "logical_and", "logical_not", "logical_or", "logical_xor", "matmul", "maximum", "minimum", "mod", "mul",
     "multiply", "neg", "negative", "not_equal", "pow", "realdiv", "reciprocal", "reduce_all", "reduce_any",
     "reduce_logsumexp", "reduce_max", "reduce_mean", "reduce_min", "reduce_prod", "reduce_std", "reduce_sum",
-    "reduce_variance", "rint", "round", "rsqrt", "sigmoid", "sign", "sin", "sinh", "softplus", "sqrt", "square",
+    "reduce_variance", "rint", "round", "rsqrt", "searchsorted", "sigmoid", "sign", "sin", "sinh", "softplus", "sort", "sqrt", "square",
     "squared_difference", "sub", "subtract", "tan", "tanh", "tensordot", "to_double", "to_float", "to_int32",
-    "to_int64", "trace", "truediv", "truncatemod",
+    "to_int64", "top_k", "trace", "truediv", "truncatemod", "unique",
 ]  # fmt: skip

@@ -31,6 +31,7 @@ from duo.graph.convolution import (
 from duo.graph.errors import InvalidArgumentError
 from duo.graph.math import _unary, log_sigmoid, reduce_logsumexp, sigmoid, softplus, tanh
 from duo.graph.random_ops import dropout as _draw_dropout
+from duo.graph.sorting import top_k
 from duo.graph.tensor import convert_to_tensor, named
 from duo_ir.core import Value
 from duo_ir.errors import ArgumentError, DTypeError, ShapeError
@@ -330,5 +331,5 @@ __all__ = [
     "l2_loss", "l2_normalize", "leaky_relu", "log_sigmoid", "log_softmax", "max_pool", "max_pool1d", "max_pool2d", "max_pool3d", "moments",
     "reduce_logsumexp", "relu", "relu6", "selu", "separable_conv2d", "sigmoid", "sigmoid_cross_entropy_with_logits", "silu", "softmax",
     "softmax_cross_entropy_with_logits", "softmax_cross_entropy_with_logits_v2", "softplus", "softsign",
-    "sparse_softmax_cross_entropy_with_logits", "swish", "tanh", "weighted_cross_entropy_with_logits", "xw_plus_b",
+    "sparse_softmax_cross_entropy_with_logits", "swish", "tanh", "top_k", "weighted_cross_entropy_with_logits", "xw_plus_b",
 ]  # fmt: skip

@@ -1,6 +1,7 @@
 """Sorting in CUDA C: tiles of a row by a bitonic network in shared memory, then runs merged two by two, a launch for each doubling.
 
-A row that fits a tile takes one launch. Records hold a key and a position, so that all are distinct and the order is the one stable order of
+A row that fits a tile takes one launch. How long runs are, and in which half of the scratch memory they lie, is kept in its first words, which a
+launch between two merges moves on: so one function merges runs of any length. Records hold a key and a position, so that all are distinct and the order is the one stable order of
 `duo_ir/ops/order.py`; values are read again where they came from. Where only the first few are wanted, runs are cut to them on the way.
 """
 
@@ -15,7 +16,8 @@ from duo_ir.kernels.kernel import Access, Affine, SortKernel
 from duo_ir.types import evaluate, i64, product
 
 _TILE = 1024  # records that a block sorts at most
-_DOUBLINGS = 21  # merging launches of a kernel for any length: up to 2^31 records
+_DOUBLINGS = 22  # merges that a kernel for any length may take: up to 2^32 records, all that positions tell apart
+_STATE = 16  # bytes of what is kept before the records: the length of runs, and whether they lie in the second half
 _EACH, _THREADS = 8, 128  # results that a thread merges
 
 
@@ -49,9 +51,8 @@ class _Sort:
         self._tiles()
         n = self.kernel.length
         most = self._passes(n) if isinstance(n, int) else _DOUBLINGS
-        for number in range(most):
-            self._merges(number)
         if most:
+            self._merges(most)
             self._write()
         return KernelCode(self.w.text(), tuple(self.launches), self._scratch, headers=("sort.cuh",))
 
@@ -68,7 +69,7 @@ class _Sort:
 
     def _scratch(self, sizes: Mapping[str, int]) -> int:
         n = self._length(sizes)
-        return 2 * self.record_bytes * n * self._wanted(sizes) if self._passes(n) else 0
+        return _STATE + 2 * self.record_bytes * n * self._wanted(sizes) if self._passes(n) else 0
 
     # ------------------------------------------------------------------------------------------------------- functions
     def _load(self) -> None:
@@ -120,42 +121,55 @@ class _Sort:
             with w.block(f"for (int t = threadIdx.x; t < {tile}; t += {threads})"):
                 w.put("if (first + t >= n || t >= count) continue;")
                 w.put(f"if (tiles == 1) {self.name}_store({self.arguments}, row, t, s[t]);")
-                w.put(f"else (({self.record} *)scratch)[row*n + first + t] = s[t];")
+                w.put(f"else {self._records()}[row*n + first + t] = s[t];")
+            with w.block("if (tiles > 1 && blockIdx.x == 0 && threadIdx.x == 0)"):
+                w.put(f"((long long *)scratch)[0] = {tile};")
+                w.put("((long long *)scratch)[1] = 0;")
 
         def blocks(sizes: Mapping[str, int]) -> int:
             return self._wanted(sizes) * ceil_div(self._length(sizes), tile)
 
         self.launches.append(Launch(name, threads, blocks, lambda sizes: tile * self.record_bytes))
 
-    def _merges(self, number: int) -> None:
-        """Merges runs of tile * 2^number records."""
-        w, name = self.w, f"{self.name}_{1 + number}"
-        with w.block(self._function(name, _THREADS)):
-            w.put(f"const long long n = {self.n}, rows = {polynomial(product(self.kernel.axes))}, each = (n + {_EACH - 1}) / {_EACH};")
+    def _records(self) -> str:
+        return f"(({self.record} *)(scratch + {_STATE}))"
+
+    def _merges(self, most: int) -> None:
+        """Merges runs, and after each merge says that they are twice as long and in the other half."""
+        w, merge, step = self.w, f"{self.name}_1", f"{self.name}_2"
+        with w.block(self._function(merge, _THREADS)):
+            w.put(
+                f"const long long n = {self.n}, rows = {polynomial(product(self.kernel.axes))}, each = (n + {_EACH - 1}) / {_EACH};"
+            )
             w.put(f"const long long point = (long long)blockIdx.x*{_THREADS} + threadIdx.x;")
             w.put("if (point >= rows*each) return;")
             w.put(f"const long long row = point / each, begin = point % each * {_EACH};")
-            w.put(f"{self.record} *a = ({self.record} *)scratch + row*n, *b = a + rows*n;")
-            old, new = ("a", "b") if number % 2 == 0 else ("b", "a")
-            w.put(f"duo_merge<{self.record}>({old}, {new}, n, {self.count}, {self.tile << number}LL, begin, {_EACH});")
+            w.put("const long long width = ((long long *)scratch)[0], second = ((long long *)scratch)[1];")
+            w.put(f"{self.record} *a = {self._records()} + row*n, *b = a + rows*n;")
+            w.put(f"duo_merge<{self.record}>(second ? b : a, second ? a : b, n, {self.count}, width, begin, {_EACH});")
+        with w.block(self._function(step, 32)), w.block("if (threadIdx.x == 0)"):
+            w.put("((long long *)scratch)[0] *= 2;")
+            w.put("((long long *)scratch)[1] ^= 1;")
+        for number in range(most):
+            self._launch_merge(merge, step, number)
 
+    def _launch_merge(self, merge: str, step: str, number: int) -> None:
         def blocks(sizes: Mapping[str, int]) -> int:
             n = self._length(sizes)
             return ceil_div(self._wanted(sizes) * ceil_div(n, _EACH), _THREADS) if number < self._passes(n) else 0
 
-        self.launches.append(Launch(name, _THREADS, blocks))
+        self.launches.append(Launch(merge, _THREADS, blocks))
+        self.launches.append(Launch(step, 32, lambda sizes: min(1, blocks(sizes))))
 
     def _write(self) -> None:
         """Results from the records of one run."""
-        w, name, kernel = self.w, f"{self.name}_w", self.kernel
+        w, name, kernel = self.w, f"{self.name}_3", self.kernel
         with w.block(self._function(name, _THREADS)):
             w.put(f"const long long n = {self.n}, count = {self.count}, rows = {polynomial(product(kernel.axes))};")
             w.put(f"const long long point = (long long)blockIdx.x*{_THREADS} + threadIdx.x;")
             w.put("if (point >= rows*count) return;")
             w.put("const long long row = point / count, j = point % count;")
-            w.put("int passes = 0;")
-            w.put(f"for (long long width = {self.tile}; width < n; width *= 2) ++passes;")
-            w.put(f"const {self.record} *from = (const {self.record} *)scratch + (passes % 2 ? rows*n : 0);")
+            w.put(f"const {self.record} *from = {self._records()} + (((long long *)scratch)[1] ? rows*n : 0);")
             w.put(f"{self.name}_store({self.arguments}, row, j, from[row*n + j]);")
 
         def blocks(sizes: Mapping[str, int]) -> int:

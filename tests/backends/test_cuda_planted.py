@@ -24,7 +24,7 @@ from duo_backends.cuda.emit import compile_kernel, header
 from duo_ir import ops
 from duo_ir.kernels.kernel import Kernel
 from duo_ir.ops import broadcasting as nd
-from duo_ir.types import TensorType, bf16, f32
+from duo_ir.types import DType, TensorType, bf16, f32, f64
 from tests.cuda_emulator.support import needs_emulator
 
 pytestmark = needs_emulator
@@ -76,6 +76,14 @@ def _attention(causal_gradient: bool) -> cuda.Case:
     return replace(case, runs=[[np.abs(q), -np.abs(k), v]])
 
 
+def _sort(dtype: DType, shape: tuple[int, ...], count: int, descending: bool) -> cuda.Case:
+    """Few distinct numbers, zeros of both signs, NaN of both: the order of equal ones shows."""
+    some = [0.0, -0.0, 1.0, -1.0, 2.5, np.nan, -np.nan, np.inf, -3.0]
+    x = np.random.default_rng(7).choice(some, shape).astype(dtype.numpy)
+    (case,) = cuda.cases("planted", lambda v: ops.sort(v, axis=1, descending=descending, count=count), [x])
+    return case
+
+
 @functools.cache
 def case_of(name: str) -> tuple[cuda.Case, GpuTarget]:
     """A program of one kernel of each kind, and the device it is made for."""
@@ -94,6 +102,9 @@ def case_of(name: str) -> tuple[cuda.Case, GpuTarget]:
         "chunked product": lambda: (next(product_case(f32, 2, 3, 28_700)), GpuTarget()),
         "convolution": lambda: (_conv(), GpuTarget()),
         "scan": lambda: (_one(lambda x: ops.cumsum(x, axis=1), (3, 40)), GpuTarget()),
+        "two folds": lambda: (_one(lambda x: ops.cummax(x, axis=1)[1], (3, 40)), GpuTarget()),
+        "sort": lambda: (_sort(f32, (2, 1100), 1100, False), GpuTarget()),
+        "first few": lambda: (_sort(f64, (2, 70), 9, True), GpuTarget()),
         "gather": lambda: (_indexed("gather"), GpuTarget()),
         "scatter": lambda: (_indexed("scatter"), GpuTarget()),
         "attention": lambda: (_attention(False), GpuTarget()),
@@ -182,6 +193,19 @@ FAULTS = (
     ("convolution", "if ((unsigned)y", "if (true || (unsigned)y"),
     ("scan", "i < 40", "i <= 40"),
     ("scan", "a0[line*40 + i]", "a0[line*40 + 39 - i]"),
+    ("two folds", "s1 = v", "s1 = s1; // v"),
+    ("sort", "(magnitude == 0u)", "(false)"),
+    ("sort", "magnitude > infinity", "false"),
+    ("sort", "a.word < b.word", "(a.word >> 32) < (b.word >> 32)"),  # not by position
+    ("sort", "first + t < n", "first + t < n - 1"),
+    ("sort", "blockIdx.x % tiles * 1024", "blockIdx.x % tiles * 1000"),
+    ("sort", "i < left && duo_before", "duo_before"),
+    ("sort", "k > right ? k - right : 0", "0"),
+    ("sort", "scratch)[1] ^= 1", "scratch)[1] = 0"),
+    ("sort", "(i & size) == 0", "true"),
+    ("first few", "~duo_key_f64", "duo_key_f64"),
+    ("first few", "a.key == b.key && a.place < b.place", "false"),
+    ("first few", "t >= count", "t > count"),
     ("gather", "status, (long long)unit*4", "status, 100 - (long long)unit*4"),
     ("scatter", "int u = 0; u < 20; ++u", "int u = 19; u >= 0; --u"),
     ("scatter", "if (i < 20 &&", "if (i < 19 &&"),
@@ -227,7 +251,7 @@ FAULTS = (
 def barriers() -> Iterator[Planted]:
     """Every barrier of these kernels, and those of a warp; of attention's header those of the functions that the kernel calls."""
     backward = header("attention.cuh").split("// p and ds of")[0].count(BARRIER)
-    for name in ("chunked rows", "columns", "passes", "product", "large tile", "convolution", "attention", "gradient", "fast", "fast chunks"):
+    for name in ("chunked rows", "columns", "passes", "product", "large tile", "convolution", "sort", "attention", "gradient", "fast", "fast chunks"):
         _, codes = generated(name)
         count = "".join(code.text for code in codes.values()).count(BARRIER)
         for n in range(backward if name == "gradient" else 0, backward if name == "attention" else count):

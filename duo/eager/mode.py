@@ -10,10 +10,9 @@ from duo.eager.trace import END, Trace, commit, forks, state
 from duo.eager.trie import GRAD_MODE
 
 
-def _switch(enabled: bool) -> None:
+def _switch(mine: dict[str, Any], enabled: bool) -> None:
     """The mode is part of the path: results recorded without gradients end every history. What the trace says is looked at each time, as an
-    interrupt may have come between the two."""
-    mine = state.__dict__  # one look-up of this thread's state
+    interrupt may have come between the two. `mine`: this thread's state, looked up once."""
     mine["grad"] = enabled
     trace = mine["trace"]
     entries = trace.entries
@@ -48,17 +47,18 @@ class _GradMode:
         self.before: list[bool] = []
 
     def __enter__(self) -> None:
-        before = state.grad
+        mine = state.__dict__
+        before = mine["grad"]
         self.before.append(before)
         try:
-            _switch(self.enabled)
+            _switch(mine, self.enabled)
         except BaseException:  # an interrupt: __exit__ will not be called
             self.before.pop()
-            _switch(before)
+            _switch(mine, before)
             raise
 
     def __exit__(self, *exc: object) -> None:
-        _switch(self.before.pop())
+        _switch(state.__dict__, self.before.pop())
 
     def __call__(self, fn: Callable) -> Callable:
         @functools.wraps(fn)
@@ -90,7 +90,7 @@ class set_grad_enabled(_GradMode):
     def __init__(self, mode: bool) -> None:
         super().__init__(mode)
         self.earlier = state.grad
-        _switch(mode)
+        _switch(state.__dict__, mode)
 
     def __enter__(self) -> None:
         self.before.append(self.earlier)

@@ -218,7 +218,8 @@ class Quick(Writer):
         flight = cells.Flight() if self.bound.releases else None
         made, self.names["kept"] = self.bound.cell_entry(arguments, cells.layout(), flight)
         entry = self.const(made, "entry")
-        lock = self.const(flight.lock, "lock") if flight is not None else ""
+        overwrites = bool(self.owned or self.gradients)  # nobody waits for values that are only read
+        lock = self.const(flight.lock, "lock") if flight is not None and overwrites else ""
         self.add(*self.bound.call_lines(entry, given, self.names, self.miss, lock))
         for n in sorted({m.number for m in r.made} | {n for n, _ in r.writes.values()}):
             if self._output(n) not in self.gradients:

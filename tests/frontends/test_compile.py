@@ -666,6 +666,31 @@ def test_threads():
     assert not bad
 
 
+def test_threads_infer_side_by_side():
+    """Programs that are long enough for other threads to run meanwhile, and overwrite nothing."""
+    net = nn.Sequential(nn.Linear(300, 500), nn.ReLU(), nn.Linear(500, 40)).eval()
+    infer = duo.compile(net)
+    given = [duo.randn(64, 300) for _ in range(4)]
+    with duo.no_grad():
+        want = [net(x).tolist() for x in given]
+        for x in given:
+            infer(x)
+    bad = []
+
+    def work(k):
+        with duo.no_grad():
+            for i in range(30):
+                if infer(given[(i + k) % 4]).tolist() != want[(i + k) % 4]:
+                    bad.append(k)
+
+    threads = [threading.Thread(target=work, args=(k,)) for k in range(4)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert not bad
+
+
 def test_explain_names_changes():
     global SCALE
     g = duo.compile(helper)

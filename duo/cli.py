@@ -1,4 +1,4 @@
-"""The command `duo`: `demo`, `info`, `cache`.
+"""The command `duo`: `demo`, `info`, `cache`, and for artefacts `compile`, `run`, `inspect`, `bench` (aot/commands.py).
 
 An error that duo raises on purpose is one line on stderr and exit code 1; `DUO_DEBUG=1` shows the traceback. Wrong usage is exit
 code 2, as argparse has it.
@@ -7,6 +7,7 @@ code 2, as argparse has it.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import platform
@@ -57,6 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("cache", help="show or clear the cache of object code")
     command.add_argument("--clear", action="store_true", help="remove all entries")
     command.set_defaults(run=_cache)
+    importlib.import_module("duo.aot.commands").add_commands(commands)
     return parser
 
 

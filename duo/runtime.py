@@ -218,7 +218,10 @@ def compile_alone(function: Function, scalars: Collection[int] = ()) -> Any:
 
 
 def recorder(
-    offset_of: Callable[[Any, str], int], owners: Mapping[str, Any], objects: Mapping[str, Any], operators: Sequence[str]
+    offset_of: Callable[[Any, str], int],
+    owners: Mapping[str, Any],
+    objects: Mapping[str, Any],
+    operators: Sequence[str],
 ) -> Any:
     """Native functions that record eager ops (`duo_backends/cpu/recorder.py`). offset_of: says where a slot is in an object; owners: objects that
     have the slots they use; objects: those that they name."""

@@ -58,7 +58,9 @@ class Backward(Macro):
                 path = Path.to(parent)
                 walk = path.reverse(low, [n for n, _ in seeds], wanted, Checks(path.freed, path.stale({})))
                 path.ahead = key, walk
-                return tuple([Info(path.type(n), False, parent.device) for n in walk.numbers]) or (NOTHING,), walk.numbers
+                return tuple([Info(path.type(n), False, parent.device) for n in walk.numbers]) or (
+                    NOTHING,
+                ), walk.numbers
             except (Unable, DuoError):
                 pass  # if it is an error, the Construction finds it at the user's line
         construction = Construction(parent, places(trace))

@@ -272,9 +272,7 @@ def multinomial(
     return draw(samples._multinomial, (input,), (num_samples,), generator)
 
 
-def randperm(
-    n: int, *, generator: Generator | None = None, dtype: Any = None, device: Any = None
-) -> EagerTensor:
+def randperm(n: int, *, generator: Generator | None = None, dtype: Any = None, device: Any = None) -> EagerTensor:
     """A random order of 0..n-1: the order of n random keys (ties by position)."""
     keys = _sampled(samples._uniform, (), (n,), f64, generator, devices.CPU).numpy()
     order = np.argsort(keys, kind="stable").astype((i64 if dtype is None else as_dtype(dtype)).numpy)

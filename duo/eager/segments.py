@@ -32,9 +32,7 @@ class Origin:
 
     __slots__ = ("_error", "hooks", "number", "segment")
 
-    def __init__(
-        self, segment: Any, number: Point, error: Exception | Callable[[], Exception] | None
-    ) -> None:
+    def __init__(self, segment: Any, number: Point, error: Exception | Callable[[], Exception] | None) -> None:
         self.segment, self.number, self._error = segment, number, error
         self.hooks: list[Callable] = []
 
@@ -254,7 +252,9 @@ class Segment:
 
 def unmarked(val: Val, requires_grad: bool | None = None) -> Val:
     """The same value, not marked as overwritten."""
-    out = Val(None, -1, None, val.info if requires_grad is None else Info(val.info.type, requires_grad, val.info.device))
+    out = Val(
+        None, -1, None, val.info if requires_grad is None else Info(val.info.type, requires_grad, val.info.device)
+    )
     out.buf, out.extra = val.buf, val.extra
     return out
 

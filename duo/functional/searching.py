@@ -94,7 +94,9 @@ def searchsorted(
     if sorter is not None:
         from_order = type_of(sorter)
         if from_order.shape != type_of(sorted_sequence).shape:
-            raise ShapeError(f"searchsorted: sorter {from_order} needs the shape of the sequence, {type_of(sorted_sequence)}")
+            raise ShapeError(
+                f"searchsorted: sorter {from_order} needs the shape of the sequence, {type_of(sorted_sequence)}"
+            )
         sorted_sequence = apply(_take_last, (sorted_sequence, elem.cast(sorter, i64)))
     if not is_tensor(input):
         input = sorted_sequence._lift(input)
@@ -169,7 +171,9 @@ def unique(
     """The distinct elements in ascending order, always; with `return_inverse` also the number of each element's group, in the input's shape; with
     `return_counts` also the sizes of the groups. NaN equals nothing. On eager tensors alone: the shape depends on the values."""
     if dim is not None:
-        raise ArgumentError(f"unique: slices along a dim (dim={dim!r}) are not compared; only elements are, with dim=None")
+        raise ArgumentError(
+            f"unique: slices along a dim (dim={dim!r}) are not compared; only elements are, with dim=None"
+        )
     return _unique("unique", input, True, return_inverse, return_counts)
 
 
@@ -178,7 +182,9 @@ def unique_consecutive(
 ) -> Any:  # fmt: skip
     """As `unique`, but each run of equal neighbours (row-major) is a group, in the input's order."""
     if dim is not None:
-        raise ArgumentError(f"unique_consecutive: slices along a dim (dim={dim!r}) are not compared; only elements are, with dim=None")
+        raise ArgumentError(
+            f"unique_consecutive: slices along a dim (dim={dim!r}) are not compared; only elements are, with dim=None"
+        )
     return _unique("unique_consecutive", input, False, return_inverse, return_counts)
 
 

@@ -110,7 +110,9 @@ def _quantile(x: Value, q: Any, axis: int | None, keepdim: bool, how: str, skip:
     q = nd.reshape(q, (1 if single else q.type.shape[0], *(1,) * x.type.rank))
     last = nd.cast_to(some - 1, d)
     if not skip:
-        last = ew.where(ew.lt(some, _one(x.type.shape, axis, x.type.shape[axis])), nd.full(last.type.shape, float("nan"), d), last)
+        last = ew.where(
+            ew.lt(some, _one(x.type.shape, axis, x.type.shape[axis])), nd.full(last.type.shape, float("nan"), d), last
+        )
     rank = nd.mul(q, insert_axis(last, 0))
     bad = ew.ne(rank, rank)
     rank = ew.where(bad, nd.zeros_like(rank), rank)
@@ -246,13 +248,17 @@ def _quantile_of(name: str, input: Any, q: Any, dim: Any, keepdim: bool, interpo
     return apply(_quantile, (input, q), (axis if t.shape else None, bool(keepdim), how, skip))
 
 
-def quantile(input: Any, q: Any, dim: int | None = None, keepdim: bool = False, *, interpolation: str = "linear") -> Any:
+def quantile(
+    input: Any, q: Any, dim: int | None = None, keepdim: bool = False, *, interpolation: str = "linear"
+) -> Any:
     """The elements at rank q * (n - 1) in order along `dim` (or of all elements), NaN where there is one. q: a number from 0 to 1, or a vector,
     whose dim comes first in the result. Between two elements: 'linear', 'lower', 'higher', 'nearest' or 'midpoint'."""
     return _quantile_of("quantile", input, q, dim, keepdim, interpolation, False)
 
 
-def nanquantile(input: Any, q: Any, dim: int | None = None, keepdim: bool = False, *, interpolation: str = "linear") -> Any:
+def nanquantile(
+    input: Any, q: Any, dim: int | None = None, keepdim: bool = False, *, interpolation: str = "linear"
+) -> Any:
     """As `quantile`, of the elements that are not NaN."""
     return _quantile_of("nanquantile", input, q, dim, keepdim, interpolation, True)
 

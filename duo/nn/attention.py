@@ -58,7 +58,9 @@ class MultiheadAttention(Module):
         self.register_parameter("in_proj_bias", in_proj_bias)
         self.out_proj = Linear(embed_dim, embed_dim, bias=bias, dtype=dtype, device=device)
         for name in ("bias_k", "bias_v"):
-            self.register_parameter(name, Parameter(empty(1, 1, embed_dim, dtype=dtype, device=device)) if add_bias_kv else None)
+            self.register_parameter(
+                name, Parameter(empty(1, 1, embed_dim, dtype=dtype, device=device)) if add_bias_kv else None
+            )
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

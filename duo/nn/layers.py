@@ -142,8 +142,12 @@ class LayerNorm(Module):
         super().__init__()
         shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
         self.normalized_shape, self.eps, self.elementwise_affine = shape, eps, elementwise_affine
-        self.register_parameter("weight", Parameter(ones(*shape, dtype=dtype, device=device)) if elementwise_affine else None)
-        self.register_parameter("bias", Parameter(zeros(*shape, dtype=dtype, device=device)) if elementwise_affine and bias else None)
+        self.register_parameter(
+            "weight", Parameter(ones(*shape, dtype=dtype, device=device)) if elementwise_affine else None
+        )
+        self.register_parameter(
+            "bias", Parameter(zeros(*shape, dtype=dtype, device=device)) if elementwise_affine and bias else None
+        )
 
     def reset_parameters(self) -> None:
         if self.weight is not None:
@@ -172,7 +176,9 @@ class RMSNorm(Module):
         super().__init__()
         shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
         self.normalized_shape, self.eps = shape, eps
-        self.register_parameter("weight", Parameter(ones(*shape, dtype=dtype, device=device)) if elementwise_affine else None)
+        self.register_parameter(
+            "weight", Parameter(ones(*shape, dtype=dtype, device=device)) if elementwise_affine else None
+        )
 
     def forward(self, input: Any) -> Any:
         return F.rms_norm(input, self.normalized_shape, self.weight, self.eps)

@@ -21,7 +21,9 @@ class _PerChannel(Module):
         super().__init__()
         self.affine = affine
         self.register_parameter("weight", Parameter(ones(channels, dtype=dtype, device=device)) if affine else None)
-        self.register_parameter("bias", Parameter(zeros(channels, dtype=dtype, device=device)) if affine and bias else None)
+        self.register_parameter(
+            "bias", Parameter(zeros(channels, dtype=dtype, device=device)) if affine and bias else None
+        )
 
     def reset_parameters(self) -> None:
         if self.weight is not None:
@@ -52,7 +54,9 @@ class _BatchNorm(_PerChannel):
         self.num_features, self.eps, self.momentum = num_features, eps, momentum
         self.track_running_stats = track_running_stats
         tracked = track_running_stats
-        self.register_buffer("running_mean", Buffer(zeros(num_features, dtype=dtype, device=device)) if tracked else None)
+        self.register_buffer(
+            "running_mean", Buffer(zeros(num_features, dtype=dtype, device=device)) if tracked else None
+        )
         self.register_buffer("running_var", Buffer(ones(num_features, dtype=dtype, device=device)) if tracked else None)
         self.register_buffer("num_batches_tracked", Buffer(zeros(dtype=i64, device=device)) if tracked else None)
 

@@ -44,20 +44,29 @@ def build_library(
 ) -> bytes:
     """The bytes of lib`prefix`.so. `weights` lie in it as they are."""
     initialise()
-    texts = dict.fromkeys(code.text for code in codes.values())
-
-    def modules() -> Iterator[str]:
-        yield module_text(prefix, entries, target, states, trainer) + _weights_text(bool(weights))
-        yield from texts
-
-    objects = jit.object_codes(modules(), target.machine)
-    exports = [f"{prefix}_{name}" for name in COMMON]
-    if trainer is not None:
-        exports += [f"{prefix}_{name}" for name in TRAINER]
-    for e in [e for e in entries if not e.name.startswith("_")]:
-        exports += [f"{prefix}_{e.name}", f"{prefix}_{e.name}_scratch_bytes"]
+    texts = module_texts(prefix, entries, codes, target, states, trainer, bool(weights))
+    objects = jit.object_codes(texts, target.machine)
     data_symbol = "duo_weights" if weights else ""
+    exports = exports_of(prefix, entries, trainer)
     return shared_library(objects, target.arch, exports, f"lib{prefix}.so", weights, data_symbol)
+
+
+def module_texts(
+    prefix: str, entries: Sequence[Entry], codes: Mapping[Kernel, KernelCode], target: AotTarget, states: Sequence[State],
+    trainer: Trainer | None, inside: bool,
+) -> Iterator[str]:  # fmt: skip
+    """LLVM text of all modules: the artefact's own, then one for each kernel. `inside`: whether weights are part of the library."""
+    yield module_text(prefix, entries, target, states, trainer) + _weights_text(inside)
+    yield from dict.fromkeys(code.text for code in codes.values())
+
+
+def exports_of(prefix: str, entries: Sequence[Entry], trainer: Trainer | None) -> list[str]:
+    """The functions that callers see."""
+    names = [*COMMON, *(TRAINER if trainer is not None else ())]
+    for e in entries:
+        if not e.name.startswith("_"):
+            names += [e.name, f"{e.name}_scratch_bytes"]
+    return [f"{prefix}_{name}" for name in names]
 
 
 def _weights_text(inside: bool) -> str:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 from duo_backends.aot.artefact import Artefact
 from duo_backends.aot.container import Manifest, section_bytes, write
-from duo_backends.aot.source import Port, ProgramSource, Source
+from duo_backends.aot.source import Port, ProgramSource, Source, Training
 from duo_backends.aot.targets import AotTarget
 from duo_backends.aot.weights import PAD, arrays_of
 from duo_ir.core import Function
@@ -23,14 +24,15 @@ def pack(source: Source, targets: Sequence[AotTarget], producer: str) -> bytes:
     sections: list[tuple[str, bytes, dict[str, Any]]] = []
     for target in targets:
         made = Artefact.of(source, target)
-        ir = json.dumps([_program_row(p) for p in made.source.programs], separators=(",", ":")).encode()
+        rows = {"programs": [_program_row(p) for p in made.source.programs], "training": _training_row(made.source.training)}
+        ir = json.dumps(rows, separators=(",", ":")).encode()
         number = []
         for kind, content in (("weights", made.block.content), ("ir", ir)):
-            rows = [k for k, s in enumerate(sections) if s[0] == kind and s[1] == content]
-            if not rows:
+            same = [k for k, s in enumerate(sections) if s[0] == kind and s[1] == content]
+            if not same:
                 sections.append((kind, content, {}))
-                rows = [len(sections) - 1]
-            number.append(rows[0])
+                same = [len(sections) - 1]
+            number.append(same[0])
         about = {
             "target": target.name,
             "arch": target.arch,
@@ -80,17 +82,29 @@ def _program_row(p: ProgramSource) -> dict[str, Any]:
     return {"name": p.name, "text": to_text(p.function, False), "params": rows(p.params), "results": rows(p.results)}
 
 
+def _training_row(t: Training | None) -> Any:
+    return None if t is None else asdict(t)
+
+
+def _training(row: Any) -> Training | None:
+    if row is None:
+        return None
+    checkpoint = tuple([(str(name), str(state), bool(optimizer)) for name, state, optimizer in row["checkpoint"]])
+    whole, fresh = row["metadata"]
+    return Training(row["step"], row["first"], row["init"], row["generator"], checkpoint, (str(whole), str(fresh)))
+
+
 def unpack_source(manifest: Manifest, content: Any, where: str, code: int) -> Source:
     """The Source that the code of section number `code` was made of, to be compiled anew. Raises FormatError."""
     about = manifest.sections[code].about
     try:
         ir, weights = manifest.sections[about["ir"]], manifest.sections[about["weights"]]
         rows = json.loads(bytes(section_bytes(content, ir, where)))
-        programs = tuple([_program(row) for row in rows])
+        programs = tuple([_program(row) for row in rows["programs"]])
         arrays = arrays_of(section_bytes(content, weights, where), where)
         states = [s["name"] for s in manifest.states]
         fixed = {n: a for n, a in arrays.items() if n not in states and not n.startswith(PAD)}
-        return Source(manifest.name, programs, fixed, {n: arrays[n] for n in states})
+        return Source(manifest.name, programs, fixed, {n: arrays[n] for n in states}, _training(rows["training"]))
     except (ValueError, TypeError, KeyError, IndexError, RecursionError) as error:
         raise FormatError(f"{where} is damaged: its programs cannot be read: {error}") from None
 

@@ -14,7 +14,7 @@ import os
 import platform
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from queue import SimpleQueue
@@ -140,6 +140,28 @@ def cache_key(text: str, m: Machine) -> str:
 def _generate(text: str, m: Machine) -> bytes:
     """Object code of one module; raises DeviceError with LLVM's message when the text is not valid."""
     return _emit(*_prepared(text, m))
+
+
+def linked_object(texts: Iterable[str], m: Machine, exports: Collection[str]) -> bytes:
+    """One object of several modules, of which others see the functions `exports` alone."""
+    llvm = _llvm()
+    with _lock:
+        context = llvm.create_context()
+        whole = None
+        for text in texts:
+            module = llvm.parse_assembly(_complete(text, m), context)
+            if whole is None:
+                whole = module
+            else:
+                whole.link_in(module)
+        for function in whole.functions:  # type: ignore[union-attr]
+            if not function.is_declaration and function.name not in exports:
+                function.visibility = "default"
+                function.linkage = "internal"
+        target_machine = _target_machine(m, jit=False)
+        whole.triple = target_machine.triple  # type: ignore[union-attr]
+        whole.data_layout = str(target_machine.target_data)  # type: ignore[union-attr]
+        return target_machine.emit_object(whole)  # type: ignore[no-any-return]
 
 
 def assembly(text: str, m: Machine) -> str:

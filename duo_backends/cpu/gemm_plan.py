@@ -23,6 +23,7 @@ TRANSPOSED_VECTORS = 4  # vectors of columns of a panel of such a B; half as man
 B_AHEAD = 8
 WAITING_ROWS, BYTES_AHEAD = 4, 4096  # up to so many rows B is asked for so early
 OFTEN = 256  # rows of A from which on packing B costs next to nothing
+NEAR_PANEL = 40 << 10  # bytes of a panel of B that stays in the first-level cache from tile to tile
 FAR_ROWS = 1024  # bytes between rows of B from which one block of them is packed: nothing foresees the next row
 SHORT_LINES = 2  # cache lines of a row of a panel of B up to which the hardware does not foresee the next row
 UNIT_SIDE = 512  # largest rows and columns of a unit
@@ -246,7 +247,8 @@ def make_plan(kernel: ContractKernel, target: Target) -> Plan:
     panels = math.inf if column_vectors is None else -(-column_vectors // vectors)
     tiles = math.inf if m is None else -(-m // rows)
     pack_b = (b_column != 1 and not transposing) or (
-        tiles > 2 and (b_type is not compute or _thrashes(m, _known(kernel.k), b_step, compute.itemsize))
+        tiles > 2
+        and (b_type is not compute or _thrashes(m, _known(kernel.k), b_step, vectors * lanes, compute.itemsize))
     )
     pack_a = (not isinstance(a_row, int) and m != 1) or (
         panels > 2 and (a_type is not compute or (_conflicts(rows, a_row, a_step, compute.itemsize) and tiles > 1))
@@ -283,13 +285,14 @@ def _conflicts(rows: int, a_row: DimLike, a_step: DimLike, itemsize: int) -> boo
     return not isinstance(a_step, int) or a_step * itemsize >= 2048
 
 
-def _thrashes(m: int | None, k: int | None, b_step: DimLike, itemsize: int) -> bool:
-    """Whether rows of B read in place fall into so few cache sets, or of a short k so far from each other, that packing pays: they must also
-    be read often."""
+def _thrashes(m: int | None, k: int | None, b_step: DimLike, columns: int, itemsize: int) -> bool:
+    """Whether rows of B read in place fall into so few cache sets that packing pays, or so far from each other, in panels of so many columns
+    that are one block of k and do not stay in the first-level cache: they must also be read often."""
     if m is None or m < OFTEN or not isinstance(b_step, int):
         return False
     apart = b_step * itemsize
-    return apart % 4096 == 0 or (m >= 2 * OFTEN and k is not None and k <= BLOCK and apart >= FAR_ROWS)
+    far = k is not None and k <= BLOCK and k * columns * itemsize > NEAR_PANEL and apart >= FAR_ROWS
+    return apart % 4096 == 0 or (m >= 2 * OFTEN and far)
 
 
 def _unit(

@@ -389,6 +389,7 @@ def test_large() -> None:
     matmul(where, 530, 530, 70)
     matmul(where, 530, 290, 40, batch=2)
     matmul(where, 1100, 130, 515)  # groups of units, the last one smaller
+    matmul(where, 600, 300, 260)  # rows of B far from each other
     matmul(where, 200, 1100, 600, b_order="column", symbolic="m")
     matmul(where, 300, 60, 1030, a_order="column", symbolic="mk")
 

@@ -17,6 +17,7 @@ from duo_backends.cpu.code import KernelCode, Target
 from duo_backends.cpu.emit import compile_kernel, panel_columns
 from duo_backends.cpu.executable import CpuExecutable
 from duo_backends.cpu.memory import Buffer, allocate
+from duo_backends.cpu.results import mark_results
 from duo_backends.cpu.table import LoadedKernel
 from duo_ir.core import Op
 from duo_ir.kernels.kernel import Kernel
@@ -67,6 +68,7 @@ class CpuBackend:
     def compile(self, program: Program, scalars: Collection[int] = (), numerics: str = "strict") -> CpuExecutable:
         """Machine code for every kernel of `program` that is not loaded yet. `scalars`: numbers of 0-d inputs that will be Python
         numbers. `numerics`: the bits are those of "strict" in any case, as nothing here would be quicker for others."""
+        program = mark_results(program)
         wanted = dict.fromkeys(kernels_of(program))
         with self._lock:
             found = {k: self._kernels[k] for k in wanted if k in self._kernels}

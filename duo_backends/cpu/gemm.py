@@ -16,7 +16,7 @@ from typing import NamedTuple
 from duo_backends.cpu.body import Emitter
 from duo_backends.cpu.code import SIGNATURE, KernelCode, Phase, Target
 from duo_backends.cpu.gemm_ahead import Block, ahead_offsets, emit_ahead_asks, piece_of
-from duo_backends.cpu.gemm_epilogue import ask_every, emit_asks, emit_epilogue, in_place, lines, pointers
+from duo_backends.cpu.gemm_epilogue import ask_every, emit_asks, emit_epilogue, in_place, last_results, lines, pointers
 from duo_backends.cpu.gemm_line import blocks_at_once, emit_line
 from duo_backends.cpu.gemm_pack import emit_copy, emit_copy_tiles, emit_gather, emit_transpose, emit_turn
 from duo_backends.cpu.gemm_plan import CHUNK_BLOCKS, SEQUENTIAL_K, Plan, make_plan
@@ -239,6 +239,8 @@ class _Driver:
         with f.loop("%begin", "%end") as unit:
             self.unit = self._unit(unit.index)
             self._multiply_unit(unit.index)
+        if last_results(kernel):
+            f.emit("fence seq_cst")  # stores past the caches are ordered by nothing else
         f.finish()
 
     def _unit(self, number: str) -> _Unit:

@@ -16,6 +16,7 @@ from duo_backends.cpu.gemm_ahead import ahead_offsets
 from duo_backends.cpu.gemm_plan import Plan
 from duo_backends.cpu.gemm_tile import BLOCK, LINE, ask
 from duo_backends.cpu.llvm import Function, Module, memory_type, register_type, vector
+from duo_backends.cpu.stream import last_stores
 from duo_ir.kernels.kernel import Access, ContractKernel
 from duo_ir.types import product
 
@@ -46,6 +47,7 @@ def emit_epilogue(module: Module, target: Target, plan: Plan, name: str, streams
     kernel = plan.kernel
     f, batch = _on_tile(module, kernel, name, "ptr %tile, i64 %tile_row")
     emitter = Emitter(f, target, kernel.args, pointers(f, kernel), kernel.dims, streams=streams)
+    past = {buffer: _lies_apart(f, kernel, emitter.pointers, buffer) for buffer in last_results(kernel)}
     lanes, size = plan.lanes, plan.compute.itemsize
     type_ = vector(lanes, register_type(plan.compute))
 
@@ -63,6 +65,15 @@ def emit_epilogue(module: Module, target: Target, plan: Plan, name: str, streams
             acc = convert(f, target, acc, kernel.acc, kernel.result, lanes, None)
             values = emitter.emit(kernel.body, scope, acc=Value(acc, kernel.result, True, 2))
             for store in kernel.stores:
+                far = past.get(store.access.buffer)
+                if far is not None:
+                    with f.when(far):
+                        emitter.streams = streams | {store.access.buffer}
+                        emitter.store(store, values, scope)
+                        emitter.streams = streams
+                    with f.when(f.pure(f"xor i1 {far}, true", f.top)):
+                        emitter.store(store, values, scope)
+                    continue
                 emitter.store(store, values, scope)
             loop.next = [f.op(f"getelementptr i8, ptr {loop.values[0]}, i64 %tile_row")]
 
@@ -78,6 +89,22 @@ def emit_epilogue(module: Module, target: Target, plan: Plan, name: str, streams
     f.finish()
 
 
+def last_results(kernel: ContractKernel) -> frozenset[int]:
+    """Arguments that go past the caches, one by one where they lie apart from what is read; see `results.py`."""
+    return last_stores(kernel.args, [(store, len(kernel.batch) + 1) for store in kernel.stores])
+
+
+def _lies_apart(f: Function, kernel: ContractKernel, pointers: Sequence[str], buffer: int) -> str:
+    """The i1 that says whether the argument is aligned and in no other's memory."""
+    address = f.pure(f"ptrtoint ptr {pointers[buffer]} to i64", f.top)
+    apart = f.pure(f"icmp eq i64 {f.pure(f'and i64 {address}, {LINE - 1}', f.top)}, 0", f.top)
+    for other, arg in enumerate(kernel.args):
+        if not arg.output:
+            differs = f.pure(f"icmp ne ptr {pointers[buffer]}, {pointers[other]}", f.top)
+            apart = f.pure(f"and i1 {apart}, {differs}", f.top)
+    return apart
+
+
 def _met(kernel: ContractKernel, write: int, streams: frozenset[int]) -> list[Access]:
     """What the epilogue reads or writes, not past the caches, in rows along its columns; nothing where all that it does is to write a small
     result."""
@@ -85,11 +112,12 @@ def _met(kernel: ContractKernel, write: int, streams: frozenset[int]) -> list[Ac
         size = product((*kernel.batch, kernel.m, kernel.n))
         if not isinstance(size, int) or size * kernel.result.itemsize < _FAR:
             return []
+    past = streams | last_results(kernel)
     accesses = [s.access for s in kernel.stores] if write else [i.attr for i in kernel.body if isinstance(i.attr, Access)]
     return [
         a
         for a in accesses
-        if a.at.strides[-1] == 1 and a.at.strides[-2] != 0 and not a.index_strides and not a.guards and a.buffer not in streams
+        if a.at.strides[-1] == 1 and a.at.strides[-2] != 0 and not a.index_strides and not a.guards and a.buffer not in past
     ]
 
 

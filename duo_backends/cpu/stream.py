@@ -63,6 +63,17 @@ def _streamed_buffers(args: Sequence[Arg], stores: Sequence[tuple[Store, int]]) 
     return frozenset(found - others)
 
 
+def beyond() -> int:
+    """Bytes that no cache keeps."""
+    return _BEYOND
+
+
+def last_stores(args: Sequence[Arg], stores: Sequence[tuple[Store, int]]) -> frozenset[int]:
+    """Numbers of the arguments marked `last` that whole aligned lines are stored to, in order."""
+    last = [(store.access.buffer, _in_lines(args[store.access.buffer], store, axis)) for store, axis in stores]
+    return frozenset(k for k, lines in last if lines and args[k].last) - {k for k, lines in last if not lines}
+
+
 def _in_lines(arg: Arg, store: Store, axis: int) -> bool:
     access = store.access
     strides = list(access.at.strides)

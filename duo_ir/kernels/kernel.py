@@ -108,11 +108,13 @@ class Stage:
 @dataclass(frozen=True, slots=True)
 class Arg:
     """A buffer argument: dtype, number of elements, and whether the kernel writes it (then it never reads it, except at
-    the very position it writes when the planner aliases an input to it)."""
+    the very position it writes when the planner aliases an input to it). `last`: a backend knows that nothing reads what is written until long
+    after."""
 
     dtype: DType
     size: DimLike
     output: bool = False
+    last: bool = False
 
 
 @dataclass(frozen=True, slots=True)

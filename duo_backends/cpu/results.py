@@ -1,0 +1,39 @@
+"""Gradients that a training step leaves behind, in programs larger than the caches: the products that make them send them past the caches.
+
+Such a product updates states in place and leaves its sum for the caller, who looks at it, if at all, when it has left every cache; until then its lines
+would only drive out what the next kernels read.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from duo_backends.cpu.stream import beyond
+from duo_ir.kernels.kernel import ContractKernel
+from duo_ir.kernels.program import Program, Step, reads_writes
+
+
+def mark_results(program: Program) -> Program:
+    """The program, with `Arg.last` set for results that nothing in it reads, of products that update inputs in place, where all that it touches is more
+    than caches hold."""
+    sizes = [x.nbytes for x in (*program.inputs, *program.outputs, *program.temps)]
+    known = [n for n in sizes if isinstance(n, int)]
+    if len(known) < len(sizes) or sum(known) < beyond():
+        return program
+    read = {slot for item in program.items for slot in reads_writes(item)[0]}
+    outputs = range(len(program.inputs), len(program.inputs) + len(program.outputs))
+    updates = {(len(program.inputs) + output, given) for output, given in program.donations}
+    items = list(program.items)
+    for number, item in enumerate(items):
+        if not isinstance(item, Step) or not isinstance(item.kernel, ContractKernel) or item.sizes:
+            continue
+        reads, writes = reads_writes(item)
+        if not any((w, r) in updates for w in writes for r in reads):
+            continue
+        args = tuple([
+            replace(arg, last=True) if arg.output and slot in outputs and slot not in read else arg
+            for arg, slot in zip(item.kernel.args, item.slots)
+        ])  # fmt: skip
+        if args != item.kernel.args:
+            items[number] = replace(item, kernel=replace(item.kernel, args=args))
+    return replace(program, items=tuple(items))

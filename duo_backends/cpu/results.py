@@ -16,7 +16,7 @@ from duo_ir.kernels.program import Program, Step, reads_writes
 def mark_results(program: Program) -> Program:
     """The program, with `Arg.last` set for results that nothing in it reads, of products that update inputs in place, where all that it touches is more
     than caches hold."""
-    sizes = [x.nbytes for x in (*program.inputs, *program.outputs, *program.temps)]
+    sizes = [*(t.nbytes for t in (*program.inputs, *program.outputs)), *(t.nbytes for t in program.temps)]
     known = [n for n in sizes if isinstance(n, int)]
     if len(known) < len(sizes) or sum(known) < beyond():
         return program

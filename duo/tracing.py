@@ -16,6 +16,7 @@ import numpy as np
 from duo.dispatch import View, apply
 from duo.eager.infer import user_location
 from duo.eager.tensor import EagerTensor, tensor_of
+from duo.eager.trace import roaming
 from duo.tensor import Tensor
 from duo_ir.core import Builder, Function, Value, current_builder
 from duo_ir.errors import TraceError
@@ -124,7 +125,9 @@ class Traced(Tensor):
 
     @staticmethod
     def _lift(array: np.ndarray) -> EagerTensor:
-        return tensor_of(array)
+        out = tensor_of(array)
+        roaming[id(out)] = out  # it goes where what is traced turns out to run
+        return out
 
     @property
     def device(self) -> Any:

@@ -9,7 +9,7 @@ import numpy as np
 
 from duo import devices, runtime
 from duo.eager.tensor import EagerTensor, from_numpy, material
-from duo.eager.trace import open_trace, record, state
+from duo.eager.trace import aside, open_trace, record, state
 from duo.eager.watch import changed
 from duo.functional import creation as bodies
 from duo.functional import random as samples
@@ -93,7 +93,7 @@ def tensor(data: Any, *, dtype: Any = None, device: Any = None, requires_grad: b
     array = _array_of(data, wanted)
     if not array.flags.c_contiguous:
         array = np.ascontiguousarray(array)
-    buffer = runtime.from_numpy(array, device=_on(device))
+    buffer = aside(runtime.from_numpy, array, True, _on(device))
     return _finish(EagerTensor(material(buffer, TensorType(as_dtype(array.dtype), array.shape))), requires_grad)
 
 

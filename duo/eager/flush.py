@@ -109,7 +109,8 @@ class Program:
         self.reads = index_inputs(function) if late else None
         # What a segment keeps may be read again by a backward pass; otherwise results may overwrite inputs that nobody else can read.
         params = function.params
-        rows = [j for j in sorted(self.runnable.givable) if params[j].type.nbytes >= OVERWRITE_FROM]
+        least = OVERWRITE_FROM if plan.node.device is CPU else 0  # graphs of a GPU know addresses
+        rows = [j for j in sorted(self.runnable.givable) if params[j].type.nbytes >= least]
         self.givable = ([], []) if self.alive else (rows, [plan.inputs[j][0] for j in rows])
         self.updates = _updates(plan, live) if rows else []
         self.given: tuple[int, ...] = ()  # inputs that nobody could read any more the last time

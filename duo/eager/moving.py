@@ -11,7 +11,7 @@ from typing import Any
 from duo import runtime
 from duo.eager.autograd import Cotangents, Engine, call_hooks
 from duo.eager.segments import Origin, new_serial
-from duo.eager.trace import Val, hooks, settle, state
+from duo.eager.trace import Val, aside, hooks, settle, state
 from duo.eager.trie import Info
 
 
@@ -40,7 +40,7 @@ class Moved:
 def _copy(val: Val, device: str, requires_grad: bool) -> Val:
     """The value on another device, without history."""
     out = Val(None, -1, None, Info(val.info.type, requires_grad, device))
-    out.buf = runtime.moved(settle(val), val.info.type, device)
+    out.buf = aside(runtime.moved, settle(val), val.info.type, device)
     return out
 
 
@@ -65,6 +65,8 @@ def bring(cell: Any, device: str) -> None:
     if val.info.device is device:
         return
     cell._val = there = _copy(val, device, False)
+    if state.capture is not None:
+        state.capture.holders.pop(val, None)
     storage = cell._storage
     if storage is not None:
         storage.val = there

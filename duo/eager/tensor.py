@@ -33,7 +33,7 @@ from duo.eager.sharing import (
     still_shared,
     write_through,
 )
-from duo.eager.trace import Val, alias, hooks, record, recorder, settle, state
+from duo.eager.trace import Val, alias, aside, hooks, record, recorder, settle, state
 from duo.eager.trie import Info
 from duo.eager.values import as_leaf, conform, filled, material, overwrite
 from duo.functional.indexing import getitem
@@ -424,6 +424,16 @@ class EagerTensor(Tensor):
             (val,) = record(_detach_read, (value,))
         self._val = as_leaf(val, self._leaf) if self._leaf is not None else val
 
+    def _replace(self, value: EagerTensor) -> None:
+        """Gets the value of a tensor that nobody else has, under an identity of its own: views of what it was stay views of that."""
+        if state.capture is not None:
+            state.capture.rebind(self)
+        val = value._value()
+        if val.info.requires_grad:
+            (val,) = record(_detach_read, (value,))
+        self._storage, self._chain, self._seen = None, (), 0
+        self._val = as_leaf(val, self._leaf) if self._leaf is not None else val
+
     @property
     def _version(self) -> int:
         return self._storage.version if self._storage is not None else 0
@@ -620,7 +630,7 @@ def full_value(value: Any, type: TensorType, device: str = CPU) -> EagerTensor:
 def tensor_of(array: np.ndarray, device: str = CPU) -> EagerTensor:
     """A tensor with a copy of the array."""
     array = np.asarray(array)
-    buffer = runtime.from_numpy(array, device=device)
+    buffer = aside(runtime.from_numpy, array, True, device)
     return EagerTensor(material(buffer, TensorType(dtype(array.dtype), array.shape)))
 
 

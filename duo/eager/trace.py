@@ -323,7 +323,7 @@ def note_overwritten_here(trace: Trace, number: int, by: int) -> None:
     commit(trace, (OVERWRITE, number, by))
 
 
-# Tensors that go to the device where they are used (states of generators), by id.
+# Tensors that go to the device where they are used (states of generators, arrays in functions that are traced), by id.
 roaming: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 
 
@@ -524,6 +524,12 @@ def _miss(last: Val, key: tuple, attrs: tuple) -> Node:
     capture = state.capture
     # Had it been seen before, nothing would run: so there is nothing to watch.
     return _add(last, key, attrs) if capture is None else capture.aside(_add, last, key, attrs)  # type: ignore[no-any-return]
+
+
+def aside(work: Callable[..., Any], *arguments: Any) -> Any:
+    """`work(*arguments)`, which goes to a device: a function that is being compiled is not watched meanwhile."""
+    capture = state.capture
+    return work(*arguments) if capture is None else capture.aside(work, *arguments)
 
 
 def _add(last: Val, key: tuple, attrs: tuple) -> Node:

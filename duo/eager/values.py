@@ -8,7 +8,7 @@ from duo import runtime
 from duo.devices import CPU
 from duo.eager.autograd import GradLeaf
 from duo.eager.segments import Origin
-from duo.eager.trace import Val, commit, note_overwritten, note_overwritten_here, open_trace, settle, state
+from duo.eager.trace import Val, aside, commit, note_overwritten, note_overwritten_here, open_trace, settle, state
 from duo.eager.trie import MARK, Info
 from duo_ir.core import Value
 from duo_ir.ops.broadcasting import broadcast_to, cast_to
@@ -26,7 +26,7 @@ def material(buffer: Any, type: TensorType, requires_grad: bool = False) -> Val:
 
 def filled(value: Any, type: TensorType, device: str = CPU) -> Val:
     """Every element a Python number or NumPy scalar."""
-    return material(runtime.filled(value, type, device), type)
+    return material(aside(runtime.filled, value, type, device), type)
 
 
 def conform(new: Value, dtype: DType, shape: Shape) -> Value:

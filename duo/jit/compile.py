@@ -71,7 +71,8 @@ class Compiled:
             return self._function(*args, **kwargs)  # a graph is being built
         self._drop_old()
         for number, replay in reversed(list(self._replays.items())):
-            if replay is self._last and not _VERIFY[0]:
+            moved = replay.bring()
+            if replay is self._last and not moved and not _VERIFY[0]:
                 continue
             if _VERIFY[0]:
                 if self._would_replay(replay, args, kwargs):

@@ -57,7 +57,10 @@ def run_lines(
     lines = ["given = []"]
     for k, source in given.items():
         t = variables[source]
-        lines.append(f"if count(v_{t}) == {ALONE[0]} and count(b_{t}) == {ALONE[1]}: given.append({k})")
+        v, b = f"v_{t}", f"b_{t}"
+        alone = f"count({v}) == {ALONE[0]} if {t}._storage is None else "
+        alone += f"count({v}) == {ALONE[0] + 1} and {t}._storage.val is {v}"
+        lines.append(f"if count({b}) == {ALONE[1]} and ({alone}): given.append({k})")
     return [*lines, f"call = begin({buffers}, given, preferred)", "outs = call.results"]
 
 

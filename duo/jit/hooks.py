@@ -21,6 +21,7 @@ _CALLED_BY_DUO = (
     "ml_dtypes",
     "ctypes",
     "llvmlite",
+    "pycuda",
     "functools",
     "weakref",
     "abc",

@@ -15,10 +15,11 @@ from duo import devices
 from duo.eager.autograd import GradLeaf
 from duo.eager.creation import get_default_dtype
 from duo.eager.flush import _segment, flush
+from duo.eager.moving import bring
 from duo.eager.segments import Origin
 from duo.eager.sharing import readable, snapshot, still_shared
 from duo.eager.tensor import DATA, EagerTensor, Storage, read_now
-from duo.eager.trace import END, Trace, Val, alias, settle, state
+from duo.eager.trace import END, Trace, Val, alias, roaming, settle, state
 from duo.eager.trie import NOTHING, Info
 from duo.eager.watch import Epoch
 from duo.jit import donation, guards, nests
@@ -104,6 +105,16 @@ class Replay:
         self.owner: Any = None  # weak reference to whom `run` is copied
         self.hoisted = ""  # what is kept between calls, in words
         self.run: Any = Writer(self, name, args, kwargs, tensors).function()
+
+    def bring(self) -> bool:
+        """States of generators that it reads, which may have been drawn from elsewhere, come back to its device; whether any was away."""
+        away = [
+            (s.what, i.device) for s, i in self.recording.infos.items()
+            if s.kind == "outside" and s.what._val.info.device is not i.device and id(s.what) in roaming
+        ]  # fmt: skip
+        for cell, device in away:
+            bring(cell, device)
+        return bool(away)
 
     def become(self, run: Any) -> None:
         """Runs in another form from now on."""

@@ -279,7 +279,7 @@ class Module:
                 if new._type is not tensor._type or new._val.info.device is not tensor._val.info.device:
                     gradient = tensor.grad
                     tensor.grad = None
-                    tensor.data = new
+                    tensor._replace(new)
                     if gradient is not None:
                         tensor.grad = fn(gradient)
         if state.capture is None:

@@ -198,3 +198,67 @@ def test_deepcopy_and_data():
     assert q.is_cuda and q.tolist() == [1.0, 1.0] and q is not p
     p.data = duo.zeros(2)
     assert not p.is_cuda and q.is_cuda
+
+
+def test_segments_and_retained_graphs():
+    def program(device: str) -> list:
+        w = duo.tensor([1.0, 2.0, -3.0], requires_grad=True, device=device)
+        h = (w.exp() * w).sum()
+        out = [h.item()]  # runs the forward pass by itself
+        h.backward(retain_graph=True)
+        h.backward()
+        out.append(w.grad.tolist())
+        with pytest.raises(errors.GradientError, match="second time"):
+            h.backward()
+        y = w * 2
+        z = y.exp().sum()
+        z.item()
+        with duo.no_grad():
+            w.mul_(2)
+        y.add_(1)
+        z.backward()
+        return [*out, w.grad.tolist(), y.tolist()]
+
+    assert program("cuda") == program("cpu")
+    w = duo.ones(2, device="cuda", requires_grad=True)
+    y = w * 2
+    z = (y * y).sum()
+    y.zero_()
+    with pytest.raises(errors.GradientError, match="overwritten"):
+        z.backward()
+
+
+def test_functions_of_functions():
+    x = duo.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]], device="cuda")
+    out = duo.vmap(lambda row: row[[2, 0]] * 2)(x)
+    assert out.is_cuda and out.tolist() == [[6.0, 2.0], [12.0, 8.0]]
+    g = duo.func.grad(lambda v: (v * v).sum())(x[0])
+    assert g.is_cuda and g.tolist() == [2.0, 4.0, 6.0]
+    y = duo.cond(x.sum() > 0, lambda a: a + 1, lambda a: a - 1, (x,))
+    assert y.is_cuda and y[0].tolist() == [2.0, 3.0, 4.0]
+
+
+def test_the_interpreter_runs_programs_of_a_gpu():
+    x = duo.tensor([1.0, 2.0], device="cuda")
+    duo.debug.set_backend("interpret")
+    try:
+        y = x * 2 + 1
+        assert y.is_cuda and y.tolist() == [3.0, 5.0]
+    finally:
+        duo.debug.set_backend("cpu")
+
+
+def test_flushes_anywhere_change_nothing():
+    def program() -> list:
+        x = duo.arange(6.0, device="cuda").reshape(2, 3).requires_grad_()
+        y = (x.T @ x).relu()
+        y[0] = 0.0
+        (y.sum() * 2).backward()
+        return [y.tolist(), x.grad.tolist()]
+
+    want = program()
+    duo.debug.configure(flush_seed=3)
+    try:
+        assert program() == want
+    finally:
+        duo.debug.configure(sync=False)

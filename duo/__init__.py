@@ -38,6 +38,7 @@ from duo.eager.creation import (
     tensor,
     zeros,
 )
+from duo.eager.exchange import from_dlpack
 from duo.eager.flush import synchronize
 from duo.eager.mode import enable_grad, inference_mode, is_grad_enabled, no_grad, set_grad_enabled
 from duo.eager.printing import set_printoptions
@@ -70,7 +71,7 @@ half, double, long, short = float16, float64, int64, int16
 float, int = float32, int32
 
 if _TYPE_CHECKING:
-    from duo import aot, func
+    from duo import aot, cuda, func
     from duo.aot import export, export_training, load_executable, spec
     from duo.func import vmap
     from duo.profiling import profile
@@ -79,7 +80,8 @@ if _TYPE_CHECKING:
 _LATER = {
     "aot": ("duo.aot", ""), "export": ("duo.aot", "export"),
     "export_training": ("duo.aot", "export_training"), "load_executable": ("duo.aot", "load_executable"),
-    "spec": ("duo.aot", "spec"), "func": ("duo.func", ""), "vmap": ("duo.func", "vmap"), "profile": ("duo.profiling", "profile"),
+    "spec": ("duo.aot", "spec"), "cuda": ("duo.cuda", ""),
+    "func": ("duo.func", ""), "vmap": ("duo.func", "vmap"), "profile": ("duo.profiling", "profile"),
 }  # fmt: skip
 
 

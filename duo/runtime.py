@@ -292,6 +292,24 @@ def moved(buffer: Any, type: TensorType, device: str) -> Any:
     return from_numpy(to_numpy(buffer, type), device=device)
 
 
+def copied(buffer: Any, type: TensorType) -> Any:
+    """A buffer of its own, on the same device, with the same contents."""
+    if buffer.__class__ is not Buffer:
+        return backend(buffer.device).runtime.duplicate(buffer)
+    out = allocate(type.dtype.numpy.itemsize * math.prod(type.static_shape()))
+    ctypes.memmove(out.ptr, buffer.ptr, out.nbytes)
+    return out
+
+
+def overwrite(target: Any, source: Any, type: TensorType) -> None:
+    """Writes the contents of `source` into the memory of `target`, which others see; both are on one device."""
+    nbytes = type.dtype.numpy.itemsize * math.prod(type.static_shape())
+    if target.__class__ is not Buffer:
+        backend(target.device).runtime.copy(target, source, nbytes)
+    else:
+        ctypes.memmove(target.ptr, source.ptr, nbytes)
+
+
 _C_TYPES: dict[str, Any] = {
     "f32": ctypes.c_float, "f64": ctypes.c_double, "i64": ctypes.c_int64, "i32": ctypes.c_int32, "i16": ctypes.c_int16,
     "i8": ctypes.c_int8, "u8": ctypes.c_uint8, "bool": ctypes.c_bool,
@@ -334,14 +352,37 @@ def check_device(device: object) -> str:
     return name
 
 
+def gpu_count() -> int:
+    """How many GPUs programs can run on, numbered from 0; none where anything is missing (`why_no_gpu`). Takes nothing of them."""
+    return _gpus()[0]
+
+
+def why_no_gpu() -> str | None:
+    """What is missing for programs to run on a GPU; None where nothing is."""
+    return _gpus()[1]
+
+
+def _gpus() -> tuple[int, str | None]:
+    given = max([int(name.partition(":")[2]) + 1 for name in _backends if name != CPU], default=0)
+    try:
+        count = importlib.import_module("duo_backends.cuda.driver").device_count()
+        importlib.import_module("duo_backends.cuda.compiler").find_compiler()
+    except DeviceError as error:
+        return given, None if given else str(error)
+    return max(count, given), None if count or given else "the CUDA driver finds no GPU"
+
+
 # ---------------------------------------------------------------------------------------------------------- profiles
-def recording(capacity: int) -> Any:
-    """A profile of the backend, to be entered. Raises ArgumentError where programs run by the interpreter."""
+def recordings(capacity: int) -> dict[str, Any]:
+    """A profile of each device in use, to be entered. Raises ArgumentError where programs run by the interpreter."""
     if _use_interpreter or _check_nan:
         raise ArgumentError("duo.profile times kernels, and programs run by the reference interpreter have none")
-    return importlib.import_module("duo_backends.cpu.profile").Recording(capacity)
+    found = {name: backend(name).recording(capacity) for name in _backends if name != CPU}
+    return {CPU: importlib.import_module("duo_backends.cpu.profile").Recording(capacity), **found}
 
 
-def peaks() -> Any:
-    """The machine's measured peaks: `gflops_per_core`, `gbytes`, `threads`."""
+def peaks(device: str = CPU) -> Any:
+    """The device's measured peaks: `gflops` (of the CPU, of one core) and `gbytes`."""
+    if device != CPU:
+        return backend(device).peaks
     return importlib.import_module("duo_backends.cpu.peaks").peaks()

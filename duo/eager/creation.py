@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from duo import devices, runtime
+from duo.eager.exchange import from_foreign, is_foreign, is_on_gpu
 from duo.eager.tensor import EagerTensor, from_numpy, material
 from duo.eager.trace import aside, open_trace, record, state
 from duo.eager.watch import changed
@@ -83,7 +84,10 @@ def _made(body: Any, operands: tuple, attrs: tuple, device: Any) -> EagerTensor:
 
 # ------------------------------------------------------------------------------------------------------ from data
 def tensor(data: Any, *, dtype: Any = None, device: Any = None, requires_grad: bool = False) -> EagerTensor:
-    """A tensor with a copy of `data`: numbers, nested lists, NumPy arrays, tensors. Python floats give the default dtype, ints int64."""
+    """A tensor with a copy of `data`: numbers, nested lists, arrays of NumPy and other libraries, tensors. Python floats give the default dtype, ints
+    int64. What is on a GPU stays there, unless a device is given."""
+    if is_on_gpu(data) and not isinstance(data, EagerTensor):
+        data = from_foreign(data)
     if isinstance(data, EagerTensor):
         out = data.detach() if device is None else data.detach()._to_device(device)
         out = out.clone() if out._val.info.device is data._val.info.device else out
@@ -130,13 +134,16 @@ def _as_lists(data: Any) -> Any:
 
 
 def as_tensor(data: Any, dtype: Any = None, device: Any = None) -> EagerTensor:
-    """`data` as a tensor, sharing memory where it can (tensors and NumPy arrays of that dtype, on that device)."""
+    """`data` as a tensor, sharing memory where it can (tensors and arrays of that dtype, on that device, of NumPy or of a library with DLPack
+    or `__cuda_array_interface__`)."""
     wanted = None if dtype is None else as_dtype(dtype)
     if isinstance(data, EagerTensor):
         out = data if device is None else data._to_device(device)
         return out if wanted is None or wanted is out.dtype else out.to(wanted)
     if isinstance(data, np.ndarray) and (wanted is None or wanted.numpy == data.dtype) and _on(device) == devices.CPU:
         return from_numpy(data)
+    if is_foreign(data) and not isinstance(data, np.ndarray):
+        return as_tensor(from_foreign(data), dtype, device)
     return tensor(data, dtype=dtype, device=device)
 
 

@@ -1,6 +1,6 @@
-"""Storages, and the sharing of their memory with NumPy.
+"""Storages, and the sharing of their memory with NumPy and other libraries.
 
-A Storage is what tensors that alias have in common. NumPy may see its memory (`from_numpy`, `.numpy()`) and write to it at any time, which
+A Storage is what tensors that alias have in common. NumPy may see its memory (`from_numpy`, `.numpy()`), others may (exchange.py), and write to it at any time, which
 nobody tells us: while an array that shares it is alive, every write goes into the same memory at once, and every read either takes a snapshot
 or is run before Python goes on (views, gathers, replays of compiled functions), which copies no more than it reads.
 """
@@ -47,11 +47,11 @@ class Sharers:
 
     __slots__ = ("arrays", "first")
 
-    def __init__(self, first: Callable[[], bool] | None, array: np.ndarray) -> None:
+    def __init__(self, first: Callable[[], bool] | None, array: Any) -> None:
         self.first = first
         self.arrays = [weakref.ref(array)]
 
-    def add(self, array: np.ndarray) -> None:
+    def add(self, array: Any) -> None:
         self.arrays = [r for r in self.arrays if r() is not None]
         self.arrays.append(weakref.ref(array))
 
@@ -76,9 +76,9 @@ def still_shared(storage: Storage) -> bool:
 def snapshot(storage: Storage) -> Val:
     """A copy of memory that NumPy may write to at any time, with its history."""
     base = storage.val
-    array = runtime.to_numpy(settle(base), base.info.type)
+    buffer = runtime.copied(settle(base), base.info.type)
     val = unmarked(base)
-    val.buf = runtime.from_numpy(array)
+    val.buf = buffer
     return val
 
 
@@ -107,7 +107,7 @@ def now(storage: Storage, read: Callable[[Val], Val], most: bool = True) -> Val 
     if settle(val) is not base.buf:
         return val
     out = unmarked(val)
-    out.buf = runtime.from_numpy(runtime.to_numpy(val.buf, val.info.type))  # type: ignore[arg-type]
+    out.buf = runtime.copied(val.buf, val.info.type)
     return out
 
 
@@ -118,15 +118,14 @@ def _size(val: Val) -> int:
 def write_through(storage: Storage, val: Val) -> Val:
     """`val` written into the memory that NumPy sees: the storage's new base."""
     shared = settle(storage.val)
-    target = runtime.to_numpy(shared, val.info.type)
-    target[...] = runtime.to_numpy(settle(val), val.info.type)
+    runtime.overwrite(shared, settle(val), val.info.type)
     out = unmarked(val)
     out.buf = shared
     return out
 
 
-def share_memory(tensor: Any, storage: Storage) -> np.ndarray:
-    """The memory of the storage, which `tensor` has, as an array; a write to either is seen by the other."""
+def share_memory(tensor: Any, storage: Storage, make: Callable[[Any], Any] | None = None) -> Any:
+    """The memory of the storage, which `tensor` has, as an array, or as what `make` makes of the buffer; a write to either is seen by the other."""
     shared = storage.shared
     if shared is None or not shared():
         shared = storage.shared = None
@@ -142,7 +141,8 @@ def share_memory(tensor: Any, storage: Storage) -> np.ndarray:
             _make_sole_owner(storage, holders)
     val = storage.val
     kind = val.info.type
-    array = (val.buf or settle(val)).numpy(kind.dtype, kind.shape)  # type: ignore[arg-type]
+    buffer: Any = val.buf or settle(val)
+    array = buffer.numpy(kind.dtype, kind.shape) if make is None else make(buffer)
     if shared.__class__ is Sharers:
         shared.add(array)  # type: ignore[union-attr]
     else:
@@ -158,7 +158,7 @@ def _make_sole_owner(storage: Storage, holders: int) -> None:
         if (_getrefcount(val) - holders, _getrefcount(val.buf)) == (_SOLE_VAL, _SOLE_BUFFER):
             return
     own = storage.val = unmarked(val)
-    own.buf, own.stamp = runtime.from_numpy(runtime.to_numpy(settle(val), val.info.type)), val.stamp
+    own.buf, own.stamp = runtime.copied(settle(val), val.info.type), val.stamp
     storage.version += 1
 
 

@@ -476,11 +476,14 @@ class EagerTensor(Tensor):
         storage = self._storage
         if storage is not None and self._chain is DETACHED and self._leaf is None and state.capture is None:
             return share_memory(self, storage)
+        self._check_no_gradient(".numpy()", ".detach().numpy()")
+        return self._array()
+
+    def _check_no_gradient(self, what: str, way: str) -> None:
         if self._leaf is not None or self._has_history():
             raise GradientError(
-                "a tensor that requires grad has no .numpy(), which could not record a gradient; use .detach().numpy()"
+                f"a tensor that requires grad has no {what}, which could not record a gradient; use {way}"
             )
-        return self._array()
 
     def _has_history(self) -> bool:
         """`requires_grad` of a tensor that is no leaf, read again only where that is not known otherwise."""
@@ -503,6 +506,20 @@ class EagerTensor(Tensor):
             return share_memory(self, storage)
         val = self._value()
         return runtime.to_numpy(settle(val), val.info.type, copy=True)
+
+    def _exposed(self, make: Callable[[Any], Any]) -> Any:
+        """`make(buffer)` of this tensor's memory, for another library to see as long as that lives; of a copy, where it is a view."""
+        self._check_no_gradient("memory for others to share", ".detach()")
+        if state.capture is not None:
+            raise TraceError(state.capture.refusal(self._type))
+        storage = self._storage
+        if storage is None:
+            storage = self._storage = Storage(self._val, None, self)
+            self._seen = 0
+        if _whole(self._chain):
+            return share_memory(self, storage, make)
+        val = self._value()
+        return make(runtime.copied(settle(val), val.info.type))
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         if dtype is None and not copy:

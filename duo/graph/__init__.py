@@ -9,6 +9,7 @@ import importlib as _importlib
 from collections.abc import Iterable as _Iterable
 from typing import Any as _Any
 
+from duo.graph import config as config
 from duo.graph import errors as errors
 from duo.graph import initializers as initializers
 from duo.graph import layers as layers
@@ -16,8 +17,11 @@ from duo.graph import linalg as linalg
 from duo.graph import math as math
 from duo.graph import nn as nn
 from duo.graph import random_ops as random
+from duo.graph import test as test
 from duo.graph import train as train
 from duo.graph.arrays import *  # noqa: F403
+from duo.graph.config import ConfigProto as ConfigProto
+from duo.graph.config import GPUOptions as GPUOptions
 from duo.graph.control_flow import case as case
 from duo.graph.control_flow import cond as cond
 from duo.graph.control_flow import gradients as gradients
@@ -43,6 +47,7 @@ from duo.graph.initializers import zeros_initializer as zeros_initializer
 from duo.graph.linalg import band_part as matrix_band_part
 from duo.graph.lowering import lower as lower
 from duo.graph.math import *  # noqa: F403
+from duo.graph.placement import DeviceSpec as DeviceSpec
 from duo.graph.random_ops import *  # noqa: F403
 from duo.graph.session import InteractiveSession as InteractiveSession
 from duo.graph.session import Session as Session
@@ -80,6 +85,11 @@ def __getattr__(name: str) -> object:
 def name_scope(name: str | None, default_name: str | None = None, values: _Any = None) -> _Any:
     """Names made inside begin with `name/`."""
     return get_default_graph().name_scope(default_name if name is None else name)
+
+
+def device(device_name_or_function: _Any) -> _Any:
+    """What is made inside is to run there: '/gpu:0', '/cpu:0', a function of the operation, or None (as if there were no scope around)."""
+    return get_default_graph().device(device_name_or_function)
 
 
 def control_dependencies(control_inputs: _Iterable[_Any] | None) -> _Any:

@@ -47,6 +47,9 @@ class _Branch:
             with quiet(graph):
                 self.structure = function(*[graph.wrap(v) for v in given])
                 self.values = [graph.value_of(convert_to_tensor(x)) for x in _leaves(self.structure)]
+        except BaseException:
+            graph.forget_branches()
+            raise
         finally:
             graph.frame = frame.parent  # type: ignore[assignment]
 

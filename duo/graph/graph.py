@@ -13,6 +13,7 @@ import itertools
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -21,10 +22,11 @@ from duo.dispatch import distinct
 from duo.eager.infer import explained, scalar_types, user_location
 from duo.eager.tensor import EagerTensor
 from duo.graph.errors import InvalidArgumentError, NotFoundError
+from duo.graph.placement import Place, Scope, Unnamed, innermost, scope_of
 from duo.graph.states import Constant, Number, Placeholder, SeededState, SharedState, Source, State
 from duo.lowering import sized, sized_type
 from duo.random import default_generator
-from duo_ir.core import Builder, Loc, Op, Value
+from duo_ir.core import Builder, Function, Loc, Op, Value
 from duo_ir.errors import DuoError, ShapeError
 from duo_ir.opdef import OpDef
 from duo_ir.ops import shape as movement
@@ -82,6 +84,7 @@ class Operation:
         self.control_inputs = tuple(control)
         self.outputs: list[Any] = []
         self.effects: list[Any] = []
+        self.device = ""  # where it is to run, as far as `tf.device` says
         self.loc = user_location()
 
     def run(self, feed_dict: Mapping | None = None, session: Any = None) -> None:
@@ -112,6 +115,8 @@ class Frame(Builder):
             self.graph._placed(self.ops[-1])
         else:
             self.own.update(results)
+            if self.graph._devices:
+                self.graph.place(None, Unnamed(definition.name))
         return results
 
     def resolve(self, value: Value) -> Value:
@@ -153,6 +158,9 @@ class Graph:
         self._names: dict[str, int] = {}
         self._scope = ""
         self._control: list[tuple[Operation, ...]] = []
+        self._devices: list[Scope] = []  # of `device`, outermost first
+        self.places: dict[Any, Place] = {}  # items, states and sources that scopes have placed
+        self._inner_place: Place | None = None  # on a GPU, in a branch under construction
         self._known: list[dict[State, Value]] = [{}]  # reads that still hold, per control context
         self.branch_reads: dict[State, Value] = self._known[0]  # what branches under construction have read
         self._quiet = 0
@@ -210,6 +218,8 @@ class Graph:
         else:
             full = self.unique_name(name or type)
         op = Operation(self, full, type, inputs, self._waiting())
+        if self._devices:
+            op.device = innermost(self._devices, op).to_string()
         self.operations[full] = op
         return op
 
@@ -292,6 +302,45 @@ class Graph:
         finally:
             self._control, self._known = control, known
 
+    @contextmanager
+    def device(self, device_name_or_function: Any) -> Iterator[None]:
+        """What is made inside is to run there: '/gpu:0', '/cpu:0', a function of the operation that gives such a name, or None, which forgets the
+        scopes around."""
+        scope = scope_of(device_name_or_function)
+        before = self._devices
+        self._devices = [*before, scope]
+        try:
+            yield
+        finally:
+            self._devices = before
+
+    def place(self, thing: Any, operation: Any) -> None:
+        """Notes what the scopes around say of an item, state or source (None: something in a branch)."""
+        spec = innermost(self._devices, operation)
+        operation.device = spec.to_string()
+        if spec.device_type is None:
+            return
+        place = Place(operation.name or operation.type, spec, user_location())
+        if thing is not None:
+            self.places[thing] = place
+        elif spec.gpu is not None:
+            self._inner_place = self._inner_place or place
+
+    def forget_branches(self) -> None:
+        """A branch under construction came to nothing."""
+        self._inner_place = None
+
+    def gpu_place(self, needed: Any) -> Place | None:
+        """The first of what a run needs (a `lowering.Needed`) that is placed on a GPU."""
+        if not self.places:
+            return None
+        things = [
+            *needed.sources,
+            *[t for i in self.items if i in needed.items for t in (getattr(i, "state", None), i)],
+        ]
+        found = [self.places[t] for t in things if t in self.places]
+        return next((p for p in found if p.spec.gpu is not None), None)
+
     def _waiting(self) -> tuple[Operation, ...]:
         return tuple(dict.fromkeys(op for group in self._control for op in group))
 
@@ -307,6 +356,11 @@ class Graph:
     def _placed(self, item: Any) -> None:
         """Takes an item of the root frame into program order."""
         self.items.append(item)
+        if self._devices and not isinstance(item, Read):
+            name = item.definition.name if isinstance(item, Op) else type(item).__name__
+            self.place(item, Unnamed(name))
+        if self._inner_place is not None and self.frame is self.root and _holds_functions(item):
+            self.places[item], self._inner_place = self._inner_place, None
         if self._control and self.frame is self.root:  # a branch waits as a whole
             self.waits[item] = self._waiting()
 
@@ -454,7 +508,18 @@ class Graph:
         for i, r in enumerate(results):
             r._op, r._index = op, i
             op.outputs.append(r)
+            if op.device:
+                self._name_places(r, op)
         return op
+
+    def _name_places(self, result: Any, op: Operation) -> None:
+        """What stands behind a result of a placed operation has its name."""
+        if result._value in self.sources:
+            self.place(result._value, op)
+        for item in result._made:
+            place = self.places.get(item)
+            if place is not None:
+                self.places[item] = replace(place, name=op.name)
 
     def update(self, state: State, new: Any) -> None:
         """The state takes the value of the graph tensor `new` whenever an op that was made together with it runs."""
@@ -512,6 +577,10 @@ class Graph:
         while isinstance(size, Dim) and any(n in self._renamed for n in size.names):
             size = substitute(size, self._renamed)
         return size
+
+
+def _holds_functions(item: Any) -> bool:
+    return isinstance(item, Op) and any(isinstance(v, Function) for v in item.attrs.values())
 
 
 def _guesses(shapes: Sequence[tuple[DimLike, ...]]) -> Iterator[dict[str, DimLike]]:

@@ -136,8 +136,8 @@ def _written(
             arguments.append(Argument(POINTER, (i,)))
     fetched = [bound.program.results[k] - count for k in range(len(program.fetched))]
     values, arrays = [], set()
-    for output, (dtype, shape, copied) in zip(fetched, program.fetched):
-        value = f"o{output}"
+    for output, (kind, copied) in zip(fetched, program.fetched):
+        dtype, shape, value = kind.dtype, kind.static_shape(), f"o{output}"
         alone = not copied and fetched.count(output) == 1
         if alone and bound.takes_arrays and math.prod(shape) * dtype.itemsize <= SMALL_RESULT:
             names["empty"] = np.empty

@@ -6,6 +6,7 @@ the inputs, the program, and writing results and states back.
 
 from __future__ import annotations
 
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -15,9 +16,11 @@ from typing import Any, ClassVar
 import numpy as np
 
 from duo import runtime
+from duo.devices import CPU
 from duo.eager.tensor import EagerTensor, material
 from duo.eager.trace import Val, settle
 from duo.eager.trace import state as recording
+from duo.graph.config import ConfigProto
 from duo.graph.errors import FailedPreconditionError, InvalidArgumentError
 from duo.graph.graph import Assign, Deferred, Graph, Operation, get_default_graph, located
 from duo.graph.in_place import quicken
@@ -25,18 +28,19 @@ from duo.graph.lowering import Needed, deferred_of, lowered, sizes_of
 from duo.graph.states import Constant, Live, Number, SeededState, SharedState, State, number_of
 from duo.graph.tensor import GraphElement, array_of
 from duo.lowering import without_unread
-from duo_ir.errors import DuoError, ShapeError
-from duo_ir.types import DType, TensorType
+from duo_ir.errors import DeviceError, DuoError, ShapeError
+from duo_ir.types import TensorType
 
 MAX_CALLS = 512  # sets of fetches and feeds that a session remembers
 
 
 class Program:
-    """One compiled run: where its inputs come from, and where its results go."""
+    """One compiled run: where its inputs come from, and where its results go. `device`: where it runs, and its variables live."""
 
     def __init__(
         self, session: Session, call: Call, shapes: Sequence[tuple[int, ...]], variants: dict[Deferred, tuple]
     ) -> None:
+        self.device = session.device_of(call)
         sizes = sizes_of(session.graph, call.feeds, shapes)
         low = lowered(session.graph, call.targets, [f._value for f in call.feeds], sizes, variants)
         function, kept = without_unread(low.function)  # a state that is only written needs no value
@@ -55,7 +59,7 @@ class Program:
                 scalars.append(i)
                 live.setdefault(origin.read, []).append((i, origin.index))
             elif isinstance(origin, Constant):
-                self.template[i] = origin.buffer
+                self.template[i] = runtime.moved(origin.buffer, function.params[i].type, self.device)
             elif isinstance(origin, State):
                 cell = session.cell(origin)
                 if cell is not None:
@@ -64,22 +68,26 @@ class Program:
                     self.owned.append((i, origin))
         self.live = list(live.items())
         self.quick: Any = None  # of in_place.py, once every variable has a value; False: there is none
-        self.executable = runtime.runnable(function, True, scalars)
+        self.executable = runtime.runnable(function, True, scalars, self.device)
         self._plan_results(session, low.fetched)
 
     def _plan_results(self, session: Session, fetched: int) -> None:
         """A fetched value that is also an input or the next value of a state is copied, so that nobody else sees it change."""
         results = self.function.results
         params, after = set(self.function.params), set(results[fetched:])
-        self.fetched: list[tuple[DType, tuple[int, ...], bool]] = []
+        self.fetched: list[tuple[TensorType, bool]] = []
         for k, r in enumerate(results[:fetched]):
-            copy = r in params or r in after or r in results[:k]
-            self.fetched.append((r.type.dtype, r.type.static_shape(), copy))
+            self.fetched.append((r.type, r in params or r in after or r in results[:k]))
         self.writes: list[tuple[int, State, SharedState | None, TensorType, bool]] = []
         for k, state in enumerate(self.states):
             r = results[fetched + k]
             shared = r in params or r in results[: fetched + k]
             self.writes.append((fetched + k, state, session.cell(state), r.type, shared))
+        # On a GPU, variables that nobody else sees are overwritten; on the CPU in_place.py sees to that.
+        number = {state: i for i, state in self.owned}
+        mine = [(k, number[s]) for k, s, cell, _, shared in self.writes if cell is None and not shared and s in number]
+        self.updates = mine if self.device is not CPU and hasattr(self.executable, "begin") else []
+        self.given = frozenset([i for _, i in self.updates])
 
 
 class Call:
@@ -137,6 +145,7 @@ class Call:
         needed = Needed(graph, self.targets, [f._value for f in self.feeds])
         self.deferred = deferred_of(needed)
         self.writes = any(isinstance(item, (Assign, Deferred)) for item in needed.items)
+        self.place = graph.gpu_place(needed)
         self.version = graph.version
         self.programs: dict[Any, Program] = {}
         self.recent: Program | None = None
@@ -150,11 +159,10 @@ def _is_nest(x: Any) -> bool:
 class Session:
     """Runs a graph (the default one unless given). A context manager: inside `with`, it is what `.eval()` and `.run()` use."""
 
-    def __init__(self, target: str = "", graph: Graph | None = None, config: Any = None) -> None:
+    def __init__(self, target: str = "", graph: Graph | None = None, config: ConfigProto | None = None) -> None:
         self.graph = graph if graph is not None else get_default_graph()
-        self._values: dict[
-            State, EagerTensor
-        ] = {}  # of variables and seeded generators, as tensors that nobody else sees
+        self.config = config if config is not None else ConfigProto()
+        self._values: dict[State, EagerTensor] = {}  # of variables and seeded generators, as tensors that nobody else sees
         self._exposed: dict[State, SharedState] = {}  # variables that eager mode sees as tensors
         self._calls: dict[Any, Call] = {}
         self._structures: dict[Any, Call] = {}
@@ -224,30 +232,52 @@ class Session:
             if values is not None:
                 return values
         inputs = program.template.copy()
+        device = program.device
         for i, k in enumerate(program.fed):
-            inputs[i] = runtime.from_numpy(fed[k], False)
+            inputs[i] = runtime.from_numpy(fed[k], False, device)
         for i, state in program.owned:
-            found = self._values.get(state)
-            inputs[i] = settle((found if found is not None else self._first(state))._val)
+            inputs[i] = self._buffer(state, device)
         for i, shared_cell in program.cells:
-            inputs[i] = shared_cell.load()
+            inputs[i] = shared_cell.load(device)
         for read, places in program.live:
             numbers = read()
             for i, k in places:
                 inputs[i] = numbers[k]
-        outs = program.executable.run(inputs)
+        if not program.given:
+            return self._land(program, program.executable.run(inputs))
+        # Variables that the run assigns give their memory to the new values. An interrupt may come between the two.
+        call = program.executable.begin(inputs, program.given, program.updates)
+        values: list[Any] = []
+        try:
+            call.run()
+        finally:
+            if call.done:
+                values = self._land(program, call.results)
+        call.close()
+        return values
+
+    def _buffer(self, state: State, device: str) -> Any:
+        """The value of a state of this Session, which lives on that device from now on."""
+        found = self._values.get(state)
+        tensor = found if found is not None else self._first(state)
+        buffer = settle(tensor._val)
+        if tensor._val.info.device is not device:
+            buffer = runtime.moved(buffer, state.type, device)
+            tensor._val = material(buffer, state.type)
+        return buffer
+
+    def _land(self, program: Program, outs: list[Any]) -> list[Any]:
+        """Writes the states back that a run has assigned; gives what is fetched."""
         for k, state, cell, type_, shared in program.writes:
-            buffer = outs[k]
-            if shared:
-                buffer = runtime.from_numpy(runtime.to_numpy(buffer, type_))
+            buffer = runtime.copied(outs[k], type_) if shared else outs[k]
             if cell is None:
                 self.set_value(state, material(buffer, type_))
             else:
                 cell.store(buffer)
         values = []
-        for (dtype, shape, copy), buffer in zip(program.fetched, outs):
-            array = buffer.read(dtype, shape) if copy else buffer.numpy(dtype, shape)
-            values.append(array if shape else array[()])
+        for (type_, copy), buffer in zip(program.fetched, outs):
+            array = runtime.to_numpy(buffer, type_, copy)
+            values.append(array if type_.shape else array[()])
         return values
 
     def set_value(self, state: State, val: Val) -> None:
@@ -307,6 +337,24 @@ class Session:
             array = array.astype(wanted)
         array = np.ascontiguousarray(array).reshape(array.shape)
         return array if array.flags.carray else array.copy()
+
+    def device_of(self, call: Call) -> str:
+        """Where a run takes place: a GPU if anything of it is placed there and the Session's config has it, else the CPU. Raises
+        InvalidArgumentError for a GPU that is not there, without allow_soft_placement."""
+        place, device = call.place, CPU
+        if place is not None:
+            try:
+                device = self.config.gpu(place.spec.gpu or 0)
+            except DeviceError as error:
+                if not self.config.allow_soft_placement:
+                    raise InvalidArgumentError(
+                        f"operation {place.name!r}{located(place.loc)} is placed on {place.spec.to_string()!r}, where it cannot run: "
+                        f"{error}. To run it on the CPU instead, use tf.Session(config=tf.ConfigProto(allow_soft_placement=True))"
+                    ) from None
+        if self.config.log_device_placement:
+            for op in dict.fromkeys(t if isinstance(t, Operation) else t.op for t in call.targets):
+                print(f"{op.name}: ({op.type}): {device}", file=sys.stderr)
+        return device
 
     # ------------------------------------------------------------------------------------------------ values
     def element(self, x: Any) -> Any:
@@ -431,7 +479,7 @@ class Session:
 class InteractiveSession(Session):
     """A Session that is the default one from its creation on."""
 
-    def __init__(self, target: str = "", graph: Graph | None = None, config: Any = None) -> None:
+    def __init__(self, target: str = "", graph: Graph | None = None, config: ConfigProto | None = None) -> None:
         super().__init__(target, graph, config)
         _stack.sessions.append(self)
 

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 
 from duo import runtime
+from duo.devices import CPU
+from duo.eager.moving import bring
 from duo.eager.tensor import material
 from duo.eager.trace import Val, note_overwritten, settle
 from duo.eager.trace import state as recording
@@ -53,33 +55,40 @@ class SeededState(State):
 class SharedState(State):
     """An eager tensor, read and written where it is."""
 
-    __slots__ = ("_infos", "_tensor")
+    __slots__ = ("_tensor",)
 
     def __init__(self, name: str, tensor: Any, loc: Loc | None = None) -> None:
         super().__init__(name, tensor._type, loc)
         self._tensor = tensor
-        self._infos = (Info(self.type), Info(self.type, True))
 
     @property
     def tensor(self) -> Any:
         return self._tensor
 
-    def load(self) -> Any:
-        """Its buffer."""
+    def load(self, device: str = CPU) -> Any:
+        """Its buffer; on another device than the tensor's, a copy there. A generator's state moves."""
         tensor = self.tensor
+        if tensor._roams:
+            bring(tensor, device)
         val = tensor._val if tensor._storage is None else tensor._current()
-        return val.buf if val.buf is not None else settle(val)
+        buffer = val.buf if val.buf is not None else settle(val)
+        return buffer if val.info.device is device else runtime.moved(buffer, self.type, device)
 
     def store(self, buffer: Any) -> None:
         """Makes `buffer` the tensor's value, as a write in place does."""
         tensor = self.tensor
+        info = tensor._val.info
+        if buffer.device is not info.device:
+            buffer = runtime.moved(buffer, self.type, info.device)
         node = recording.trace.entries[-1].node
         if tensor._storage is not None or recording.capture is not None or node is None or node.tracked:
             tensor._write(material(buffer, self.type))
             return
         # What `_write` comes to when nothing recorded can have read the old value: a run writes dozens of cells.
         leaf = tensor._leaf
-        val = Val(None, -1, None, self._infos[leaf is not None])
+        if info.requires_grad is not (leaf is not None):
+            info = Info(self.type, leaf is not None, info.device)
+        val = Val(None, -1, None, info)
         val.buf, val.extra = buffer, leaf
         note_overwritten(tensor._val)
         tensor._val = val

@@ -131,7 +131,8 @@ class GraphElement(Tensor):
 
     @property
     def device(self) -> str:
-        return "cpu"
+        """Where its operation is to run, as far as `tf.device` says: '/device:GPU:0', or ''."""
+        return self.op.device
 
     @property
     def requires_grad(self) -> bool:

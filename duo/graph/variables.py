@@ -80,6 +80,8 @@ class Variable(GraphElement):
             if any(isinstance(d, Dim) for d in kind.shape):
                 raise ShapeError(f"variable {op.name!r} needs a known shape; its initial value is {kind}")
             self._state = VariableState(op.name, kind, loc)
+            if op.device:
+                graph.place(self._state, op)
             self.initializer = assign(self, self._initial, name="Assign").op
         wanted = [GraphKeys.GLOBAL_VARIABLES] if collections is None else list(collections)
         if trainable and GraphKeys.TRAINABLE_VARIABLES not in wanted:

@@ -25,9 +25,12 @@ class Peaks:
     """What the machine does at most, measured: f32 fused multiply-adds on one core (two operations each), bytes read and
     written by a copy of 64 MiB on `threads` threads."""
 
-    gflops_per_core: float
+    gflops: float
     gbytes: float
     threads: int
+
+    def __str__(self) -> str:
+        return f"{self.gflops:.0f} GFLOP/s a core, {self.gbytes:.0f} GB/s copying on {self.threads} threads"
 
 
 def peaks() -> Peaks:

@@ -85,6 +85,14 @@ class Driver(Protocol):
 
     def stream(self) -> Any: ...
     def synchronize(self, stream: Any) -> None: ...
+    def idle(self, stream: Any) -> bool:
+        """Whether all that the stream was given has run."""
+        ...
+
+    def synchronize_all(self) -> None:
+        """Waits for all streams, other libraries' included."""
+        ...
+
     def event(self) -> Any: ...
     def record(self, event: Any, stream: Any) -> None: ...
     def ready(self, event: Any) -> bool:
@@ -242,6 +250,17 @@ def load_library() -> ctypes.CDLL:
     raise DeviceError(f"there is no CUDA driver (libcuda.so.1) on this machine: {WAY_OUT}")
 
 
+def device_count() -> int:
+    """How many GPUs the CUDA driver finds. Raises DeviceError where it is not there."""
+    load_library()
+    cuda = _pycuda()
+    try:
+        cuda.init()
+        return cuda.Device.count()  # type: ignore[no-any-return]
+    except cuda.Error as error:
+        raise DeviceError(f"the CUDA driver does not start: {error}; {WAY_OUT}") from None
+
+
 class _Owned:
     """An object of PyCUDA, which must not end outside its context: when this one ends it goes to `heir`."""
 
@@ -372,6 +391,12 @@ class PycudaDriver:
 
     def synchronize(self, stream: Any) -> None:
         stream.synchronize()
+
+    def idle(self, stream: Any) -> bool:
+        return stream.is_done()  # type: ignore[no-any-return]
+
+    def synchronize_all(self) -> None:
+        self._context.synchronize()
 
     def event(self) -> Any:
         try:

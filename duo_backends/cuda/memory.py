@@ -44,7 +44,7 @@ class Uses:
 
     def __init__(self, written: Mark) -> None:
         self.written = written
-        self.last = {written.stream: written}
+        self.last: dict[Any, Mark] = {written.stream: written}
 
 
 class DeviceBuffer:
@@ -159,12 +159,15 @@ class Shelf:
 class Pool:
     """The memory of one device. `limit`: the most bytes that it takes from the device (None: what there is); `exact`: every buffer has an
     allocation of its own of just its size, so that tools that watch accesses see a buffer's end (slow). `late`: blocks that other streams
-    still use, (marks, home, address); `device`: its name; `live`, `most`: bytes in live buffers, and the most at any time, counted without a lock."""
+    still use, (marks, home, address); `shown`: buffers that another library has let go of, and the stream where it may still use them;
+    `aside`: those whose stream cannot be asked; `device`: its name; `live`, `most`: bytes in live buffers, and the most at any time, counted without a lock."""
 
     def __init__(self, driver: Driver, limit: int | None = None, exact: bool = False, device: str = "cuda:0") -> None:
         self.driver, self.limit, self.exact, self.device = driver, limit, exact, sys.intern(device)
         self.lock = threading.RLock()
         self.late: deque[tuple[Sequence[Mark], Blocks | Borrowed, int]] = deque()
+        self.shown: deque[tuple[DeviceBuffer, int]] = deque()
+        self.aside: list[DeviceBuffer] = []
         self.live = self.most = 0
         self.retries = self.failures = 0  # requests that were tried again, and that were refused
         self.main = Shelf(self)
@@ -218,9 +221,14 @@ class Pool:
 
     def reap(self, wait: bool = False) -> None:
         """Frees what other streams were using, where they are through; with `wait`, all of it."""
-        if not self.late:
+        if not self.late and not self.shown and not self.aside:
             return
         with self.lock, self.driver:
+            for _ in range(len(self.shown)):
+                self._take_back(*self.shown.popleft())
+            if wait and self.aside:
+                self.driver.synchronize_all()
+                self.aside.clear()
             for _ in range(len(self.late)):
                 entry = self.late.popleft()
                 marks, home, ptr = entry
@@ -231,6 +239,14 @@ class Pool:
                     self.late.append(entry)
                     continue
                 home.put(ptr)
+
+    def _take_back(self, buffer: DeviceBuffer, handle: int) -> None:
+        """Another library has let go of a buffer, which work that it gave to that stream may still use. Only the default stream is sure to be there
+        still, so only that is asked; for any other, the buffer waits until the whole device is waited for."""
+        if handle in (0, 1) and buffer.uses is not None:
+            buffer.uses.last["others", handle] = Mark(None, 0, self.driver.foreign_event(handle))
+        else:
+            self.aside.append(buffer)
 
     def trim(self) -> int:
         """Gives free blocks back to the device, except those of slabs; their bytes."""

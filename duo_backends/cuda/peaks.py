@@ -29,6 +29,9 @@ class Peaks:
     gflops: float
     gbytes: float
 
+    def __str__(self) -> str:
+        return f"{self.gflops:.0f} GFLOP/s, {self.gbytes:.0f} GB/s copying"
+
 
 def measure(backend: Any, nbytes: int = 256 << 20, blocks: int = 8, rounds: int = 4096) -> Peaks:
     """The best of five; takes about 20 ms. blocks: of 256 threads for each multiprocessor."""

@@ -179,6 +179,27 @@ class Runtime:
             uses = buffer.uses = Uses(self._first)
         return uses
 
+    # ------------------------------------------------------------------------------------------------ other libraries
+    def borrow(self, ptr: int, nbytes: int, owner: Any) -> DeviceBuffer:
+        """Memory of another library, which `owner` keeps alive, ready for this thread's stream."""
+        with self.lock, self.driver:
+            self.track()
+            return self.pool.borrow(ptr, nbytes, owner, self.mark(self.stream))
+
+    def take_over(self, handle: int) -> None:
+        """This thread's stream waits for another library's."""
+        with self.lock, self.driver:
+            self.driver.stream_wait(self.stream.queue, self.driver.foreign_event(handle))
+
+    def hand_over(self, buffer: DeviceBuffer, handle: int | None) -> None:
+        """Another library's stream waits for all work on the buffer, and so does this thread's (None: that alone)."""
+        stream = self.stream
+        with self.lock, self.driver:
+            self.track()
+            self.acquire(stream, (), (buffer,))
+            if handle is not None:
+                self.driver.foreign_wait(handle, stream.queue)
+
     # --------------------------------------------------------------------------------------------------------- copies
     def upload(self, array: np.ndarray) -> DeviceBuffer:
         """A buffer with the bytes of a C-contiguous array, which may be changed as soon as this returns."""
@@ -259,6 +280,8 @@ class Runtime:
                     events.append(event)
             for event in events:
                 self.driver.wait(event)  # without the lock: other threads may go on
+            if stream is None:
+                self.pool.reap(wait=True)
         self.look()
 
     def look(self) -> None:

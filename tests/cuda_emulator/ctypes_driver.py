@@ -114,6 +114,15 @@ class CtypesDriver:
     def synchronize(self, stream: Any) -> None:
         self.call("cuStreamSynchronize", stream)
 
+    def idle(self, stream: Any) -> bool:
+        code: int = self.library.cuStreamQuery(stream)
+        if code not in (0, 600):
+            raise failure(self.library, "cuStreamQuery", code)
+        return code == 0
+
+    def synchronize_all(self) -> None:
+        self.call("cuCtxSynchronize")
+
     def event(self) -> Any:
         event = c_void_p()
         self.call("cuEventCreate", byref(event), c_uint(0))

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import ctypes
+import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -57,17 +58,21 @@ _KINDS: list[tuple[bytes, bytes, Any]] = [
     (b"dltensor_versioned", b"used_dltensor_versioned", _Versioned),
     (b"dltensor", b"used_dltensor", _Managed),
 ]
-_new = ctypes.pythonapi.PyCapsule_New
+_api = ctypes.PyDLL(None)  # not `ctypes.pythonapi`, whose functions anybody may declare otherwise
+_new = _api.PyCapsule_New
 _new.restype, _new.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
-_is_valid = ctypes.pythonapi.PyCapsule_IsValid
+_is_valid = _api.PyCapsule_IsValid
 _is_valid.restype, _is_valid.argtypes = ctypes.c_int, [ctypes.c_void_p, ctypes.c_char_p]
-_pointer = ctypes.pythonapi.PyCapsule_GetPointer
+_pointer = _api.PyCapsule_GetPointer
 _pointer.restype, _pointer.argtypes = ctypes.c_void_p, [ctypes.c_void_p, ctypes.c_char_p]
-_rename = ctypes.pythonapi.PyCapsule_SetName
+_rename = _api.PyCapsule_SetName
 _rename.restype, _rename.argtypes = ctypes.c_int, [ctypes.c_void_p, ctypes.c_char_p]
 _call_deleter = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 _exported: dict[int, tuple[Any, ...]] = {}  # address of what a capsule holds -> what that needs
+# The same address -> a capsule that may not have been taken yet. Capsules have no destructor: one in Python would run in the middle of whatever lets
+# go of the capsule, with an error pending maybe, which it would lose. `sweep` finds those that nobody has any more.
+_waiting: dict[int, Any] = {}
 
 
 @_call_deleter
@@ -75,12 +80,22 @@ def _delete(address: int, pop: Any = _exported.pop) -> None:
     pop(address, None)
 
 
-@ctypes.PYFUNCTYPE(None, ctypes.c_void_p)
-def _destroy(capsule: int) -> None:
-    """The end of a capsule: one that nobody took lets go of its memory."""
-    for name, _, _ in _KINDS:
-        if _is_valid(capsule, name):
-            _exported.pop(_pointer(capsule, name), None)
+def sweep() -> None:
+    """Lets go of memory whose capsule has ended without being taken; every `export` does."""
+    for address in list(_waiting):
+        if not any(_is_valid(id(_waiting[address]), name) for name, _, _ in _KINDS):
+            del _waiting[address]  # taken: the deleter will be called
+        elif sys.getrefcount(_waiting[address]) <= _ALONE:
+            del _waiting[address]
+            _exported.pop(address, None)
+
+
+def _alone() -> int:
+    held = {0: object()}
+    return sys.getrefcount(held[0])
+
+
+_ALONE = _alone()
 
 
 def export(
@@ -92,7 +107,9 @@ def export(
     owner: Any,
     versioned: bool,
 ) -> Any:
-    """A capsule of the memory at `ptr`, which `owner` keeps alive; strides in elements. It is let go of when the consumer calls the deleter."""
+    """A capsule of the memory at `ptr`, which `owner` keeps alive; strides in elements. It is let go of when the consumer calls the deleter; that of a
+    capsule that nobody has taken, when the next one is made."""
+    sweep()
     kind = _Versioned if versioned else _Managed
     held = kind()
     rank = len(shape)
@@ -108,7 +125,8 @@ def export(
         held.major, held.minor = 1, 0
     address = ctypes.addressof(held)
     _exported[address] = held, sizes, steps, owner
-    return _new(address, _KINDS[0 if versioned else 1][0], ctypes.cast(_destroy, ctypes.c_void_p))
+    capsule = _waiting[address] = _new(address, _KINDS[0 if versioned else 1][0], None)
+    return capsule
 
 
 class Owner:

@@ -330,16 +330,13 @@ class Graph:
         """A branch under construction came to nothing."""
         self._inner_place = None
 
-    def gpu_place(self, needed: Any) -> Place | None:
-        """The first of what a run needs (a `lowering.Needed`) that is placed on a GPU."""
+    def places_of(self, needed: Any, targets: Iterable[Any]) -> list[Place]:
+        """What scopes have placed of what a run needs (a `lowering.Needed`) for `targets`: sources, variables, and items in program order."""
         if not self.places:
-            return None
-        things = [
-            *needed.sources,
-            *[t for i in self.items if i in needed.items for t in (getattr(i, "state", None), i)],
-        ]
-        found = [self.places[t] for t in things if t in self.places]
-        return next((p for p in found if p.spec.gpu is not None), None)
+            return []
+        states = [t._state for t in targets if getattr(t, "_state", None) is not None]
+        items = [t for i in self.items if i in needed.items for t in (getattr(i, "state", None), i)]
+        return [self.places[t] for t in dict.fromkeys([*needed.sources, *states, *items]) if t in self.places]
 
     def _waiting(self) -> tuple[Operation, ...]:
         return tuple(dict.fromkeys(op for group in self._control for op in group))

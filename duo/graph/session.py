@@ -22,7 +22,7 @@ from duo.eager.trace import Val, settle
 from duo.eager.trace import state as recording
 from duo.graph.config import ConfigProto
 from duo.graph.errors import FailedPreconditionError, InvalidArgumentError
-from duo.graph.graph import Assign, Deferred, Graph, Operation, get_default_graph, located
+from duo.graph.graph import Assign, Deferred, Graph, Operation, Read, get_default_graph, located
 from duo.graph.in_place import quicken
 from duo.graph.lowering import Needed, deferred_of, lowered, sizes_of
 from duo.graph.states import Constant, Live, Number, SeededState, SharedState, State, number_of
@@ -145,7 +145,11 @@ class Call:
         needed = Needed(graph, self.targets, [f._value for f in self.feeds])
         self.deferred = deferred_of(needed)
         self.writes = any(isinstance(item, (Assign, Deferred)) for item in needed.items)
-        self.place = graph.gpu_place(needed)
+        self.places = graph.places_of(needed, self.targets)
+        # a run that only looks at variables takes place where they are
+        self.looks = [] if any(not isinstance(i, Read) for i in needed.items) else [
+            t._state for t in self.targets if getattr(t, "_state", None) is not None
+        ]  # fmt: skip
         self.version = graph.version
         self.programs: dict[Any, Program] = {}
         self.recent: Program | None = None
@@ -162,7 +166,9 @@ class Session:
     def __init__(self, target: str = "", graph: Graph | None = None, config: ConfigProto | None = None) -> None:
         self.graph = graph if graph is not None else get_default_graph()
         self.config = config if config is not None else ConfigProto()
-        self._values: dict[State, EagerTensor] = {}  # of variables and seeded generators, as tensors that nobody else sees
+        self._values: dict[
+            State, EagerTensor
+        ] = {}  # of variables and seeded generators, as tensors that nobody else sees
         self._exposed: dict[State, SharedState] = {}  # variables that eager mode sees as tensors
         self._calls: dict[Any, Call] = {}
         self._structures: dict[Any, Call] = {}
@@ -228,9 +234,9 @@ class Session:
         if quick is None and all(state in self._values for _, state in program.owned):
             quick = program.quick = quicken(self, program) or False
         if quick and recording.capture is None:
-            values: list[Any] | None = quick(fed)
-            if values is not None:
-                return values
+            found: list[Any] | None = quick(fed)
+            if found is not None:
+                return found
         inputs = program.template.copy()
         device = program.device
         for i, k in enumerate(program.fed):
@@ -341,7 +347,8 @@ class Session:
     def device_of(self, call: Call) -> str:
         """Where a run takes place: a GPU if anything of it is placed there and the Session's config has it, else the CPU. Raises
         InvalidArgumentError for a GPU that is not there, without allow_soft_placement."""
-        place, device = call.place, CPU
+        device = CPU
+        place = next((p for p in call.places if p.spec.gpu is not None), None)
         if place is not None:
             try:
                 device = self.config.gpu(place.spec.gpu or 0)
@@ -351,9 +358,12 @@ class Session:
                         f"operation {place.name!r}{located(place.loc)} is placed on {place.spec.to_string()!r}, where it cannot run: "
                         f"{error}. To run it on the CPU instead, use tf.Session(config=tf.ConfigProto(allow_soft_placement=True))"
                     ) from None
+        elif call.looks:
+            found = [self._values[state]._val.info.device for state in call.looks if state in self._values]
+            device = next((name for name in found if name is not CPU), CPU)
         if self.config.log_device_placement:
-            for op in dict.fromkeys(t if isinstance(t, Operation) else t.op for t in call.targets):
-                print(f"{op.name}: ({op.type}): {device}", file=sys.stderr)
+            for p in call.places:
+                print(f"{p.name}: {p.spec.to_string()} runs on {device}", file=sys.stderr)
         return device
 
     # ------------------------------------------------------------------------------------------------ values

@@ -17,6 +17,7 @@ import numpy as np
 from duo import devices, runtime
 from duo.eager.sharing import Storage
 from duo.eager.tensor import EagerTensor, from_numpy, material
+from duo.eager.trace import state
 from duo_backends import dlpack
 from duo_ir.errors import ArgumentError, DeviceError, DTypeError
 from duo_ir.types import DType, TensorType
@@ -134,6 +135,7 @@ def from_dlpack(x: Any, *, device: Any = None, copy: bool | None = None) -> Eage
     """A tensor that shares the memory of `x`, an object with `__dlpack__` (of NumPy, PyTorch, JAX, CuPy...) or a capsule: writes to either are seen
     by the other. Memory that is not contiguous, or not to be written, is copied. device: where the tensor is to be; copy: True for memory of its own.
     Raises DeviceError for memory of a device that duo does not know, DTypeError for such a dtype."""
+    _note_capture()
     if not hasattr(x, "__dlpack__"):
         taken = dlpack.take(x)
     elif x.__dlpack_device__()[0] in (dlpack.CUDA, dlpack.MANAGED):
@@ -157,6 +159,7 @@ def from_dlpack(x: Any, *, device: Any = None, copy: bool | None = None) -> Eage
 
 def from_array_interface(x: Any) -> EagerTensor:
     """A tensor that shares the memory of an object with `__cuda_array_interface__`, which is on the current GPU. See `from_dlpack`."""
+    _note_capture()
     found = x.__cuda_array_interface__
     if found.get("mask") is not None:
         raise ArgumentError("an array with a mask is no tensor; fill it first")
@@ -187,6 +190,11 @@ def is_on_gpu(x: Any) -> bool:
 def from_foreign(x: Any) -> EagerTensor:
     """What shares the memory of an object that `is_foreign`."""
     return from_dlpack(x) if hasattr(x, "__dlpack__") else from_array_interface(x)
+
+
+def _note_capture() -> None:
+    if state.capture is not None:
+        state.capture.impure("memory of another library is shared")
 
 
 def _gpu(number: int) -> str:

@@ -389,6 +389,7 @@ class Graph:
             if tensor is default_generator.cell:
                 name = "generator"
             found = self.shared[id(tensor)] = SharedState(name, tensor, user_location())
+            found.roams = tensor is default_generator.cell
         return found
 
     def seeded(self, seed: int | None) -> SeededState:

@@ -53,13 +53,14 @@ class SeededState(State):
 
 
 class SharedState(State):
-    """An eager tensor, read and written where it is."""
+    """An eager tensor, read and written where it is. `roams`: whether it moves to where it is used (a generator's state)."""
 
-    __slots__ = ("_tensor",)
+    __slots__ = ("_tensor", "roams")
 
     def __init__(self, name: str, tensor: Any, loc: Loc | None = None) -> None:
         super().__init__(name, tensor._type, loc)
         self._tensor = tensor
+        self.roams = False
 
     @property
     def tensor(self) -> Any:
@@ -68,7 +69,7 @@ class SharedState(State):
     def load(self, device: str = CPU) -> Any:
         """Its buffer; on another device than the tensor's, a copy there. A generator's state moves."""
         tensor = self.tensor
-        if tensor._roams:
+        if self.roams:
             bring(tensor, device)
         val = tensor._val if tensor._storage is None else tensor._current()
         buffer = val.buf if val.buf is not None else settle(val)

@@ -22,7 +22,7 @@ from duo.eager.watch import Epoch
 from duo.jit import nests
 from duo.jit.hooks import Hooks, unwatched
 from duo.optim.optimizer import Optimizer
-from duo.runtime import to_numpy
+from duo.runtime import overwrite, to_numpy
 from duo_ir.core import Loc
 from duo_ir.errors import DeviceError
 
@@ -225,7 +225,7 @@ class Capture:
                 continue
             self.impure("a tensor shares its memory with NumPy")
             last, memory = storage.val, settle(first)
-            to_numpy(memory, last.info.type)[...] = to_numpy(settle(last), last.info.type)
+            overwrite(memory, settle(last), last.info.type)
             val = material(memory, last.info.type, last.info.requires_grad)
             val.extra = last.extra
             storage.val = val

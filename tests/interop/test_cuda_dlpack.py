@@ -221,6 +221,20 @@ def test_writes_reach_memory_that_others_have(library):
     assert view.ptr != taken.ptr + 4
 
 
+def test_compiled_functions_read_and_write_shared_memory(library):
+    array = Array(library, VALUES)
+    x = duo.from_dlpack(array)
+    total = duo.compile(lambda t: (t * 2).sum())
+    for k in range(4):
+        assert total(x).item() == 2 * (VALUES + k).sum()
+        library.write(array.ptr, VALUES + k + 1, default=True)
+    step = duo.compile(lambda t: t.add_(1).sum())
+    for k in range(3):
+        assert step(x).item() == (VALUES + 5 + k).sum()
+        duo.synchronize()
+        assert library.read(array.ptr, 24) == (VALUES + 5 + k).ravel().tolist()
+
+
 def test_array_interface_of_a_tensor(library):
     x = duo.arange(6.0, device="cuda").reshape(2, 3) * 2
     found = x.__cuda_array_interface__

@@ -61,3 +61,20 @@ class Gpt(nn.Module):
 def gpt() -> nn.Module:
     duo.manual_seed(2)
     return Gpt().eval()
+
+
+class Tagger(nn.Module):
+    """An LSTM over both directions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.lstm = nn.Embedding(30, 12), nn.LSTM(12, 10, bidirectional=True, batch_first=True)
+        self.head = nn.Linear(20, 5)
+
+    def forward(self, index):
+        return self.head(self.lstm(self.words(index))[0])
+
+
+def lstm() -> nn.Module:
+    duo.manual_seed(3)
+    return Tagger().eval()

@@ -13,13 +13,14 @@ import pytest
 import duo
 import duo.graph as tf
 from duo_ir.errors import ArgumentError, DeviceError, FormatError, IndexOutOfRange, ShapeError
-from tests.aot.models import cnn, floats, gpt, mlp
+from tests.aot.models import cnn, floats, gpt, lstm, mlp
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="artefacts are for Linux")
 BATCHES = (1, 2, 3, 4, 5, 7, 8, 9)
 MODELS = {
     "mlp": (mlp, "f32[batch,20]", lambda b: floats(b, b, 20)),
     "cnn": (cnn, "f32[batch,1,14,14]", lambda b: floats(b, b, 1, 14, 14)),
+    "lstm": (lstm, "i64[batch,6]", lambda b: np.random.default_rng(b).integers(0, 30, (b, 6))),
     "gpt": (gpt, "i64[batch,12]", lambda b: np.random.default_rng(b).integers(0, 40, (b, 12))),
 }
 

@@ -86,7 +86,10 @@ class RNNBase(Module):
         for layer in range(num_layers):
             width = input_size if layer == 0 else hidden_size * directions
             for suffix in self._suffixes(layer):
-                shapes = [("weight_ih", (rows, width)), ("weight_hh", (rows, hidden_size))]
+                shapes: list[tuple[str, tuple[int, ...]]] = [
+                    ("weight_ih", (rows, width)),
+                    ("weight_hh", (rows, hidden_size)),
+                ]
                 shapes += [("bias_ih", (rows,)), ("bias_hh", (rows,))] if bias else []
                 for name, shape in shapes:
                     setattr(self, name + suffix, Parameter(empty(*shape, device=device, dtype=dtype)))

@@ -16,11 +16,12 @@ from duo.eager.trie import Info
 
 
 class Moved:
-    """A copy of `source` on another device, as a backward pass sees it. It saves nothing, so it is never freed."""
+    """A copy of a value on another device, as a backward pass sees it: `source` is the leaf or Origin that the value is of, `device` where that
+    is. It saves nothing, so it is never freed."""
 
-    def __init__(self, source: Val) -> None:
+    def __init__(self, source: Any, device: str) -> None:
         self.serial = new_serial()
-        self.source = source
+        self.source, self.device = source, device
         self.origin = Origin(self, 0, None)
 
     def walk(self, engine: Engine, seeds: Cotangents) -> None:
@@ -29,9 +30,9 @@ class Moved:
         for val in engine.wanted:
             if val.extra is self.origin:
                 engine.found[val] = gradient
-        back = engine.wrap(moved(gradient._value(), self.source.info.device))
-        known = engine.cotangents.get(self.source.extra)
-        engine.cotangents[self.source.extra] = back if known is None else known + back
+        back = engine.wrap(moved(gradient._value(), self.device))
+        known = engine.cotangents.get(self.source)
+        engine.cotangents[self.source] = back if known is None else known + back
 
     def note_overwritten(self, val: Val, by: Any) -> None:
         """Nothing is kept that could be overwritten (`Segment.note_overwritten`)."""
@@ -53,7 +54,7 @@ def moved(val: Val, device: str) -> Val:
         capture.impure(f"a tensor is moved from {val.info.device} to {device}")
     out = _copy(val, device, val.info.requires_grad and state.grad)
     if out.info.requires_grad:
-        out.extra = Moved(val).origin
+        out.extra = Moved(val.extra, val.info.device).origin
     if capture is not None:
         capture.made.add(out)
     return out

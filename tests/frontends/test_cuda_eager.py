@@ -57,6 +57,20 @@ def test_gradients_cross_devices():
     assert second.tolist() == [2.0, 2.0, 2.0]
 
 
+def test_hooks_on_a_copy():
+    def program(device: str) -> list:
+        w = duo.tensor([1.0, 2.0, 3.0], device=device, requires_grad=True)
+        y = (w * 2).to("cpu") if device != "cpu" else (w * 2).clone()
+        y.register_hook(lambda g: g * 3)
+        y.retain_grad()
+        inner = y.exp().sum()
+        (first,) = duo.autograd.grad(inner, y, retain_graph=True)
+        inner.backward()
+        return [first.tolist(), y.grad.tolist(), w.grad.tolist(), str(y.grad.device)]
+
+    assert program("cuda") == program("cpu")
+
+
 def test_one_stream_of_random_numbers():
     def program(device: str) -> list[float]:
         duo.manual_seed(3)
@@ -262,3 +276,16 @@ def test_flushes_anywhere_change_nothing():
         assert program() == want
     finally:
         duo.debug.configure(sync=False)
+
+
+def test_a_bad_index_in_a_compiled_function():
+    @duo.compile
+    def rows(table, index):
+        return table[index].sum(1)
+
+    table = duo.ones(4, 2, device="cuda")
+    assert rows(table, duo.tensor([0, 3], device="cuda")).tolist() == [2.0, 2.0]
+    out = rows(table, duo.tensor([0, 4], device="cuda"))
+    with pytest.raises(IndexError, match=r"(?s)test_cuda_eager.py:.*index 4 is out of range for axis 0, which has 4"):
+        out.tolist()
+    assert rows.recordings == 1

@@ -21,8 +21,8 @@ _WHERE = "cond or while_loop"
 _NO_RANDOM = "random ops and other writes to shared state cannot be inside cond or while_loop; draw before and pass the result in"
 
 
-def _trace(function: Callable, types: Sequence[TensorType], name: str) -> tuple[Tracing, list[Value], Any]:
-    tracing, structure = trace(function, types, name, _WHERE, _NO_RANDOM)
+def _trace(function: Callable, tensors: Sequence[Any], name: str) -> tuple[Tracing, list[Value], Any]:
+    tracing, structure = trace(function, [t._type for t in tensors], name, _WHERE, _NO_RANDOM, tensors)
     flat = list(structure) if isinstance(structure, (tuple, list)) else [structure]
     values = []
     for x in flat:
@@ -47,9 +47,8 @@ def cond(pred: Any, true_fn: Callable, false_fn: Callable, operands: Sequence[An
     if pred._type.size != 1:
         raise ShapeError(f"cond: the predicate has one element, not {pred._type}; use where for one choice per element")
     pred = pred.reshape(()) if pred.ndim else pred
-    types = [t._type for t in operands]
-    then, then_values, structure = _trace(true_fn, types, "then")
-    orelse, orelse_values, _ = _trace(false_fn, types, "orelse")
+    then, then_values, structure = _trace(true_fn, operands, "then")
+    orelse, orelse_values, _ = _trace(false_fn, operands, "orelse")
     mine, theirs = [v.type for v in then_values], [v.type for v in orelse_values]
     if mine != theirs:
         raise ShapeError(
@@ -76,8 +75,8 @@ def while_loop(cond_fn: Callable, body_fn: Callable, carried: Sequence[Any]) -> 
     """carried = body_fn(*carried) as long as cond_fn(*carried), a bool of one element, holds. `carried` keeps its types."""
     carried = tuple(carried)
     types = [t._type for t in carried]
-    test, test_values, _ = _trace(cond_fn, types, "test")
-    body, body_values, _ = _trace(body_fn, types, "body")
+    test, test_values, _ = _trace(cond_fn, carried, "test")
+    body, body_values, _ = _trace(body_fn, carried, "body")
     if len(test_values) != 1 or test_values[0].type != TensorType(bool_, ()):
         raise ShapeError(f"while_loop: cond_fn returns one bool of shape (), not {[str(v.type) for v in test_values]}")
     if [v.type for v in body_values] != types:

@@ -40,7 +40,9 @@ def innermost() -> Tracing | None:
 
 class Tracing:
     """One function being traced: its Builder, and what stands for tensors from outside. `where` names it in messages; `random`: why random ops
-    are refused, or None."""
+    are refused, or None. `device`: that of the tensors it is traced for, where they have one."""
+
+    device: Any = None
 
     def __init__(self, types: Sequence[TensorType], name: str, where: str, random: str | None) -> None:
         self.builder, self.where, self.random = Builder(name), where, random
@@ -131,8 +133,8 @@ class Traced(Tensor):
 
     @property
     def device(self) -> Any:
-        """Where it runs is up to the tensors that it is called on."""
-        return None
+        """Where the function is called; None in a graph."""
+        return self.tracing.device
 
     def item(self) -> NoReturn:  # type: ignore[override]
         raise TraceError(
@@ -151,10 +153,11 @@ class Traced(Tensor):
 
 
 def trace(
-    function: Callable, types: Sequence[TensorType], name: str, where: str, random: str | None
+    function: Callable, types: Sequence[TensorType], name: str, where: str, random: str | None, tensors: Sequence[Any]
 ) -> tuple[Tracing, Any]:
-    """The trace of `function` on arguments of these types, and what it returned."""
+    """The trace of `function` on arguments of these types, and what it returned. It will be called on `tensors`."""
     tracing = Tracing(types, name, where, random)
+    tracing.device = next((t.device for t in tensors if isinstance(t, EagerTensor | Traced)), None)
     _active.tracings.append(tracing)
     try:
         return tracing, function(*tracing.given)

@@ -122,7 +122,7 @@ def _mapped(
         rest = iter(given)
         return func(*form.build(iter([x if d is None else next(rest) for x, d in zip(leaves, dims)])), **kwargs)
 
-    tracing, out = trace(one, types, "vmap", "vmap", _NO_RANDOM if randomness == "error" else None)
+    tracing, out = trace(one, types, "vmap", "vmap", _NO_RANDOM if randomness == "error" else None, tensors)
     results, built = flatten(out)
     for x in results:
         if not isinstance(x, Tensor):

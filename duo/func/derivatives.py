@@ -56,7 +56,7 @@ def _trace(name: str, func: Callable, leaves: Sequence[Any], rebuild: Callable, 
         if not x._type.dtype.is_float:
             raise DTypeError(f"{name}: only floating-point tensors have derivatives, not {x._type}; cast it")
     tracing, out = trace(
-        lambda *given: func(*rebuild(iter(given))), [x._type for x in leaves], name, f"duo.func.{name}", None
+        lambda *given: func(*rebuild(iter(given))), [x._type for x in leaves], name, f"duo.func.{name}", None, leaves
     )
     aux: Any = ()
     if has_aux:

@@ -1,6 +1,6 @@
 """The reference interpreter: runs a Function on NumPy arrays, op by op, to the bit of the numerics contract.
 
-It is what every backend is compared with. Elementwise ops run their recipes on the NumPy evaluator, the others their references;
+It is what every backend is compared with. Elementwise ops and running folds run their recipes on the NumPy evaluator, the others their references;
 control flow runs its regions.
 """
 

@@ -104,6 +104,7 @@ class Generate:
     """result[i] = recipe(s, indices, linear, *scalars, **attrs): from positions (i64 handles) and 0-d operands."""
 
     recipe: Callable[..., Any]
+    position: bool = False  # an element is its position along attribute `axis`
 
 
 class Gather:

@@ -83,8 +83,10 @@ class _Updates:
         self.loops = _as_loops(kernel)
         self.stage = self.loops.stages[0]
         axes = self.loops.axes
-        self.width = lanes_for([self.stage.body], phase.target) if axes else 1
-        self.strip = self.width * _STRIP_VECTORS
+        # points that do not write side by side are taken one after the other
+        beside = bool(axes) and self.stage.stores[0].access.at.strides[len(axes) - 1] == 1
+        self.width = lanes_for([self.stage.body], phase.target) if beside else 1
+        self.strip = self.width * _STRIP_VECTORS if beside else 1
 
     def units(self, sizes: Mapping[str, int]) -> int:
         axes = self.loops.axes
@@ -122,7 +124,8 @@ class _Updates:
             axis = len(outer) if lanes > 1 else None
             self._update(self._scope([*outer, column], inner, sections, axis, lanes, mask))
 
-        self.phase.over_lanes(begin, end, self.width, emit, scalar_tail=not self.phase.target.has_masks)
+        scalar_tail = self.width == 1 or not self.phase.target.has_masks
+        self.phase.over_lanes(begin, end, self.width, emit, scalar_tail)
 
     def _scope(
         self,

@@ -419,10 +419,9 @@ def _scatter(draft: Draft, where: str, symbolic: bool) -> Built:
     access = Access(names.buffer(value.value), Affine(*value.position), (), strides)
     store = Store(access, number[value.handle], tuple([number[p.handle] for p in places]))
     dims = () if not symbolic else _dims(names.args, draft.outer, (x.size,), body, (store,))
-    sequential = draft.op.operands[2].type.rank
     return names.built(
         ScatterKernel(
-            names.args, x.size, draft.outer, sequential, body, store, draft.op.attrs["mode"], dims, names.sites()
+            names.args, x.size, draft.outer, draft.sequential, body, store, draft.op.attrs["mode"], dims, names.sites()
         ),
         where,
     )

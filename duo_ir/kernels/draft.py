@@ -111,6 +111,7 @@ class Draft:
     inlined: set[Value] = field(default_factory=set)
     refs: list[Ref] = field(default_factory=list)  # every load
     rows: int = 0
+    sequential: int = 0  # axes of a scatter's updates, the first ones, that follow one another
     start: tuple[tuple[DType, float | int], ...] = ()  # the state that a scan starts from
     sorted: tuple[Ref, Position] | None = None  # what a sort reads, and where it writes in each result
     attended: Attended | None = None

@@ -240,8 +240,8 @@ class ScatterKernel:
     """out = base copied, then for each update point in row-major order: out[target] += value or = value (`mode` 'add', 'set').
 
     `base` is argument 0, out is the last argument, both `size` elements, contiguous; they may be the same memory. The body runs over
-    (updates..., window...): `axes` = updates then window axes, of which the first `sequential` are updates. f16/bf16 add as their
-    elementwise op does: widen, add, round.
+    (updates..., window...): of `axes` the first `sequential` are updates that follow one another, points along the others never write the
+    same place. f16/bf16 add as their elementwise op does: widen, add, round.
     """
 
     args: tuple[Arg, ...]

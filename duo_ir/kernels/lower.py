@@ -7,7 +7,7 @@ cannot be expressed the emission stops with NeedMemory and starts again with one
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from duo_ir.core import Function, Op, Value
 from duo_ir.errors import DuoError
@@ -48,6 +48,7 @@ from duo_ir.opdef import (
     Control,
     Convolution,
     Cumulative,
+    Generate,
     Movement,
     Phase,
     Reduction,
@@ -376,8 +377,13 @@ class Lowering(Memory):
         memory = self.storage(x)
         if memory is None:
             raise NeedMemory(x)
-        axes = updates.type.shape
-        index = identity(axes)
+        shape = updates.type.shape
+        apart = _walks_apart(shape, indices, count)
+        # updates that cannot meet are as independent as the points of a window
+        order = [*[a for a in range(count) if a not in apart], *apart, *range(count, len(shape))]
+        axes = tuple([shape[a] for a in order])
+        walk = identity(axes)
+        index = tuple([walk[order.index(a)] for a in range(len(shape))])
         e = Emitter(self, axes)
         try:
             value = e.value(updates, index)
@@ -391,9 +397,24 @@ class Lowering(Memory):
         rest = [a for a in range(x.type.rank) if a not in target]
         at = combine(0, [(steps[a], p) for a, p in zip(rest, index[count:])], e.n)
         stage = DraftStage((), e.builder, [Put(op.result, at, value), *[Put(op.result, at, p) for p in places]])
-        draft = Draft("scatter", op, self.order[op], (op.result,), axes, (), [stage], inlined=e.inlined)
+        draft = Draft(
+            "scatter", op, self.order[op], (op.result,), axes, (), [stage], inlined=e.inlined, sequential=count - len(apart)
+        )
         draft.refs.append(Ref(memory, at))
         return draft
+
+
+def _walks_apart(shape: Axes, indices: Sequence[Value], count: int) -> list[int]:
+    """Of the `count` axes of scatter's places, those along which some index is the position itself: no two updates there meet. None where an
+    axis may be empty, as indices are checked all the same."""
+    if not all(isinstance(d, int) and d > 0 for d in shape):
+        return []
+    found = set()
+    for v in indices:
+        kind = v.op.definition.kind if v.op is not None else None
+        if isinstance(kind, Generate) and kind.position and v.op is not None:
+            found.add(v.op.attrs["axis"])
+    return sorted(a for a in found if a < count)
 
 
 def _last(shape: Axes, axis: int) -> tuple[Axes, Index]:

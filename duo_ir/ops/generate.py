@@ -65,7 +65,7 @@ def _size(s: Any, indices: Any, linear: Any, *, dim: DimLike) -> Any:
 constant = OpDef(
     "constant", _constant_type, Generate(_constant), doc="The number `value`, 0-d, rounded to `dtype` once."
 )
-iota = OpDef("iota", _iota_type, Generate(_iota), doc="Each element is its position along `axis`, cast to `dtype`.")
+iota = OpDef("iota", _iota_type, Generate(_iota, position=True), doc="Each element is its position along `axis`, cast to `dtype`.")
 def _known_size(op: Op) -> Sequence[Value] | None:
     dim = op.attrs["dim"]
     return (constant(value=dim, dtype=i64),) if isinstance(dim, int) else None

@@ -20,6 +20,7 @@ from duo_ir.ops.reference import widen
 from duo_ir.types import DimLike, TensorType, i64
 
 Array = np.ndarray
+MOST = 1 << 32  # elements of a row: backends keep a position in 32 bits beside a key
 
 
 def _sort_type(x: TensorType, *, axis: int, descending: bool, count: DimLike) -> tuple[TensorType, TensorType]:
@@ -28,6 +29,8 @@ def _sort_type(x: TensorType, *, axis: int, descending: bool, count: DimLike) ->
         raise ArgumentError(f"descending is True or False, not {descending!r}")
     check_dims("count", (count,))
     size = x.shape[axis]
+    if isinstance(size, int) and size > MOST:
+        raise ShapeError(f"axis {axis} has {size} elements; positions are told apart up to {MOST}")
     if not never_negative(count) or not never_negative(size - count):
         raise ShapeError(f"count, {count}, is not within 0..{size}, the elements along axis {axis}")
     shape = (*x.shape[:axis], count, *x.shape[axis + 1 :])

@@ -46,6 +46,7 @@ from duo.functional import *  # noqa: F403
 from duo.io.checkpoint import load, save
 from duo.jit.compile import compile
 from duo.jit.lowering import lower
+from duo.numeric_mode import get_numerics, numerics, set_numerics
 from duo.random import Generator, default_generator, get_rng_state, initial_seed, manual_seed, seed, set_rng_state
 from duo.tensor import Tensor
 from duo_backends.cpu.threads import get_num_threads, set_num_threads

@@ -114,7 +114,7 @@ class Interpreted:
         return [from_numpy(a, device=self.device) for a in run(self.function, *arrays)]
 
 
-_cache: OrderedDict[tuple[str, bool, tuple[int, ...], str], Any] = OrderedDict()
+_cache: OrderedDict[tuple[str, bool, tuple[int, ...], str, str], Any] = OrderedDict()
 _lock = threading.Lock()
 _making = threading.RLock()
 _saved_alone = 0
@@ -166,10 +166,17 @@ def clear_cache() -> None:
 cache_listeners: list[Any] = []
 
 
-def runnable(function: Function, fused: bool = True, scalars: Collection[int] = (), device: str = CPU) -> Any:
-    """The compiled form, for a device, of a Function whose types are static. `scalars`: numbers of 0-d parameters given as Python numbers."""
+def runnable(
+    function: Function,
+    fused: bool = True,
+    scalars: Collection[int] = (),
+    device: str = CPU,
+    numerics: str = "strict",
+) -> Any:
+    """The compiled form, for a device, of a Function whose types are static. `scalars`: numbers of 0-d parameters given as Python numbers.
+    `numerics`: see `duo.set_numerics`."""
     fused = fused and _fusion
-    key = (function.hash, fused, tuple(scalars), device)
+    key = (function.hash, fused, tuple(scalars), device, "strict" if device == CPU else numerics)
     found = _cache.get(key)
     if found is not None:
         statistics.hits += 1
@@ -178,7 +185,7 @@ def runnable(function: Function, fused: bool = True, scalars: Collection[int] = 
         except KeyError:
             pass
         return found
-    made = _make(function, fused, scalars, device)
+    made = _make(function, fused, scalars, device, numerics=numerics)
     with _lock:
         statistics.compiled += 1
         statistics.fused += fused
@@ -233,11 +240,14 @@ def interpreted(function: Function) -> Interpreted:
     return Interpreted(function, _check_nan)
 
 
-def _make(function: Function, fused: bool, scalars: Collection[int], device: str, save: bool = True) -> Any:
+def _make(
+    function: Function, fused: bool, scalars: Collection[int], device: str, save: bool = True, numerics: str = "strict"
+) -> Any:
     if _use_interpreter or _check_nan:
         return Interpreted(function, _check_nan, device)
     if device != CPU:
-        return _pipeline().compile(function, backend(device), fusion=fused, scalars=scalars).bind({})
+        compile = _pipeline().compile
+        return compile(function, backend(device), fusion=fused, scalars=scalars, numerics=numerics).bind({})
     return _compile(function, fused, scalars, save)
 
 

@@ -101,7 +101,7 @@ class Program:
         self.holders = {p: construction.numbers().get(construction.moved(v), ()) for p, v in zip(self.residuals, kept)}
         function = construction.builder.build([*values, *kept])
         scalars = [i for i, (_, k) in enumerate(plan.inputs) if k is not None]
-        self.runnable = runtime.runnable(function, fused, scalars, plan.node.device)
+        self.runnable = runtime.runnable(function, fused, scalars, plan.node.device, plan.node.numerics)
         self.run = self.runnable.run
         self.function = function
         # What a GPU's error, which comes after the run, is explained by: the inputs that indices are computed from.

@@ -33,7 +33,8 @@ def _empty(mine: dict[str, Any], trace: Trace, enabled: bool) -> Trace:
     if other is None or len(other.entries) != 1 or other.leaves or other.born != forks[0]:
         return Trace(enabled, trace.device)  # it was used meanwhile, or has the locks of a parent process
     node = other.entries[0].node
-    fits = node is not None and node.grad == enabled and other.device is trace.device
+    mode = trace.entries[0].node.numerics  # type: ignore[union-attr]
+    fits = node is not None and node.grad == enabled and other.device is trace.device and node.numerics == mode
     return other if fits else Trace(enabled, trace.device)
 
 

@@ -17,7 +17,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
-from duo import runtime
+from duo import numeric_mode, runtime
 from duo.devices import CPU
 from duo.eager.infer import explained, user_frame_from, user_location
 from duo.eager.policy import Hooks
@@ -96,11 +96,12 @@ def alias(base: Val, val: Val) -> None:
 
 
 class _Roots(dict):
-    """(grad mode, device) -> root of the trie."""
+    """(grad mode, device), with fast numerics (grad mode, device, 'fast') -> root of the trie."""
 
-    def __missing__(self, key: tuple[bool, str]) -> Node:
-        grad, device = key
-        return self.setdefault(key, Node(None, ("root", *key), (NOTHING,), grad, None, device=device))  # type: ignore[no-any-return]
+    def __missing__(self, key: tuple) -> Node:
+        grad, device, *fast = key
+        root = Node(None, ("root", *key), (NOTHING,), grad, None, (), device, "fast" if fast else "strict")
+        return self.setdefault(key, root)  # type: ignore[no-any-return]
 
 
 ROOTS = _Roots()
@@ -147,7 +148,8 @@ class Trace:
         root = _new(Val)
         root.trace = self
         root.index = 0
-        root.node = ROOTS[grad, device]
+        fast = device is not CPU and numeric_mode.current() == "fast"
+        root.node = ROOTS[grad, device, "fast"] if fast else ROOTS[grad, device]
         root.info = NOTHING
         root.buf = root.scalars = root.extra = root.stamp = None
         self.device = device
@@ -246,6 +248,24 @@ def open_trace(device: str | None = None) -> Trace:
             hooks.flush(trace)
         trace = state.trace = type(trace)(state.grad, device)
     return trace
+
+
+def _numerics_changed() -> None:
+    """What this thread has recorded in other numerics is run first; on the CPU there is only one kind."""
+    trace = state.trace
+    if trace.device is CPU or trace.entries[-1] is END:
+        return
+    before = trace.entries[0].node.numerics  # type: ignore[union-attr]
+    if before == numeric_mode.current():
+        return
+    if state.capture is not None:
+        state.capture.keep_numerics(trace, before)
+    elif len(trace.entries) > 1:
+        hooks.flush(trace)
+    state.trace = type(trace)(state.grad, trace.device)
+
+
+numeric_mode.on_change(_numerics_changed)
 
 
 def forget() -> None:

@@ -65,12 +65,12 @@ class Node:
     """One step of a path. `infos` describes the values that the step made.
 
     `loc` is where the step was recorded first, `placed` whether every entry says so for itself: those that a gradient can go back through
-    or that can fail at run time, whose errors name the line. `device` is where the whole path runs. `other` is where it was recorded last, if elsewhere. `hot` is the step that came next
+    or that can fail at run time, whose errors name the line. `device` is where the whole path runs, `numerics` in which mode. `other` is where it was recorded last, if elsewhere. `hot` is the step that came next
     the last time, which is likely to come again."""
 
     __slots__ = (
         "__weakref__", "attrs", "code", "depth", "device", "extra", "far", "first", "grad", "hot", "info", "infos", "key", "lasti", "left", "loc", "memo", "next",
-        "op", "other", "parent", "placed", "right", "size", "special", "stop", "tracked",
+        "numerics", "op", "other", "parent", "placed", "right", "size", "special", "stop", "tracked",
     )  # fmt: skip
 
     def __init__(
@@ -82,6 +82,7 @@ class Node:
         loc: Loc | None,
         attrs: tuple = (),
         device: str = CPU,
+        numerics: str = "strict",
     ) -> None:
         self.parent, self.key, self.infos, self.grad, self.loc, self.attrs = parent, key, infos, grad, loc, attrs
         self.info = infos[0]
@@ -91,6 +92,7 @@ class Node:
         self.first: int = 0  # number of its first value
         self.size: int = 0  # bytes of the values from outside up to here
         self.device: str = device if parent is None else parent.device
+        self.numerics: str = numerics if parent is None else parent.numerics
         self.tracked = False  # whether any value up to here requires grad
         self.far: Node | None = None  # a step far back, the same for a run of steps; see `info_of`
         if parent is not None:

@@ -24,7 +24,7 @@ from duo.jit.hooks import Hooks, unwatched
 from duo.optim.optimizer import Optimizer
 from duo.runtime import overwrite, to_numpy
 from duo_ir.core import Loc
-from duo_ir.errors import DeviceError
+from duo_ir.errors import DeviceError, TraceError
 
 
 class CaptureTrace(Trace):
@@ -147,6 +147,17 @@ class Capture:
         raise DeviceError(
             f"{self.name} is being compiled as one program on one device, which has begun on {trace.device} and goes on on {device}{where}; "
             "move tensors outside of it, make new ones with device=, or compile the parts"
+        )
+
+    def keep_numerics(self, trace: Trace, numerics: str) -> None:
+        """The numerics are about to change. Raises TraceError where something was recorded already."""
+        if all(val.node.key[0] is LEAF for val in trace.entries[1:] if val.node is not None):
+            return
+        frame = user_frame()
+        where = f" at {Loc(frame.f_code, frame.f_lasti).full()}" if frame is not None else ""
+        raise TraceError(
+            f"{self.name} is being compiled as one program in one mode, {numerics} numerics, which change{where}; set them outside of it, or "
+            "by duo.compile(numerics=), or compile the parts"
         )
 
     def aside(self, work: Callable[..., Any], *arguments: Any) -> Any:

@@ -14,7 +14,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
-from duo import runtime
+from duo import numeric_mode, runtime
 from duo.eager.native import Paused
 from duo.eager.tensor import EagerTensor
 from duo.eager.trace import END, Trace, state
@@ -38,8 +38,9 @@ _LOG_LINES = 200
 class Compiled:
     """A compiled function. Call it like the function; `explain()` says what it did so far."""
 
-    def __init__(self, function: Callable[..., Any], name: str) -> None:
+    def __init__(self, function: Callable[..., Any], name: str, numerics: str | None = None) -> None:
         functools.update_wrapper(self, function, updated=())
+        self.numerics = numerics
         self._function = function
         self._name = name
         self._replays: OrderedDict[int, Replay] = OrderedDict()
@@ -65,6 +66,12 @@ class Compiled:
 
     # ------------------------------------------------------------------------------------------------ finding a replay
     def _slow(self, args: tuple, kwargs: dict) -> Any:
+        if self.numerics is None:
+            return self._found(args, kwargs)
+        with numeric_mode.numerics(self.numerics):
+            return self._found(args, kwargs)
+
+    def _found(self, args: tuple, kwargs: dict) -> Any:
         if state.capture is not None:
             return self._function(*args, **kwargs)
         if any(isinstance(x, Tensor) and not isinstance(x, EagerTensor) for x in nests.leaves((args, kwargs))):
@@ -94,7 +101,8 @@ class Compiled:
 
     def _use(self, replay: Replay | None) -> None:
         self._last = replay
-        self._fast = _no_replay if replay is None or _VERIFY[0] else replay.run
+        run = _no_replay if replay is None or _VERIFY[0] else replay.run
+        self._fast = run if self.numerics is None or run is _no_replay else _inside(run, self.numerics)
 
     def follow(self, replay: Replay) -> None:
         """The replay runs in another form now."""
@@ -217,7 +225,8 @@ class Compiled:
         del self._log[:-_LOG_LINES]
 
     def _explain_call(self, key: Any, known: bool, args: tuple, kwargs: dict) -> None:
-        call = f"recorded ({', '.join(_describe(args, kwargs))}): "
+        mode = " in fast numerics" if numeric_mode.current() == "fast" else ""
+        call = f"recorded ({', '.join(_describe(args, kwargs))}){mode}: "
         described = ", ".join(_describe(args, kwargs))
         before, self._described = self._described, described
         if not self._log:
@@ -239,6 +248,16 @@ class Compiled:
             lines.append("It is recorded at every call, because of:")
             lines += [f"  {c}" for c in self._culprits]
         return "\n".join(lines)
+
+
+def _inside(run: Any, mode: str) -> Any:
+    """A replay in numerics of its own."""
+
+    def call(args: tuple, kwargs: dict) -> Any:
+        with numeric_mode.numerics(mode):
+            return run(args, kwargs)
+
+    return call
 
 
 def _no_replay(args: tuple, kwargs: dict) -> Any:
@@ -276,9 +295,9 @@ def _shown(x: Any) -> str:
 class CompiledModule(Module):
     """A module whose calls are compiled. It shares everything with the module it was made from."""
 
-    def __init__(self, module: Module) -> None:
+    def __init__(self, module: Module, numerics: str | None = None) -> None:
         object.__setattr__(self, "__dict__", module.__dict__)
-        _compiled_modules[id(self)] = (module, Compiled(module.__call__, type(module).__qualname__))
+        _compiled_modules[id(self)] = (module, Compiled(module.__call__, type(module).__qualname__, numerics))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         compiled = _compiled_modules[id(self)][1]
@@ -305,19 +324,21 @@ class CompiledModule(Module):
 _compiled_modules: dict[int, tuple[Module, Compiled]] = {}  # not attributes: those are the module's own
 
 
-def compile(function: Any = None, **options: Any) -> Any:
+def compile(function: Any = None, *, numerics: str | None = None, **options: Any) -> Any:
     """Compiles a function, a Module or a whole training step (forward, backward(), step(), zero_grad() inside) into one program.
 
-    The result is that of the plain call, bit for bit. Use it as a decorator or call it. Options (fullgraph, dynamic, mode, backend) are
-    accepted for scripts written for PyTorch and change nothing. Raises TraceError where the function looks at a tensor's value.
+    The result is that of the plain call, bit for bit. Use it as a decorator or call it. `numerics`: 'strict' or 'fast' (see `duo.set_numerics`),
+    whatever the mode is where it is called; without it, that mode. Other options (fullgraph, dynamic, mode, backend) are accepted for scripts
+    written for PyTorch and change nothing. Raises TraceError where the function looks at a tensor's value.
     """
+    numerics = None if numerics is None else numeric_mode.checked(numerics)
     if function is None:
-        return compile
+        return functools.partial(compile, numerics=numerics)
     if isinstance(function, (Compiled, CompiledModule)):
         return function
     if isinstance(function, Module):
-        return CompiledModule(function)
-    return Compiled(function, getattr(function, "__qualname__", type(function).__name__))
+        return CompiledModule(function, numerics)
+    return Compiled(function, getattr(function, "__qualname__", type(function).__name__), numerics)
 
 
 _VERIFY = [os.environ.get("DUO_VERIFY", "0") not in ("", "0")]

@@ -72,7 +72,7 @@ class Quick(Writer):
         self.names["slow"] = self.slow()
         self.add("mine = state.__dict__")
         self.miss_if(f"mine['grad'] is not {self.replay.grad} or mine['capture'] is not None")
-        self._default_device()
+        self._ambient()
         self._arguments()
         self.miss_if("Epoch.count != structure.epoch")
         self._guards()

@@ -74,6 +74,7 @@ class Recording:
     no_leaf: list[EagerTensor] = field(default_factory=list)
     result: Any = None  # the returned nest; tensors are replaced by Made numbers or Sources
     default_device: str | None = None  # where tensors were made for which no device was given
+    numerics: str | None = None  # of a program on another device than the CPU
     extras: dict[int, Any] = field(default_factory=dict)  # number -> leaf, of values that are leaves
     reasons: dict[str, None] = field(default_factory=dict)
 
@@ -149,6 +150,8 @@ class _Analysis:
         node = entries[-2].node if len(entries) > 1 else entries[0].node
         assert node is not None
         self.r = Recording(node, trace.program, reasons=dict(capture.reasons))
+        if node.device is not devices.CPU:
+            self.r.numerics = node.numerics
         if capture.reads_default_device:
             self.r.default_device = devices.default()
         self.sources: dict[int, Source] = {}  # id of a tensor that was there before -> where it is found

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
-from duo import devices
+from duo import devices, numeric_mode
 from duo.eager.autograd import GradLeaf
 from duo.eager.creation import get_default_dtype
 from duo.eager.flush import _segment, flush
@@ -175,6 +175,9 @@ class Replay:
         wanted = self.recording.default_device
         if wanted is not None and devices.default() != wanted:
             return f"the default device changed {wanted} -> {devices.default()}"
+        kept = self.recording.numerics
+        if kept is not None and numeric_mode.current() != kept:
+            return f"numerics changed {kept} -> {numeric_mode.current()}"
         for guard in self.checks:
             if not guard.holds():
                 return f"guard failed: {guard.report()}"
@@ -307,7 +310,7 @@ class Writer:
         r, replay = self.r, self.replay
         self.add("mine = state.__dict__")  # one look-up of this thread's state
         self.miss_if(f"mine['grad'] is not {replay.grad} or mine['capture'] is not None")
-        self._default_device()
+        self._ambient()
         self._arguments()
         self.miss_if("Epoch.count != structure.epoch and not replay.same_structure()")
         self._guards()
@@ -333,8 +336,11 @@ class Writer:
         return self.names["replay_of"]
 
     # ------------------------------------------------------------------------------------------------------ the checks
-    def _default_device(self) -> None:
-        wanted = self.r.default_device
+    def _ambient(self) -> None:
+        kept, wanted = self.r.numerics, self.r.default_device
+        if kept is not None:
+            self.names["numerics"] = numeric_mode.current
+            self.miss_if(f"numerics() is not {self.const(kept, 'm')}")
         if wanted is not None:
             self.names["default_device"] = devices.default
             self.miss_if(f"default_device() is not {self.const(wanted, 'd')}")

@@ -18,6 +18,7 @@ from duo_backends.cuda.code import (
     register,
     symbol,
 )
+from duo_ir.errors import DeviceError
 from duo_ir.kernels.body import BodyBuilder
 from duo_ir.kernels.kernel import Access, Affine, AttentionKernel, Body, Instr
 from duo_ir.scalar import explog
@@ -34,7 +35,7 @@ def compile_attention(kernel: AttentionKernel, target: GpuTarget) -> KernelCode:
 
 class _Attention:
     def __init__(self, kernel: AttentionKernel, target: GpuTarget) -> None:
-        self.kernel, self.name = kernel, symbol(kernel, target)
+        self.kernel, self.target, self.name = kernel, target, symbol(kernel, target)
         self.w = Writer()
         self.e = Emitter(self.w, kernel.args, True)
         self.launches: list[Launch] = []
@@ -71,6 +72,11 @@ class _Attention:
         self, what: str, rows: DimLike, block: int, threads: int, shared: int, results: tuple[Access | None, ...]
     ) -> None:
         w, kernel = self.w, self.kernel
+        if shared > self.target.shared:
+            raise DeviceError(
+                f"attention in {kernel.acc.name} takes {shared >> 10} KB of shared memory, and this GPU has {self.target.shared >> 10} for a "
+                "block; compute it in float32, or from matmul and softmax"
+            )
         name = f"{self.name}_{len(self.launches)}"
         with w.block(f'extern "C" __global__ void __launch_bounds__({threads}) {name}({parameters(kernel)})'):
             w.put("extern __shared__ __align__(16) unsigned char duo_shared[];")

@@ -132,9 +132,9 @@ class CudaBackend:
         """The kernel's CUDA C for this device."""
         return compile_kernel(kernel, replace(self.target, fast=numerics == "fast" and has_fast_form(kernel)))
 
-    def assembly(self, kernel: Kernel) -> str:
+    def assembly(self, kernel: Kernel, numerics: str = "strict") -> str:
         """The kernel as CUDA C, and as machine code where CUDA's `cuobjdump` is installed."""
-        code = self.emit(kernel)
+        code = self.emit(kernel, numerics)
         (cubin,) = compile_cached([source([code])], self.driver.properties.arch, self.compiler, self.disk)
         listing = disassembled(cubin)
         return code.text if listing is None else f"{code.text}\n{listing}"

@@ -106,8 +106,8 @@ template <bool MAX, class T> DUO_FN Best<T> duo_best(Best<T> a, Best<T> b) {
   return a.index <= b.index ? a : b;
 }
 
-// Among the 16 threads that hold the lanes of a chunk: the value of the thread `d` further, and that of the first.
+// Among the threads that hold the lanes of a chunk, 16 or fewer: the value of the thread `d` further, and that of the first of `n`.
 template <class T> DUO_FN T duo_down(T x, int d) { return (T)__shfl_down_sync(0xffffffffu, x, d, 16); }
-template <class T> DUO_FN T duo_first(T x) { return (T)__shfl_sync(0xffffffffu, x, 0, 16); }
+template <class T> DUO_FN T duo_first(T x, int n) { return (T)__shfl_sync(0xffffffffu, x, 0, n); }
 template <class T> DUO_FN Best<T> duo_down(Best<T> x, int d) { x.value = duo_down(x.value, d); x.index = duo_down(x.index, d); return x; }
-template <class T> DUO_FN Best<T> duo_first(Best<T> x) { x.value = duo_first(x.value); x.index = duo_first(x.index); return x; }
+template <class T> DUO_FN Best<T> duo_first(Best<T> x, int n) { x.value = duo_first(x.value, n); x.index = duo_first(x.index, n); return x; }

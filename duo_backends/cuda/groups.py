@@ -1,13 +1,13 @@
 """Loop kernels with inner axes, all stages in one launch: a group of threads has an outer point to itself.
 
-Two layouts. *Rows*: the 16 lanes of a chunk are neighbouring threads, a group has one such set per chunk, up to 32. *Columns*: neighbouring
-threads are neighbouring outer points, 32 of them in a block, and each of its 16 warps is a lane; for one chunk only. Between
+Two layouts. *Rows*: the 16 lanes of a chunk are neighbouring threads, or several lanes each where they lie together in memory, so that a thread
+reads vectors; a group has one such set per chunk, up to 32. *Columns*: neighbouring threads are neighbouring outer points, 32 of them in a block, and each of its 16 warps is a lane; for one chunk only. Between
 stages the reduced values are known to every thread of the group.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from duo_backends.cuda.body import Emitter, Scope, Value, Writer
 from duo_backends.cuda.code import (
@@ -20,6 +20,7 @@ from duo_backends.cuda.code import (
     polynomial,
     wide_positions,
 )
+from duo_backends.cuda.packs import emit_points, pack_width
 from duo_backends.cuda.reduce import CHUNK, LANES, Reducer, reducers
 from duo_ir.kernels.kernel import LoopKernel, Stage
 from duo_ir.types import evaluate, product
@@ -27,6 +28,7 @@ from duo_ir.types import evaluate, product
 COLUMNS = 32  # outer points of a block where neighbouring threads are neighbouring points
 _MOST_SETS = 32  # sets of 16 threads in a group
 _BLOCK = 128
+_LEAST_THREADS = 128  # of a multiprocessor, for which a thread rather has fewer lanes
 _SHARED = 48 << 10  # bytes of shared memory of a group, so that a multiprocessor has several
 
 
@@ -56,12 +58,20 @@ def _state_bytes(kernel: LoopKernel) -> int:
     return max([sum(r.nbytes for r in reducers(s)) for s in kernel.stages], default=0)
 
 
-def compile_groups(kernel: LoopKernel, columns: bool, name: str) -> KernelCode:
+def compile_groups(kernel: LoopKernel, columns: bool, name: str, target: GpuTarget) -> KernelCode:
     """One launch for the whole kernel."""
     chunks = _most_chunks(kernel)
     assert chunks is not None
-    plan = _Columns(kernel, name) if columns and chunks == 1 else _Rows(kernel, name, chunks)
+    plan = _Columns(kernel, name) if columns and chunks == 1 else _Rows(kernel, name, chunks, target)
     return plan.compile()
+
+
+def lanes_together(kernel: LoopKernel, stage: Stage) -> int:
+    """Lanes of a chunk that lie together in memory, so that one thread should have them."""
+    if not stage.axes:
+        return 1
+    width = pack_width(kernel.args, [(stage.body, stage.stores)], stage.axes[-1], False)
+    return min(width, 4) if any(r.nbytes > 8 for r in reducers(stage)) else width  # a value and its index fill registers
 
 
 class _Groups:
@@ -151,14 +161,21 @@ class _Groups:
 
 
 class _Rows(_Groups):
-    """Lanes are neighbouring threads."""
+    """Lanes are neighbouring threads, `vector` lanes each. `lanes`: how many there are; sums of few elements need no more than that."""
 
-    def __init__(self, kernel: LoopKernel, name: str, chunks: int) -> None:
+    def __init__(self, kernel: LoopKernel, name: str, chunks: int, target: GpuTarget) -> None:
         super().__init__(kernel, name)
         sets = 1
         while sets < min(chunks, _MOST_SETS):
             sets *= 2
-        self.size = LANES * sets
+        reducing = [stage for stage in kernel.stages if stage.reduces]
+        self.lanes = _present(reducing)
+        self.vector = min(self.lanes, *[lanes_together(kernel, stage) for stage in reducing])
+        rows = product(kernel.axes)
+        while isinstance(rows, int) and self.vector > 1 and rows * sets * self.lanes // self.vector < target.multiprocessors * _LEAST_THREADS:
+            self.vector //= 2
+        self.set = self.lanes // self.vector  # threads
+        self.size = self.set * sets
         self.per_block = max(1, _BLOCK // self.size)
         self.row, self.place = f"threadIdx.x / {self.size}", f"threadIdx.x % {self.size}"
         self.region = 0  # bytes of shared memory of a group
@@ -172,10 +189,27 @@ class _Rows(_Groups):
         return self.region * self.per_block
 
     def prepare(self) -> None:
-        self.w.put(f"const int lane = t % {LANES};")
+        self.w.put(f"const int lane = t % {self.set}{times(self.vector)};")
         if self.region:
             self.w.put("extern __shared__ __align__(16) unsigned char duo_shared[];")
             self.w.put(f"unsigned char *const mine = duo_shared + {self.row}*{self.region};")
+
+    def map(self, stage: Stage) -> None:
+        width = lanes_together(self.kernel, stage)
+        if width == 1:
+            super().map(stage)
+            return
+        n = polynomial(product(stage.axes))
+        with self.w.block(f"if (live) for ({self.e.index_type} j = t*{width}; j < {n}; j += {self.size * width})"):
+            scope = self.scope(stage, "j")
+            emit_points(self.e, stage.body, stage.stores, scope.indices, width, f"({scope.point})", reduced=scope.reduced)
+
+    def accumulate(self, stage: Stage, found: Sequence[Reducer], names: Sequence[str], start: str, end: str) -> None:
+        """The thread's lanes' elements from start on, before `end`."""
+        if self.vector == 1:
+            super().accumulate(stage, found, names, start, end)
+            return
+        accumulate_vectors(self.e, stage, found, names, self.vector, start, end, lambda inner: self.scope(stage, inner))
 
     def reduce(self, number: int, stage: Stage) -> None:
         found = reducers(stage)
@@ -184,37 +218,107 @@ class _Rows(_Groups):
         names = [self.w.name("acc") for _ in found]
         if self.region == 0:
             for name, reducer in zip(names, found):
-                self.w.put(f"{reducer.state} {name} = {reducer.identity};")
+                declare(self.w, reducer, name, self.vector)
             with self.w.block("if (live)"):
                 self.accumulate(stage, found, names, "lane", str(n))
         else:
             self._chunks(stage, found, names, n, chunks)
         for k, (name, reducer) in enumerate(zip(names, found)):
-            halve(self.w, reducer, name)
-            self.publish(number, k, reducer, name)
+            self.publish(number, k, reducer, halve(self.w, reducer, name, self.lanes, self.vector))
         if self.region:
             self.leave(number)
 
     def _chunks(self, stage: Stage, found: Sequence[Reducer], names: Sequence[str], n: int, chunks: int) -> None:
         """Partial sums of every chunk and lane in shared memory, combined by the adjacent tree."""
-        w, at = self.w, 0
+        w, at, vector = self.w, 0, self.vector
         parts = [self.w.name("part") for _ in found]
         for part, reducer in zip(parts, found):
             w.put(f"{reducer.state} *{part} = ({reducer.state} *)(mine + {at});")
             at += reducer.nbytes * LANES * (chunks + ceil_div(chunks, 2))
-        with w.block(f"for (int c = t / {LANES}; c < {chunks}; c += {self.size // LANES})"):
+        with w.block(f"for (int c = t / {self.set}; c < {chunks}; c += {self.size // self.set})"):
             for name, reducer in zip(names, found):
-                w.put(f"{reducer.state} {name} = {reducer.identity};")
+                declare(w, reducer, name, vector)
             with w.block("if (live)"):
                 w.put(f"const int end = (c + 1)*{CHUNK} < {n} ? (c + 1)*{CHUNK} : {n};")
                 self.accumulate(stage, found, names, f"c*{CHUNK} + lane", "end")
             for part, name in zip(parts, names):
-                w.put(f"{part}[c*{LANES} + lane] = {name};")
+                each_lane(w, vector, f"{part}[c*{LANES} + lane%s] = {name}%s;")
         w.put("__syncthreads();")
         for name, part, reducer in zip(names, parts, found):
             w.put(f"{reducer.state} *to_{part} = {part} + {LANES * chunks};")
             tree(w, reducer, part, f"to_{part}", str(chunks), self.size, "t")
-            w.put(f"{reducer.state} {name} = {part}[lane];")
+            declare(w, reducer, name, vector)
+            each_lane(w, vector, f"{name}%s = {part}[lane%s];", swapped=True)
+
+
+def _present(reducing: Sequence[Stage]) -> int:
+    """Lanes that any element goes to, as a power of two. A lane without elements changes no result but a dot product of -0.0."""
+    most = max([evaluate(product(stage.axes), {}) for stage in reducing], default=LANES)
+    if any(r.kind == "dot" for stage in reducing for r in stage.reduces):
+        return LANES
+    lanes = 1
+    while lanes < min(most, LANES):
+        lanes *= 2
+    return lanes
+
+
+# ------------------------------------------------------------------------------------------------------- lanes of a thread
+def times(count: int) -> str:
+    return f"*{count}" if count > 1 else ""
+
+
+def declare(w: Writer, reducer: Reducer, name: str, vector: int) -> None:
+    """The accumulators of a thread's lanes, without elements yet."""
+    if vector == 1:
+        w.put(f"{reducer.state} {name} = {reducer.identity};")
+        return
+    w.put(f"{reducer.state} {name}[{vector}];")
+    each_lane(w, vector, f"{name}%s = {reducer.identity};")
+
+
+def each_lane(w: Writer, vector: int, statement: str, swapped: bool = False) -> None:
+    """The statement for each of a thread's lanes: %s is first where it is in memory (`+ l`), then the index of an accumulator, or the other way
+    round."""
+    memory, register = ("", "") if vector == 1 else (" + l", "[l]")
+    marks = statement.count("%s")
+    filled = statement % ((register, memory) if swapped else (memory, register)) if marks == 2 else statement % register
+    if vector > 1:
+        w.put("#pragma unroll")
+    w.put(f"for (int l = 0; l < {vector}; ++l) {filled}" if vector > 1 else filled)
+
+
+def accumulate_vectors(
+    e: Emitter, stage: Stage, found: Sequence[Reducer], names: Sequence[str], vector: int, start: str, end: str, scope: Callable[[str], Scope]
+) -> None:
+    """Elements start, start + 16, ... before `end` and those beside each of them, a vector. scope: that of the point with such an inner number."""
+    w = e.w
+
+    def each(values: list[Value]) -> None:
+        for reducer, name in zip(found, names):
+            w.put(f"{name}[l] = {reducer.step(f'{name}[l]', [values[a] for a in reducer.args], 'j + l')};")
+
+    w.put("#pragma unroll 4")
+    with w.block(f"for ({e.index_type} j = {start}; j < {end}; j += {LANES})"):
+        at = scope("j")
+        emit_points(e, stage.body, stage.stores, at.indices, vector, f"({at.point})", reduced=at.reduced, each=each)
+
+
+def halve(w: Writer, reducer: Reducer, name: str, lanes: int = LANES, vector: int = 1) -> str:
+    """Lanes of neighbouring threads by halving; all of them then know the result, which this names."""
+    threads = lanes // vector
+    if vector == 1:
+        w.put("#pragma unroll")
+        w.put(f"for (int d = {lanes // 2}; d; d /= 2) {name} = {reducer.merge(name, f'duo_down({name}, d)')};")
+        if threads > 1:
+            w.put(f"{name} = duo_first({name}, {threads});")
+        return name
+    for d in [1 << k for k in reversed(range(lanes.bit_length() - 1))]:
+        w.put("#pragma unroll")
+        other = f"duo_down({name}[l], {d // vector})" if d >= vector else f"{name}[l + {d}]"
+        w.put(f"for (int l = 0; l < {min(d, vector)}; ++l) {name}[l] = {reducer.merge(f'{name}[l]', other)};")
+    if threads > 1:
+        w.put(f"{name}[0] = duo_first({name}[0], {threads});")
+    return f"{name}[0]"
 
 
 def tree(w: Writer, reducer: Reducer, source: str, other: str, count: str, threads: int, thread: str) -> None:
@@ -226,13 +330,6 @@ def tree(w: Writer, reducer: Reducer, source: str, other: str, count: str, threa
             w.put(f"else {other}[k] = {source}[a];")
         w.put("__syncthreads();")
         w.put(f"{reducer.state} *swap = {source}; {source} = {other}; {other} = swap;")
-
-
-def halve(w: Writer, reducer: Reducer, name: str) -> None:
-    """Lanes of 16 neighbouring threads by halving; all of them then know the result."""
-    w.put("#pragma unroll")
-    w.put(f"for (int d = {LANES // 2}; d; d /= 2) {name} = {reducer.merge(name, f'duo_down({name}, d)')};")
-    w.put(f"{name} = duo_first({name});")
 
 
 class _Columns(_Groups):

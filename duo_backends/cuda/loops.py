@@ -1,6 +1,7 @@
 """Loop kernels in CUDA C: which form a kernel takes, and the form without reductions.
 
-*map*: no inner axes; a thread takes consecutive points, read and written as vectors. *groups* (`groups.py`): all stages of an outer
+*map*: no inner axes; a thread takes consecutive points, read and written as vectors; what reads across what it writes goes by tiles
+(`transposed.py`). *groups* (`groups.py`): all stages of an outer
 point in one launch, by the threads of a group. *passes* (`passes.py`): one launch or two for each stage, for few outer points with much
 to reduce. All give the same bits.
 """
@@ -22,6 +23,7 @@ from duo_backends.cuda.code import (
 from duo_backends.cuda.groups import compile_groups, fits_groups
 from duo_backends.cuda.packs import emit_points, pack_width
 from duo_backends.cuda.passes import compile_passes
+from duo_backends.cuda.transposed import compile_across, reads_across
 from duo_ir.kernels.collapse import accesses, move_axis_last, simplify
 from duo_ir.kernels.kernel import LoopKernel, Stage
 from duo_ir.types import DimLike, evaluate, exact_div, product
@@ -34,12 +36,14 @@ def compile_loop(kernel: LoopKernel, target: GpuTarget) -> KernelCode:
     name = symbol(kernel, target)
     plain = simplify(kernel)
     if all(not s.axes and not s.reduces for s in plain.stages):
-        return compile_map(nearest_axis_last(plain), name)
+        plain = nearest_axis_last(plain)
+        across = reads_across(plain)
+        return compile_map(plain, name) if across is None else compile_across(plain, across, name)
     column = _column_axis(plain)
     if column is not None:
         plain = move_axis_last(plain, column)
     if fits_groups(plain, column is not None, target):
-        return compile_groups(plain, column is not None, name)
+        return compile_groups(plain, column is not None, name, target)
     return compile_passes(plain, column is not None, name)
 
 

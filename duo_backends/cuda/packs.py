@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from duo_backends.cuda.body import Emitter, Scope, Value, in_memory
 from duo_backends.cuda.code import memory
@@ -47,9 +47,12 @@ def emit_points(
     width: int,
     point: str,
     acc: Value | None = None,
+    reduced: Callable[[int, int], Value] | None = None,
+    each: Callable[[list[Value]], None] | None = None,
 ) -> None:
     """`width` points from `indices` on, along the last axis: vectors are read, each point is computed, vectors are written. `point`: the
-    number of the first. `acc`: the contraction's value at point number l, an expression in `l`."""
+    number of the first. `acc`: the contraction's value at point number l, an expression in `l`. `reduced`: see `Scope`. `each`: emits what else is
+    done with the values of point number l."""
     w = e.w
     first = indices[-1] if indices[-1].isidentifier() else f"({indices[-1]})"
     scope = (*indices[:-1], first)
@@ -71,8 +74,10 @@ def emit_points(
     with w.block(f"for (int l = 0; l < {width}; ++l)"):
         w.put(f"const {e.index_type} at = {first} + l;")
         loaded = {number: _element(name, instr) for number, (name, instr) in packs.items()}
-        inner = Scope((*indices[:-1], "at"), f"(long long){point} + l", loaded, acc=acc)
+        inner = Scope((*indices[:-1], "at"), f"(long long){point} + l", loaded, reduced, acc)
         values = e.emit(body, inner)
+        if each is not None:
+            each(values)
         for number, store in enumerate(stores):
             if number in results:
                 w.put(f"{results[number][0]}.v[l] = {in_memory(values[store.value])};")

@@ -1,7 +1,8 @@
 """Loop kernels with inner axes, stage by stage: for few outer points with much to reduce, and for sizes that are not known.
 
-A stage that reduces takes two launches: every chunk of every outer point is summed by 16 threads, one per lane, and the chunks of an outer
-point are then combined by the adjacent tree in `scratch`. A stage that does not is a map. Reduced values go through `scratch`.
+A stage that reduces takes two launches: every chunk of every outer point is summed by 16 threads, one per lane, or by fewer that read vectors, and
+the chunks of an outer point are then combined by the adjacent tree in `scratch`. A stage that does not is a map, or, where it has one point
+only, the end of the launch before it. Reduced values go through `scratch`.
 """
 
 from __future__ import annotations
@@ -19,13 +20,22 @@ from duo_backends.cuda.code import (
     register,
     wide_positions,
 )
-from duo_backends.cuda.groups import COLUMNS, halve, tree
+from duo_backends.cuda.groups import (
+    COLUMNS,
+    accumulate_vectors,
+    declare,
+    each_lane,
+    halve,
+    lanes_together,
+    times,
+    tree,
+)
 from duo_backends.cuda.reduce import CHUNK, LANES, Reducer, reducers
 from duo_ir.kernels.kernel import LoopKernel, Stage
 from duo_ir.types import product
 
 _THREADS = 256
-_SETS = _THREADS // LANES
+_MOST_SHARED = 48 << 10  # bytes of a block
 _ALIGN = 256
 
 
@@ -45,22 +55,51 @@ class _Passes:
         self.launches: list[Launch] = []
 
     def compile(self) -> KernelCode:
+        endings = self.endings()
+        done = {n for numbers in endings.values() for n in numbers}
         for number, stage in enumerate(self.kernel.stages):
             if not stage.reduces:
-                self.map(number, stage)
+                if number not in done:
+                    self.map(number, stage)
                 continue
             if self.columns:
                 self.column_chunks(number, stage)
             else:
                 self.row_chunks(number, stage)
-            self.combine(number, stage)
+            self.combine(number, stage, endings[number])
         return KernelCode(self.w.text(), tuple(self.launches), self.scratch)
+
+    def endings(self) -> dict[int, list[int]]:
+        """For each stage that reduces those right after it that have one point for each outer point: its last launch does them."""
+        found: dict[int, list[int]] = {}
+        last = None
+        for number, stage in enumerate(self.kernel.stages):
+            if stage.reduces:
+                last = number
+                found[number] = []
+            elif last is not None and not stage.axes:
+                found[last].append(number)
+            else:
+                last = None
+        return found
 
     # --------------------------------------------------------------------------------------------------- scratch
     def parts(self, stage: Stage, sizes: Mapping[str, int]) -> int:
         """Sets of 16 partial values of an outer point."""
         chunks = ceil_div(points(stage.axes, sizes), CHUNK)
-        return chunks if self.columns else ceil_div(chunks, _SETS)
+        return chunks if self.columns else ceil_div(chunks, self.sets(stage))
+
+    def together(self, stage: Stage) -> int:
+        """Lanes of a thread of `row_chunks`."""
+        vector = lanes_together(self.kernel, stage)
+        most = max([r.nbytes for r in reducers(stage)], default=0) * len(stage.reduces)
+        while vector > 1 and 2 * _THREADS * vector * most > _MOST_SHARED:
+            vector //= 2
+        return vector
+
+    def sets(self, stage: Stage) -> int:
+        """Chunks of a block of `row_chunks`: a whole subtree."""
+        return _THREADS // LANES * self.together(stage)
 
     def scratch(self, sizes: Mapping[str, int]) -> int:
         total, rows = 0, points(self.kernel.axes, sizes)
@@ -79,7 +118,7 @@ class _Passes:
             if number > upto:
                 return
             for k, reducer in enumerate(found):
-                per = CHUNK if self.columns else CHUNK * _SETS
+                per = CHUNK if self.columns else CHUNK * self.sets(stage)
                 count = f"(({polynomial(product(stage.axes))}) + {per - 1}LL) / {per}"
                 if number == upto:
                     w.put(f"const long long parts = {count};") if k == 0 else None
@@ -97,7 +136,8 @@ class _Passes:
         name = f"{self.name}_{len(self.launches)}"
         self.launches.append(Launch(name, threads, blocks, lambda sizes: shared))  # type: ignore[arg-type]
 
-    def point(self, stage: Stage, row: str, inner: str) -> list[Value]:
+    def scope(self, stage: Stage, row: str, inner: str) -> Scope:
+        """Unravels the indices of a point."""
         e = self.e
         n = polynomial(product(stage.axes))
         indices = (*e.unravel(row, self.kernel.axes), *e.unravel(inner, stage.axes))
@@ -105,9 +145,13 @@ class _Passes:
         def reduced(s: int, k: int) -> Value:
             return Value(f"red{s}_{k}[{row}]", self.found[s][k].dtype)
 
-        values = e.emit(stage.body, Scope(indices, f"(long long){row}*({n}) + {inner}", reduced=reduced))
+        return Scope(indices, f"(long long){row}*({n}) + {inner}", reduced=reduced)
+
+    def point(self, stage: Stage, row: str, inner: str) -> list[Value]:
+        scope = self.scope(stage, row, inner)
+        values = self.e.emit(stage.body, scope)
         for store in stage.stores:
-            e.store(store, values, Scope(indices))
+            self.e.store(store, values, scope)
         return values
 
     def map(self, number: int, stage: Stage) -> None:
@@ -135,44 +179,50 @@ class _Passes:
             w.put(f"const {index} row = unit / ({n}), j = unit % ({n});")
         return "row", "j"
 
-    def accumulate(self, stage: Stage, found: list[Reducer], start: str, end: str) -> None:
+    def accumulate(self, stage: Stage, found: list[Reducer], start: str, end: str, vector: int) -> None:
+        if vector > 1:
+            names = [f"acc{k}" for k in range(len(found))]
+            accumulate_vectors(self.e, stage, found, names, vector, start, end, lambda inner: self.scope(stage, "row", inner))
+            return
         with self.w.block(f"for ({self.e.index_type} j = {start}; j < {end}; j += {LANES})"):
             values = self.point(stage, "row", "j")
             for k, reducer in enumerate(found):
                 self.w.put(f"acc{k} = {reducer.step(f'acc{k}', [values[a] for a in reducer.args], 'j')};")
 
-    def _lane(self, stage: Stage, found: list[Reducer], condition: str) -> None:
-        """Accumulates this thread's lane of `chunk` of `row` into acc0, acc1..."""
+    def _lane(self, stage: Stage, found: list[Reducer], condition: str, vector: int = 1) -> None:
+        """Accumulates this thread's lanes, from `lane` on, of `chunk` of `row` into acc0, acc1..."""
         w, index, n = self.w, self.e.index_type, polynomial(product(stage.axes))
         for k, reducer in enumerate(found):
-            w.put(f"{reducer.state} acc{k} = {reducer.identity};")
+            declare(w, reducer, f"acc{k}", vector)
         with w.block(f"if ({condition})"):
             w.put(f"const {index} end = (chunk + 1)*{CHUNK} < ({n}) ? (chunk + 1)*{CHUNK} : ({n});")
-            self.accumulate(stage, found, f"chunk*{CHUNK} + lane", "end")
+            self.accumulate(stage, found, f"chunk*{CHUNK} + lane", "end", vector)
 
     def row_chunks(self, number: int, stage: Stage) -> None:
-        """A block takes 16 chunks of an outer point and combines them: a whole subtree."""
+        """A block takes 16 chunks of an outer point, or more, and combines them: a whole subtree."""
         w, index, found = self.w, self.e.index_type, self.found[number]
+        vector, sets = self.together(stage), self.sets(stage)
         with w.block(self.function(_THREADS)):
             self.places(number)
-            w.put(f"const int lane = threadIdx.x % {LANES}, set = threadIdx.x / {LANES};")
+            w.put(f"const int lane = threadIdx.x % {LANES // vector}{times(vector)}, set = threadIdx.x / {LANES // vector};")
             w.put(f"const {index} row = ({index})(blockIdx.x / parts), part = ({index})(blockIdx.x % parts);")
             n = polynomial(product(stage.axes))
-            w.put(f"const {index} chunk = part*{_SETS} + set, chunks = (({n}) + {CHUNK - 1}) / {CHUNK};")
-            self._lane(stage, found, "chunk < chunks")
+            w.put(f"const {index} chunk = part*{sets} + set, chunks = (({n}) + {CHUNK - 1}) / {CHUNK};")
+            self._lane(stage, found, "chunk < chunks", vector)
             w.put("extern __shared__ __align__(16) unsigned char duo_shared[];")
-            w.put(f"const int present = chunks - part*{_SETS} < {_SETS} ? (int)(chunks - part*{_SETS}) : {_SETS};")
+            w.put(f"const int present = chunks - part*{sets} < {sets} ? (int)(chunks - part*{sets}) : {sets};")
             at = 0
             for k, reducer in enumerate(found):
                 w.put(
-                    f"{reducer.state} *mine{k} = ({reducer.state} *)(duo_shared + {at}), *other{k} = mine{k} + {_THREADS};"
+                    f"{reducer.state} *mine{k} = ({reducer.state} *)(duo_shared + {at}), *other{k} = mine{k} + {sets * LANES};"
                 )
-                w.put(f"mine{k}[threadIdx.x] = acc{k};")
-                at += 2 * _THREADS * reducer.nbytes
+                each_lane(w, vector, f"mine{k}[threadIdx.x{times(vector)}%s] = acc{k}%s;")
+                at += 2 * sets * LANES * reducer.nbytes
             w.put("__syncthreads();")
             for k, reducer in enumerate(found):
                 tree(w, reducer, f"mine{k}", f"other{k}", "present", _THREADS, "threadIdx.x")
-                w.put(f"if (set == 0) part{k}[((long long)row*parts + part)*{LANES} + lane] = mine{k}[lane];")
+                place = f"part{k}[((long long)row*parts + part)*{LANES} + threadIdx.x]"
+                w.put(f"if (threadIdx.x < {LANES}) {place} = mine{k}[threadIdx.x];")
 
         def blocks(sizes: Mapping[str, int]) -> int:
             return points(self.kernel.axes, sizes) * self.parts(stage, sizes)
@@ -197,8 +247,8 @@ class _Passes:
 
         self.launch(threads, blocks)
 
-    def combine(self, number: int, stage: Stage) -> None:
-        """A block per outer point: the adjacent tree over its partial values, then the lanes by halving."""
+    def combine(self, number: int, stage: Stage, ending: list[int]) -> None:
+        """A block per outer point: the adjacent tree over its partial values, then the lanes by halving; then the stages of `ending`."""
         w, found = self.w, self.found[number]
         with w.block(self.function(_THREADS)):
             self.places(number)
@@ -210,6 +260,9 @@ class _Passes:
                 w.put(f"{reducer.state} acc{k} = parts > 0 ? from{k}[lane] : {reducer.identity};")
                 halve(w, reducer, f"acc{k}")
                 w.put(f"if (threadIdx.x == 0) red{number}_{k}[row] = {reducer.result(f'acc{k}')};")
+            for n in ending:
+                with w.block("if (threadIdx.x == 0)"):
+                    self.point(self.kernel.stages[n], "row", "0")
 
         def blocks(sizes: Mapping[str, int]) -> int:
             return points(self.kernel.axes, sizes)

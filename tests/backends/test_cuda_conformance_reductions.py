@@ -62,6 +62,26 @@ def test_lengths() -> None:
     cuda.check(cases)
 
 
+def test_rows_read_as_vectors() -> None:
+    """A device of few multiprocessors, for which threads have several lanes; sums of few elements, which need few lanes."""
+    cases: list[cuda.Case] = []
+    for dtype in (f32, bf16, f64):
+        for shape in ((3, 2), (40, 4), (7, 8), (5, 12), (3, 16), (2, 56), (3, 1032), (2, 4104)):
+            x, y = cuda.numbers(TensorType(dtype, shape), TensorType(dtype, shape), seed=shape[1])
+            cases += cuda.cases(f"{dtype.name} {shape}", softmax(1), [c.salted(x, np.random.default_rng(1), 0.05)])
+            if dtype is f32:
+                cases += cuda.cases(f"sums {shape}", statistics(1), [x])
+                f = lambda x, y: (ops.argmax(x, axes=(1,)), nd.sum(x * y, (1,)), nd.prod(x, (1,)), x + 1.0)  # noqa: E731
+                cases += cuda.cases(f"several {shape}", f, [np.rint(x), y])
+    (x,) = cuda.numbers(TensorType(f32, (6, 4, 4)))
+    cases += cuda.cases("several axes", lambda x: nd.sum(x, (1, 2)), [x])
+    tally = cuda.check(cases, GpuTarget(multiprocessors=0))
+    assert sum("duo_down(acc" in compile_kernel(k, GpuTarget(multiprocessors=0)).text for k in tally.kernels) > 10
+    long = [cuda.numbers(TensorType(dtype, (1, n)), seed=n) for dtype, n in ((f32, 70_004), (bf16, 140_008), (f64, 40_002))]
+    kinds = [lambda x: (nd.sum(x, (1,)), nd.max(x, (1,))), lambda x: nd.sum(x * x) / 3.0]
+    cuda.check([case for f in kinds for x in long for case in cuda.cases("long", f, x)])
+
+
 def test_named_lengths() -> None:
     n, m = Dim.symbol("n"), Dim.symbol("m")
     sizes = ((0, 3), (3, 0), (1, 1), (2, 17), (33, 16), (3, 1025))

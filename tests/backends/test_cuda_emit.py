@@ -18,7 +18,10 @@ from duo_backends.cuda.code import GpuTarget, KernelCode
 from duo_backends.cuda.emit import compile_kernel, source
 from duo_ir import ops
 from duo_ir.core import Value, function_of
+from duo_ir.errors import DeviceError
 from duo_ir.kernels.kernel import Kernel
+from duo_ir.ops import broadcasting as nd
+from duo_ir.ops.attention import attention
 from duo_ir.pipeline import lower
 from duo_ir.types import Dim, DType, TensorType, bf16, f32, f64
 
@@ -84,7 +87,8 @@ def test_every_launch_has_its_function() -> None:
     for kernel in dict.fromkeys(_table_kernels()):
         code = compile_kernel(kernel, GpuTarget())
         defined = re.findall(r"__global__ void __launch_bounds__\((\d+)\) (\w+)\(", code.text)
-        assert [(str(launch.threads), launch.symbol) for launch in code.launches] == defined
+        assert len(set(defined)) == len(defined)  # some are launched more than once
+        assert {(str(launch.threads), launch.symbol) for launch in code.launches} == set(defined)
 
 
 @needs_nvcc
@@ -111,6 +115,44 @@ def _fast_products() -> list[Kernel]:
     others = [(1024, 1024, 1024), (256, 256, 512), (4, 4096, 4096), (4096, 10, 512), (4095, 4097, 4093), (Dim.symbol("b"), 512, 784)]
     small = [_product(d, *sizes) for d in (bf16, f32) for sizes in others]
     return [*large, *small, *[_convolution(d, c) for d in (bf16, f32) for c in (64, 256)]]
+
+
+def _reductions() -> list[Kernel]:
+    """Rows that threads read as vectors, in one launch and in several; few elements; a transpose by tiles."""
+
+    def spread(x: Value) -> Value:
+        return x - nd.sum(x, (1,), True) * 0.001
+
+    def turned(x: Value) -> Value:
+        return ops.transpose(x, permutation=(1, 0)) * 2.0
+
+    found: list[Kernel] = []
+    for dtype in (f32, bf16):
+        for shape in ((65536, 1024), (8192, 4096), (1, 1 << 26), (1000000, 8), (1000000, 5)):
+            x = TensorType(dtype, shape)
+            for f in (spread, lambda x: ops.argmax(x, axes=(1,))):
+                found += kernels_of(lower(function_of(f, x)))
+        found += kernels_of(lower(function_of(turned, TensorType(dtype, (4096, 2048)))))
+    return list(dict.fromkeys(found))
+
+
+def test_attention_that_does_not_fit_says_so() -> None:
+    q = TensorType(f64, (64, 2, 8))
+    (kernel,) = kernels_of(lower(function_of(lambda q: attention(q, q, q, causal=True, scale=1.0), q)))
+    assert compile_kernel(kernel, GpuTarget(shared=163 << 10)).text
+    with pytest.raises(DeviceError, match=r"attention in f64 takes 102 KB of shared memory, and this GPU has 99 .* float32"):
+        compile_kernel(kernel, GpuTarget(86, shared=99 << 10))
+
+
+@needs_nvcc
+@pytest.mark.parametrize("arch", [80, 90])
+def test_reductions_and_transposes_do_not_spill(arch: int, tmp_path: Path) -> None:
+    codes = [compile_kernel(kernel, GpuTarget(arch)) for kernel in _reductions()]
+    text = source(codes)
+    assert "t % 4*4" in text and "t % 2*8" in text and "tile0" in text
+    said = _nvcc(tmp_path, text, arch)
+    spilled = re.findall(r"(\d+) bytes spill stores", said)
+    assert len(spilled) == sum(len(code.launches) for code in codes) and set(spilled) == {"0"}
 
 
 @needs_nvcc

@@ -91,10 +91,16 @@ def case_of(name: str) -> tuple[cuda.Case, GpuTarget]:
     made: dict[str, Callable[[], tuple[cuda.Case, GpuTarget]]] = {
         "map": lambda: (_one(lambda x, y: x * y + 1.0, (1003,), (1003,)), GpuTarget()),
         "transposed": lambda: (_one(lambda x, y: ops.transpose(x, permutation=(1, 0)) * y, (5, 40), (40, 5)), GpuTarget()),
+        "tiles": lambda: (_one(lambda x, y: ops.transpose(x, permutation=(1, 0)) * y, (33, 40), (40, 33)), GpuTarget()),
         "rows": lambda: (_one(softmax(1), (5, 40)), GpuTarget()),
+        "vector rows": lambda: (_one(softmax(1), (5, 40)), GpuTarget(multiprocessors=0)),
+        "chunked vector rows": lambda: (_one(softmax(1), (3, 2500)), GpuTarget(multiprocessors=0)),
+        "short rows": lambda: (_one(softmax(1), (50, 5)), GpuTarget()),
+        "vector passes": lambda: (_one(lambda x: nd.sum(x, (1,)), (1, 200_004)), GpuTarget()),
         "chunked rows": lambda: (_one(softmax(1), (3, 2500)), GpuTarget()),
         "columns": lambda: (_one(statistics(0), (40, 35)), GpuTarget()),
         "passes": lambda: (_one(lambda x: nd.sum(x, (1,)), (5, 40_001)), GpuTarget()),
+        "two passes": lambda: (_one(lambda x: (nd.sum(x, (1,)), nd.max(x, (1,))), (1, 100_003)), GpuTarget()),
         "passes of columns": lambda: (_one(lambda x: nd.sum(x, (0,)), (5000, 35)), GpuTarget()),
         "product": lambda: (next(product_case(f32, 9, 6, 1051)), GpuTarget()),
         "short product": lambda: (_underflow(), GpuTarget()),
@@ -152,12 +158,27 @@ FAULTS = (
     ("map", "p1.v[l] * p2.v[l]", "p1.v[l] * p1.v[l]"),
     ("transposed", "a1[q2 + at*5]", "a1[q2 + at*4]"),
     ("transposed", "unit >= (int)(50)", "unit >= (int)(49)"),
+    ("tiles", "p >= FAR", "p > FAR"),
+    ("tiles", "tile0[x*33", "tile0[x*32"),
+    ("tiles", "far0 + y + s, q", "far0 + y, q"),
     ("rows", "int d = 8; d; d /= 2", "int d = 1; d < 16; d *= 2"),  # lanes: neighbours first
     ("rows", "const bool live = row < 5", "const bool live = row < 4"),
     ("rows", "const bool live = row < 5", "const bool live = row <= 5"),
     ("rows", "j < 40", "j < 39"),
     ("rows", "int j = lane; j < 40; j += 16", "int j = 39 - lane; j >= 0; j -= 16"),
-    ("rows", "duo_first(acc4)", "acc4"),
+    ("rows", "duo_first(acc4, 16)", "acc4"),
+    ("vector rows", "t % 4*4", "t % 4*2"),
+    ("vector rows", "acc4[l], 2)", "acc4[l], 3)"),
+    ("vector rows", "acc4[l + 2]", "acc4[l + 1]"),
+    ("vector rows", "acc4[l] + v21", "acc4[0] + v21"),
+    ("vector rows", "duo_first(acc4[0], 4)", "duo_first(acc4[0], 16)"),
+    ("vector rows", "j = t*4; j < 40; j += 16", "j = t*4; j < 40; j += 32"),
+    ("chunked vector rows", "c*16 + lane + l", "c*16 + lane"),
+    ("chunked vector rows", "c = t / 4;", "c = t / 2;"),
+    ("short rows", "int d = 4; d; d /= 2", "int d = 2; d; d /= 2"),
+    ("vector passes", "part*64 + set", "part*32 + set"),
+    ("vector passes", "threadIdx.x*4 + l]", "threadIdx.x*4]"),
+    ("vector passes", "< 64 ? (int)(chunks - part*64) : 64", "< 64 ? (int)(chunks - part*64) : 32"),
     ("chunked rows", "a = k / 16 * 32 + k % 16, b = a + 16", "a = k, b = k + (m + 1) / 2*16"),  # not neighbours
     ("chunked rows", "1024", "512"),
     ("chunked rows", "(c + 1)*1024 < 2500 ?", "(c + 1)*1024 < 3100 ?"),
@@ -168,7 +189,7 @@ FAULTS = (
     ("passes", "chunk*1024 + lane", "chunk*1000 + lane"),
     ("passes", "if (b < m*16)", "if (true)"),
     ("passes", "int d = 8; d; d /= 2", "int d = 1; d < 16; d *= 2"),
-    ("passes", "at += (2*rows*", "at += (rows*"),  # results where partial sums still are
+    ("two passes", "at += (2*rows*", "at += (0*rows*"),  # partial sums of two reductions in one place
     ("passes of columns", "*32 + threadIdx.x % 32", "*33 + threadIdx.x % 32"),
     ("passes of columns", "row < rows", "row <= rows"),
     ("passes of columns", "*parts + chunk)", "*parts + chunk + 1)"),
@@ -251,7 +272,10 @@ FAULTS = (
 def barriers() -> Iterator[Planted]:
     """Every barrier of these kernels, and those of a warp; of attention's header those of the functions that the kernel calls."""
     backward = header("attention.cuh").split("// p and ds of")[0].count(BARRIER)
-    for name in ("chunked rows", "columns", "passes", "product", "large tile", "convolution", "sort", "attention", "gradient", "fast", "fast chunks"):
+    for name in (
+        "tiles", "chunked rows", "vector passes", "columns", "passes", "product", "large tile", "convolution", "sort", "attention", "gradient",
+        "fast", "fast chunks",
+    ):  # fmt: skip
         _, codes = generated(name)
         count = "".join(code.text for code in codes.values()).count(BARRIER)
         for n in range(backward if name == "gradient" else 0, backward if name == "attention" else count):

@@ -114,6 +114,8 @@ def draw(
     """The sample of `body(state, *tensors, *attrs) -> (sample, new state)`; the generator moves on. `device`: where it is made; else where the
     tensors are."""
     source = default_generator if generator is None else generator
+    if device is None and tracing.capture is not None:  # the state is there before the op looks for it: one program, wherever it was
+        device = next((t._val.info.device for t in tensors if isinstance(t, EagerTensor)), None)
     if device is not None:
         bring(source.cell, device)
     sample, source.state = apply(body, (source.state, *tensors), attrs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -194,6 +195,16 @@ def test_a_generator_that_was_drawn_from_on_the_cpu_comes_back():
         return out
 
     assert drawn("cuda", True) == drawn("cuda", False) == drawn("cpu", False)
+
+
+def test_recording_again_gives_the_program_that_is_replayed(monkeypatch):
+    monkeypatch.setattr(importlib.import_module("duo.jit.compile"), "_VERIFY", [True])
+    x = duo.ones(4, device="cuda")
+    f = duo.compile(lambda x: F.dropout(x, 0.5) * 2)
+    duo.rand(2)  # the state is on the CPU when it is recorded first
+    for _ in range(3):
+        f(x)
+    assert f.recordings == 3
 
 
 def test_compiled_functions_know_where_they_run():

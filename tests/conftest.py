@@ -15,6 +15,7 @@ import duo_ir.ops  # noqa: F401  (fills the registry that the text form reads)
 from duo_ir.core import Builder, Function
 from duo_ir.opdef import REGISTRY
 from duo_ir.text import parse, to_text
+from tests.cuda_emulator.support import toolkit
 
 # DUO_EXAMPLES=1000 searches longer than a usual run does.
 EXAMPLES = int(os.environ.get("DUO_EXAMPLES", "60"))
@@ -31,7 +32,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Says by what the CUDA tests reach their emulated GPU."""
     if any("test_cuda_" in report.nodeid for report in terminalreporter.stats.get("passed", ())):
-        pycuda = os.environ.get("DUO_TEST_PYCUDA") == "1" or importlib.util.find_spec("pycuda") is not None
+        built = os.environ.get("DUO_TEST_PYCUDA") == "1" and toolkit() is not None
+        pycuda = built or importlib.util.find_spec("pycuda") is not None
         terminalreporter.write_line(f"CUDA tests: emulated GPU through {'PyCUDA' if pycuda else 'ctypes (no PyCUDA here)'}")
 
 

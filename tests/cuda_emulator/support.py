@@ -26,7 +26,8 @@ needs_emulator = pytest.mark.skipif(build.missing() is not None, reason=build.mi
 every_order = pytest.mark.parametrize("order", ORDERS)
 
 
-def _toolkit() -> Path | None:
+def toolkit() -> Path | None:
+    """Where CUDA's headers are."""
     places = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH", "CUDA_ROOT")]
     return next(
         (Path(p) for p in [*places, "/usr/local/cuda"] if p and (Path(p) / "include" / "cuda.h").exists()), None
@@ -35,8 +36,8 @@ def _toolkit() -> Path | None:
 
 def _built_pycuda() -> str | None:
     """A folder with PyCUDA, built once; None where it was not asked for or cannot be."""
-    toolkit = _toolkit()
-    if os.environ.get("DUO_TEST_PYCUDA") != "1" or toolkit is None:
+    cuda = toolkit()
+    if os.environ.get("DUO_TEST_PYCUDA") != "1" or cuda is None:
         return None
     stub = build.library()
 
@@ -45,14 +46,14 @@ def _built_pycuda() -> str | None:
         home = path.with_suffix(".home")
         home.mkdir(exist_ok=True)
         # PyCUDA's setup reads this file of the home folder, for which we give it another
-        lines = [f'CUDA_ROOT = "{toolkit}"', "CUDA_ENABLE_CURAND = False", f'CUDADRV_LIB_DIR = ["{stub}"]']
+        lines = [f'CUDA_ROOT = "{cuda}"', "CUDA_ENABLE_CURAND = False", f'CUDADRV_LIB_DIR = ["{stub}"]']
         (home / ".aksetup-defaults.py").write_text("\n".join(lines) + "\n")
         command = [sys.executable, "-m", "pip", "install", "--quiet", "--target", str(path), "--no-cache-dir", PYCUDA]
         done = subprocess.run(command, env={**os.environ, "HOME": str(home)}, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"PyCUDA does not build:\n{done.stderr[-4000:]}")
 
-    return str(build.kept(["pycuda", PYCUDA, sys.version, str(toolkit)], "", make))
+    return str(build.kept(["pycuda", PYCUDA, sys.version, str(cuda)], "", make))
 
 
 def _undefined(extension: Path) -> list[str]:

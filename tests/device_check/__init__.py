@@ -1,0 +1,1 @@
+"""`python -m tests.device_check`: everything that needs a real GPU, in one command."""

@@ -86,6 +86,8 @@ def facts() -> dict[str, Any]:
             "architecture": backend.target.arch,
             "vector_bits": backend.target.vector_bytes * 8,
         },
+        "gpus": [_gpu(n) for n in range(runtime.gpu_count())],
+        "no_gpu": runtime.why_no_gpu(),
         "threads": duo.get_num_threads(),
         "cache": {
             "folder": None if backend.disk.directory is None else str(backend.disk.directory),
@@ -95,6 +97,11 @@ def facts() -> dict[str, Any]:
         },
         "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith("DUO_")},
     }
+
+
+def _gpu(number: int) -> dict[str, Any]:
+    found = runtime.backend(runtime.check_device(f"cuda:{number}")).driver.properties
+    return {"name": found.name, "capability": f"{found.arch // 10}.{found.arch % 10}", "bytes": found.memory}
 
 
 def _version(package: str) -> str | None:
@@ -118,6 +125,11 @@ def _info(options: argparse.Namespace) -> int:
         ),
         ("platform", found["platform"]),
         ("cpu", f"{cpu['name']} ({cpu['architecture']}), vectors of {cpu['vector_bits']} bits"),
+        *[
+            ("gpu", f"{g['name']}, compute capability {g['capability']}, {g['bytes'] / 1e9:.1f} GB")
+            for g in found["gpus"]
+        ],
+        *([("gpu", f"none: {found['no_gpu']}")] if found["no_gpu"] else []),
         ("threads", str(found["threads"])),
         ("cache", _cache_line(cache["folder"], cache["files"], cache["bytes"])),
     ]

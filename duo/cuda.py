@@ -96,6 +96,13 @@ def synchronize(device: Any = None) -> None:
     runtime.backend(name).synchronize()
 
 
+def source(program: Any, device: Any = None) -> str:
+    """The CUDA C that a program becomes, what `duo.lower(f, *args)` or `tf.lower(fetches, feeds)` gives: a function for each launch. It is written
+    for that GPU, and where no GPU is there and none is named, for one of compute capability 9.0."""
+    there = device is not None or is_available()
+    return runtime.cuda_source(program, _checked(device) if there else None)
+
+
 def _checked(device: Any) -> str:
     """The canonical name of a GPU that is there. Raises DeviceError."""
     name = f"cuda:{devices.current_gpu()}" if device is None else devices.canonical(device)
@@ -353,6 +360,6 @@ __all__ = [
     "DeviceProperties", "Event", "Stream", "current_device", "current_stream", "default_stream", "device", "device_count", "empty_cache",
     "get_device_capability", "get_device_name", "get_device_properties", "initial_seed", "is_available", "manual_seed", "manual_seed_all",
     "max_memory_allocated", "max_memory_reserved", "mem_get_info", "memory_allocated", "memory_reserved", "memory_stats",
-    "reset_peak_memory_stats", "seed", "seed_all", "set_device", "set_memory_limit", "set_per_process_memory_fraction", "set_stream", "stream",
+    "reset_peak_memory_stats", "seed", "seed_all", "set_device", "set_memory_limit", "set_per_process_memory_fraction", "set_stream", "source", "stream",
     "synchronize", "why_not",
 ]  # fmt: skip

@@ -382,6 +382,14 @@ def _gpus() -> tuple[int, str | None]:
     return max(count, given), None if count or given else "the CUDA driver finds no GPU"
 
 
+def cuda_source(function: Function, device: str | None) -> str:
+    """The CUDA C of a Function's kernels, for a GPU that is there or (None) one of the latest kind that is known."""
+    emitter, code = (importlib.import_module(f"duo_backends.cuda.{name}") for name in ("emit", "code"))
+    kernels = importlib.import_module("duo_backends.binding").kernels_of(_pipeline().lower(function, _fusion))
+    target = code.GpuTarget() if device is None else backend(device).target
+    return "\n".join([emitter.compile_kernel(kernel, target).text for kernel in dict.fromkeys(kernels)])
+
+
 # ---------------------------------------------------------------------------------------------------------- profiles
 def recordings(capacity: int) -> dict[str, Any]:
     """A profile of each device in use, to be entered. Raises ArgumentError where programs run by the interpreter."""

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import duo
-from duo import runtime
+from duo import cli, runtime
 from duo_backends.blocks import OutOfMemory
 from duo_ir.errors import ArgumentError, DeviceError, IndexOutOfRange
 from tests.cuda_emulator.support import needs_emulator
@@ -49,6 +49,10 @@ for call in (duo.cuda.synchronize, duo.cuda.Stream, duo.cuda.memory_allocated, l
     else:
         raise AssertionError(call)
 duo.cuda.empty_cache()
+text = duo.cuda.source(duo.lower(lambda x: (x @ x).relu().sum(), duo.ones(4, 4)))
+assert text.count("__global__") >= 2, text
+from duo import cli
+cli.main(["info"])
 import duo.graph as tf
 assert not tf.test.is_gpu_available() and tf.test.gpu_device_name() == ""
 assert [d.device_type for d in tf.config.list_physical_devices()] == ["CPU"]
@@ -59,6 +63,14 @@ assert [d.device_type for d in tf.config.list_physical_devices()] == ["CPU"]
 def test_where_there_is_no_gpu():
     done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    assert "gpu         none: " in done.stdout
+
+
+def test_programs_as_cuda_c(capsys):
+    program = duo.lower(lambda x: (x * 2 + 1).sum(), duo.ones(8))
+    text = duo.cuda.source(program)
+    assert "__global__" in text and text == duo.cuda.source(program, "cuda:0")
+    assert cli.main(["info"]) == 0 and "gpu         CPU emulating a GPU" in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------------------------------------------------- streams

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from duo import runtime
+from duo import numeric_mode, runtime
 from duo.devices import CPU
 from duo.eager.tensor import EagerTensor, material
 from duo.eager.trace import Val, settle
@@ -31,6 +31,7 @@ from duo.lowering import without_unread
 from duo_ir.errors import DeviceError, DuoError, ShapeError
 from duo_ir.types import TensorType
 
+STRICT = "strict"
 MAX_CALLS = 512  # sets of fetches and feeds that a session remembers
 
 
@@ -38,7 +39,12 @@ class Program:
     """One compiled run: where its inputs come from, and where its results go. `device`: where it runs, and its variables live."""
 
     def __init__(
-        self, session: Session, call: Call, shapes: Sequence[tuple[int, ...]], variants: dict[Deferred, tuple]
+        self,
+        session: Session,
+        call: Call,
+        shapes: Sequence[tuple[int, ...]],
+        variants: dict[Deferred, tuple],
+        numerics: str,
     ) -> None:
         self.device = session.device_of(call)
         sizes = sizes_of(session.graph, call.feeds, shapes)
@@ -68,7 +74,7 @@ class Program:
                     self.owned.append((i, origin))
         self.live = list(live.items())
         self.quick: Any = None  # of in_place.py, once every variable has a value; False: there is none
-        self.executable = runtime.runnable(function, True, scalars, self.device)
+        self.executable = runtime.runnable(function, True, scalars, self.device, numerics)
         self._plan_results(session, low.fetched)
 
     def _plan_results(self, session: Session, fetched: int) -> None:
@@ -152,7 +158,9 @@ class Call:
         ]  # fmt: skip
         self.version = graph.version
         self.programs: dict[Any, Program] = {}
+        self.on_gpu = any(p.spec.gpu is not None for p in self.places)
         self.recent: Program | None = None
+        self.recent_numerics = STRICT
         self.recent_shapes: list[tuple[int, ...]] = []
 
 
@@ -212,16 +220,18 @@ class Session:
 
     def _compute(self, call: Call, shapes: list[tuple[int, ...]], fed: list[np.ndarray]) -> list[Any]:
         """Finds or prepares the program, and runs it; gives what is fetched."""
+        numerics = numeric_mode.current() if call.on_gpu else STRICT
         if not call.deferred:
-            program = call.recent if call.recent_shapes == shapes else call.programs.get((tuple(shapes), ()))
+            recent = call.recent_shapes == shapes and call.recent_numerics == numerics
+            program = call.recent if recent else call.programs.get((tuple(shapes), (), numerics))
             if program is None:
-                program = self._program(call, shapes, {})
+                program = self._program(call, shapes, {}, numerics)
             return self._execute(program, fed)
         variants = {d: d.variant() for d in call.deferred}
         try:
-            program = call.programs.get((tuple(shapes), tuple(variants.values())))
+            program = call.programs.get((tuple(shapes), tuple(variants.values()), numerics))
             if program is None:
-                program = self._program(call, shapes, variants)
+                program = self._program(call, shapes, variants, numerics)
             return self._execute(program, fed)
         except BaseException:
             for d, variant in variants.items():
@@ -312,13 +322,15 @@ class Session:
             self._calls[key] = call
         return call
 
-    def _program(self, call: Call, shapes: list[tuple[int, ...]], variants: dict[Deferred, tuple]) -> Program:
-        key = (tuple(shapes), tuple(variants.values()))
+    def _program(
+        self, call: Call, shapes: list[tuple[int, ...]], variants: dict[Deferred, tuple], numerics: str
+    ) -> Program:
+        key = (tuple(shapes), tuple(variants.values()), numerics)
         with self._lock:
             program = call.programs.get(key)
             if program is None:
-                program = call.programs[key] = Program(self, call, shapes, variants)
-        call.recent, call.recent_shapes = program, shapes
+                program = call.programs[key] = Program(self, call, shapes, variants, numerics)
+        call.recent, call.recent_shapes, call.recent_numerics = program, shapes, numerics
         return program
 
     def _fed(self, tensor: Any, value: Any) -> np.ndarray:

@@ -221,6 +221,21 @@ def test_an_index_out_of_range_is_an_error_of_the_run(gpu):  # noqa: F811
 
 
 @needs_emulator
+def test_fast_numerics_are_for_placed_programs(gpu):  # noqa: F811
+    a, b = (np.random.default_rng(k).normal(size=(32, 32)).astype("f4") for k in (1, 2))
+    plain = tf.matmul(tf.constant(a), tf.constant(b))
+    with tf.device("/gpu:0"):
+        placed = tf.matmul(tf.constant(a), tf.constant(b))
+    with tf.Session() as session:
+        strict = session.run(placed)
+        with duo.numerics("fast"):
+            fast = session.run(placed)
+            assert (session.run(plain) == strict).all()
+        assert not (fast == strict).all() and np.allclose(fast, strict, atol=0.05)
+        assert (session.run(placed) == strict).all()
+
+
+@needs_emulator
 def test_what_there_is(gpu):  # noqa: F811
     assert tf.test.is_gpu_available() and tf.test.gpu_device_name() == "/device:GPU:0" and tf.test.is_built_with_cuda()
     assert tf.test.is_gpu_available(min_cuda_compute_capability=(9, 0))

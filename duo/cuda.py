@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 
 from duo import devices, runtime
 from duo.eager.flush import flush
+from duo.eager.trace import state as recording
 from duo.random import initial_seed, manual_seed
 from duo.random import seed as seed
-from duo_ir.errors import ArgumentError, DeviceError
+from duo_ir.errors import ArgumentError, DeviceError, TraceError
 
 manual_seed_all = manual_seed
 seed_all = seed
@@ -92,7 +93,7 @@ def synchronize(device: Any = None) -> None:
     """Runs what this thread has recorded, and waits for all that the GPU was given. Raises IndexOutOfRange where an index was found out of
     range there."""
     name = _checked(device)
-    flush()
+    _run_recorded()
     runtime.backend(name).synchronize()
 
 
@@ -109,6 +110,15 @@ def _checked(device: Any) -> str:
     if name == devices.CPU:
         raise DeviceError(f"{str(device)!r} is no GPU: duo.cuda takes 'cuda', 'cuda:N' or a GPU's number")
     return runtime.check_device(name)
+
+
+def _run_recorded() -> None:
+    """Runs what this thread has recorded. Raises TraceError in a function that is being compiled."""
+    if recording.capture is not None:
+        raise TraceError(
+            "streams, events and waiting are no part of a compiled function: use duo.cuda around its call, which runs on the caller's stream"
+        )
+    flush()
 
 
 def _backend(device: Any) -> Any:
@@ -156,7 +166,7 @@ class Stream:
 
     def wait_event(self, event: Event) -> None:
         """What is given to this stream from now on comes after the event."""
-        flush()
+        _run_recorded()
         event._wait(self)
 
     def record_event(self, event: Event | None = None) -> Event:
@@ -167,13 +177,13 @@ class Stream:
 
     def query(self) -> bool:
         """Whether all that the stream was given is done."""
-        flush()
+        _run_recorded()
         with self._runtime.driver as driver:
             return driver.idle(self._stream.queue)  # type: ignore[no-any-return]
 
     def synchronize(self) -> None:
         """Waits for all that the stream was given. Raises IndexOutOfRange where an index was found out of range."""
-        flush()
+        _run_recorded()
         self._runtime.synchronize(self._stream)
 
     def __eq__(self, other: object) -> bool:
@@ -206,7 +216,7 @@ def default_stream(device: Any = None) -> Stream:
 
 def set_stream(stream: Stream) -> None:
     """This thread's work goes to that stream from now on."""
-    flush()
+    _run_recorded()
     stream._runtime.set_stream(stream._stream)
 
 
@@ -217,12 +227,12 @@ def stream(stream: Stream | None) -> Iterator[None]:
     if stream is None:
         yield
         return
-    flush()
+    _run_recorded()
     with device(stream._device), stream._runtime.on(stream._stream):
         try:
             yield
         finally:
-            flush()
+            _run_recorded()
 
 
 class Event:
@@ -237,7 +247,7 @@ class Event:
 
     def record(self, stream: Stream | None = None) -> None:
         """The event is after all that the stream (this thread's by default) has been given, what this thread has recorded included."""
-        flush()
+        _run_recorded()
         stream = stream if stream is not None else current_stream()
         self._runtime = stream._runtime
         driver = self._runtime.driver

@@ -13,7 +13,7 @@ import pytest
 import duo
 from duo import cli, runtime
 from duo_backends.blocks import OutOfMemory
-from duo_ir.errors import ArgumentError, DeviceError, IndexOutOfRange
+from duo_ir.errors import ArgumentError, DeviceError, IndexOutOfRange, TraceError
 from tests.cuda_emulator.support import needs_emulator
 from tests.frontends.cuda_support import gpu  # noqa: F401
 
@@ -118,6 +118,23 @@ def test_training_on_a_stream_gives_the_same_bits():
         return [p.tolist() for p in model.parameters()]
 
     assert train("cuda", duo.cuda.Stream()) == train("cpu", None)
+
+
+def test_a_compiled_function_runs_on_its_callers_stream(gpu):  # noqa: F811
+    s, x = duo.cuda.Stream(), duo.ones(3, device="cuda")
+    step = duo.compile(lambda t: t * 2)
+    for _ in range(3):
+        with duo.cuda.stream(s):
+            y = step(x)
+    assert y._val.buf.uses.written.stream is s._stream and y.tolist() == [2.0] * 3
+
+    @duo.compile
+    def inside(t):
+        with duo.cuda.stream(s):
+            return t * 2
+
+    with pytest.raises(TraceError, match="around its call"):
+        inside(x)
 
 
 def test_events():

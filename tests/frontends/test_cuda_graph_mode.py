@@ -8,6 +8,8 @@ import pytest
 import duo
 import duo.graph as tf
 from duo import runtime
+from duo_backends.cuda import backend
+from duo_ir.errors import DeviceError
 from tests.cuda_emulator.support import needs_emulator
 from tests.frontends.cuda_support import gpu  # noqa: F401
 
@@ -66,8 +68,12 @@ def model():
     return x, w, loss
 
 
-@pytest.mark.skipif(runtime.why_no_gpu() is None, reason="this machine has a GPU")
-def test_a_gpu_that_is_not_there():
+def test_a_gpu_that_is_not_there(monkeypatch):
+    def no_driver(number):
+        raise DeviceError("there is no driver")
+
+    monkeypatch.setattr(backend, "PycudaDriver", no_driver)
+    runtime.use_backend("cuda:0", None)
     x, w, loss = model()
     with tf.Session() as session, pytest.raises(tf.errors.InvalidArgumentError) as caught:
         session.run(w.initializer)

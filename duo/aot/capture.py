@@ -11,19 +11,20 @@ from typing import Any
 import numpy as np
 
 from duo.aot.spec import Spec, spec
+from duo.eager import creation
 from duo.eager.mode import no_grad
 from duo.eager.tensor import EagerTensor
 from duo.func.calls import replaced
 from duo.graph.arrays import placeholder
-from duo.graph.graph import Graph, Operation
+from duo.graph.graph import Graph, Operation, located
 from duo.graph.lowering import Lowered, lowered
 from duo.graph.states import Constant, Live, Number, SeededState, SharedState, State
 from duo.graph.tensor import GraphElement
-from duo.lowering import with_sizes
 from duo.nn.module import Module
 from duo_backends.aot.source import Port, ProgramSource, Source
 from duo_ir.core import Function
-from duo_ir.errors import ArgumentError
+from duo_ir.errors import ArgumentError, ShapeError
+from duo_ir.transforms.sizes import with_sizes
 from duo_ir.types import Dim, DType
 
 
@@ -76,17 +77,30 @@ def graph_of(
     what the results are to be called."""
     graph = Graph()
     with graph.as_default(), ExitStack() as stack:
+        stack.enter_context(creation.sized_by(lambda body, operands, attrs: graph.apply(body, operands, attrs)))
         for module in modules:  # what is computed of parameters alone belongs to the program too
             params = {n: graph.wrap(graph.read(graph.share(p))) for n, p in module.named_parameters()}
             stack.enter_context(replaced(module, params))
         inputs = [placeholder(s.dtype, list(s.shape), s.name) for s in given]
         out = function(*inputs)
+    _check_free(graph, given, inputs)
     outputs = _outputs(out, function)
     if names is not None:
         if len(outputs) != len(names):
             raise ArgumentError(f"{_called(function)} returns {len(outputs)} tensors instead of {len(names)}")
         outputs = dict(zip(names, outputs.values()))
     return graph, inputs, outputs
+
+
+def _check_free(graph: Graph, given: Sequence[Spec], inputs: Sequence[Any]) -> None:
+    """Raises where a size that was to be free is not: an operand of a known size has decided it."""
+    for s, x in zip(given, inputs):
+        for wanted, d in zip(s.shape, x._type.shape):
+            if isinstance(wanted, str) and isinstance(d, int):
+                at = next((located(loc) for n, loc in graph.fixed_sizes if n == d), "")
+                raise ShapeError(
+                    f"{wanted} of {s} can only be {d}{at}; write {d} in the spec, or make the program fit all sizes"
+                )
 
 
 def source_from(

@@ -64,7 +64,11 @@ class Program:
                 x = x.detach()._array(share=True)
             arrays.append(self._array(x, port))
         sizes = self._sizes(arrays)
-        out = [np.empty([_size(d, sizes) for d in p.shape], p.dtype.numpy) for p in self.outputs]
+        shapes = [[_size(d, sizes) for d in p.shape] for p in self.outputs]
+        if any(n < 0 for shape in shapes for n in shape):
+            known = ", ".join(f"{k}={v}" for k, v in sizes.items())
+            raise ShapeError(f"{self!r}: with {known} an output would have a negative size")
+        out = [np.empty(shape, p.dtype.numpy) for shape, p in zip(shapes, self.outputs)]
         self._run(*sizes.values(), *[a.__array_interface__["data"][0] for a in (*arrays, *out)])
         results = tuple([tensor_of(a) for a in out]) if tensors else tuple(out)
         return results[0] if len(results) == 1 else results
@@ -77,7 +81,7 @@ class Program:
             array = array.astype(port.dtype.numpy)
         if array.ndim != len(port.shape):
             raise ShapeError(f"{self.name}: {port} is given with shape {list(array.shape)}")
-        return array if array.flags.c_contiguous else np.ascontiguousarray(array)
+        return array if array.flags.c_contiguous and array.flags.aligned else array.copy(order="C")
 
     def _sizes(self, arrays: Sequence[np.ndarray]) -> dict[str, int]:
         sizes: dict[str, int] = {}

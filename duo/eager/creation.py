@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from duo.functional import creation as bodies
 from duo.functional import random as samples
 from duo.random import Generator, draw
 from duo_ir.errors import ArgumentError, DTypeError, ShapeError
-from duo_ir.types import DType, TensorType, bool_, f32, f64, i64
+from duo_ir.types import Dim, DimLike, DType, TensorType, bool_, f32, f64, i64
 from duo_ir.types import dtype as as_dtype
 
 _default = [f32]
@@ -47,14 +48,14 @@ def _float(dtype: Any) -> DType:
     return _default[0] if dtype is None else as_dtype(dtype)
 
 
-def _shape(size: tuple) -> tuple[int, ...]:
-    if len(size) == 1 and not isinstance(size[0], (int, np.integer)):
+def _shape(size: tuple) -> tuple[DimLike, ...]:
+    if len(size) == 1 and not isinstance(size[0], (int, np.integer, Dim)):
         size = tuple(size[0])
     try:
-        shape = tuple(int(d.__index__()) for d in size)
+        shape = tuple(d if isinstance(d, Dim) else int(d.__index__()) for d in size)
     except AttributeError:
         raise ShapeError(f"a shape is made of ints, not {size}") from None
-    if any(d < 0 for d in shape):
+    if any(isinstance(d, int) and d < 0 for d in shape):
         raise ShapeError(f"a shape has no negative sizes: {list(shape)}")
     return shape
 
@@ -72,7 +73,26 @@ def _on(device: Any) -> str:
     return runtime.check_device(devices.default())
 
 
-def _made(body: Any, operands: tuple, attrs: tuple, device: Any) -> EagerTensor:
+_sized: list[Callable[[Any, tuple, tuple], Any]] = []  # who makes tensors of sizes that are known later, innermost last
+
+
+@contextmanager
+def sized_by(make: Callable[[Any, tuple, tuple], Any]) -> Iterator[None]:
+    """Within, tensors whose shape has sizes of a program under construction in it (`duo.zeros(x.shape[0], 4)`) are made by `make(body, operands, attrs)`."""
+    _sized.append(make)
+    try:
+        yield
+    finally:
+        _sized.pop()
+
+
+def _made(body: Any, operands: tuple, attrs: tuple, device: Any) -> Any:
+    if _has_dim(attrs):
+        if not _sized:
+            raise ShapeError(
+                "a size that is known when a graph runs makes tensors of that graph: tf.zeros, tf.ones, tf.range"
+            )
+        return _sized[-1](body, operands, attrs)
     name = _on(device)
     while True:
         if state.trace.device is not name:
@@ -80,6 +100,10 @@ def _made(body: Any, operands: tuple, attrs: tuple, device: Any) -> EagerTensor:
         (val,) = record(body, operands, attrs)
         if val.info.device is name:  # a signal handler may have worked on another device
             return EagerTensor(val)
+
+
+def _has_dim(attrs: tuple) -> bool:
+    return any(isinstance(a, Dim) or (isinstance(a, tuple) and _has_dim(a)) for a in attrs)
 
 
 # ------------------------------------------------------------------------------------------------------ from data
@@ -192,6 +216,13 @@ def arange(
     """start, start + step, ... below end; int64 for ints, else the default dtype."""
     if end is None:
         start, end = 0, start
+    if any(isinstance(x, Dim) for x in (start, end, step)):
+        if isinstance(step, Dim) or step != 1:
+            raise ArgumentError(
+                "arange: with a size that is known later the step is 1; multiply by the step, or use slices"
+            )
+        wanted = i64 if dtype is None else as_dtype(dtype)
+        return _finish(_made(bodies._arange_sized, (), (start, end - start, wanted), device), requires_grad)
     whole = all(isinstance(x, (int, np.integer)) and not isinstance(x, bool) for x in (start, end, step))
     wanted = as_dtype(dtype) if dtype is not None else (i64 if whole else _default[0])
     start, end, step = (int(x) if whole else float(x) for x in (start, end, step))
@@ -202,6 +233,8 @@ def linspace(
     start: float, end: float, steps: int, *, dtype: Any = None, device: Any = None, requires_grad: bool = False
 ) -> EagerTensor:
     """`steps` values from start to end, both included."""
+    if isinstance(steps, Dim):
+        raise ArgumentError("linspace: the number of steps must be known; use arange(n) * step + start")
     return _finish(
         _made(bodies._linspace, (), (float(start), float(end), int(steps), _float(dtype)), device), requires_grad
     )
@@ -211,7 +244,12 @@ def linspace(
 def _sampled(
     body: Any, tensors: tuple, size: Any, dtype: DType, generator: Generator | None, device: Any
 ) -> EagerTensor:
-    return draw(body, tensors, (_shape(size), dtype), generator, _on(device))
+    shape = _shape(size)
+    if _has_dim(shape):
+        raise ArgumentError(
+            f"random numbers of shape {list(shape)}: sizes must be known; use rand_like or randn_like of a tensor of that shape"
+        )
+    return draw(body, tensors, (shape, dtype), generator, _on(device))
 
 
 def rand(

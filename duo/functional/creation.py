@@ -13,7 +13,7 @@ from duo_ir.core import Value
 from duo_ir.errors import ArgumentError
 from duo_ir.ops import broadcasting as nd
 from duo_ir.ops import elementwise as ew
-from duo_ir.types import DimLike, DType, Shape, bool_, f64, i64
+from duo_ir.types import Dim, DimLike, DType, Shape, bool_, f64, i64
 
 Number = int | float | bool
 
@@ -56,6 +56,11 @@ def _arange(start: Number, stop: Number, step: Number, dtype: DType) -> Value:
     if isinstance(step, float) or isinstance(start, float):
         return nd.cast_to(nd.iota((n,), 0, f64) * float(step) + float(start), dtype)
     return nd.cast_to(nd.iota((n,), 0, i64) * int(step) + int(start), dtype)
+
+
+def _arange_sized(start: DimLike, n: DimLike, dtype: DType) -> Value:
+    """start, start + 1, ...: `n` numbers, known later."""
+    return nd.cast_to(nd.iota((n,), 0, i64) + (nd.size_of(start, i64) if isinstance(start, Dim) else start), dtype)
 
 
 def _linspace(start: Number, end: Number, steps: int, dtype: DType) -> Value:

@@ -14,9 +14,9 @@ from duo.graph.lowering import lowered
 from duo.graph.session import Session
 from duo.graph.states import Constant, Live, Number, SharedState, State, VariableState, number_of
 from duo.graph.tensor import GraphElement
-from duo.lowering import with_sizes
 from duo_ir.core import Function, Value, bind_dims, current_builder
 from duo_ir.errors import DuoError, ShapeError
+from duo_ir.transforms.sizes import with_sizes
 from duo_ir.types import Dim, DimLike
 
 

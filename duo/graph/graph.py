@@ -24,12 +24,12 @@ from duo.eager.tensor import EagerTensor
 from duo.graph.errors import InvalidArgumentError, NotFoundError
 from duo.graph.placement import Place, Scope, Unnamed, innermost, scope_of
 from duo.graph.states import Constant, Number, Placeholder, SeededState, SharedState, Source, State
-from duo.lowering import sized, sized_type
 from duo.random import default_generator
 from duo_ir.core import Builder, Function, Loc, Op, Value
 from duo_ir.errors import DuoError, ShapeError
 from duo_ir.opdef import OpDef
 from duo_ir.ops import shape as movement
+from duo_ir.transforms.sizes import sized, sized_type
 from duo_ir.types import Dim, DimLike, TensorType, substitute
 from duo_ir.types import dtype as as_dtype
 

@@ -15,9 +15,10 @@ from duo.graph.errors import InvalidArgumentError
 from duo.graph.graph import Assign, Deferred, Graph, Operation, Read, get_default_graph, located
 from duo.graph.states import Placeholder, Source, State
 from duo.graph.tensor import GraphElement, array_of
-from duo.lowering import canonical, renamed_sizes, sized, sized_type
+from duo.lowering import canonical, renamed_sizes
 from duo_ir.core import Builder, Function, Op, Value
 from duo_ir.transforms.rewrite import with_operands
+from duo_ir.transforms.sizes import sized, sized_type
 from duo_ir.types import Dim, DimLike, TensorType
 
 Sizes = Mapping[str, DimLike]

@@ -15,6 +15,7 @@ import numpy as np
 from duo_backends.aot import runtime
 from duo_backends.aot.entries import Entry, State, Trainer
 from duo_backends.aot.library import build_library, emit_kernels
+from duo_backends.aot.limits import least_sizes, signed_dims
 from duo_backends.aot.plan import make_plan
 from duo_backends.aot.source import ProgramSource, Source, hoisted
 from duo_backends.aot.targets import AotTarget
@@ -149,7 +150,16 @@ class Artefact:
         # Outputs that no result names do not happen: a plan gives each result an output and makes no others.
         known = [s for s in sources if s is not None]
         assert len(known) == len(sources)
-        return Entry(p.name, make_plan(program, codes), (*given, *outputs), tuple(known), tuple(copies), tuple(swaps))
+        return Entry(
+            p.name,
+            make_plan(program, codes),
+            least_sizes(p.function),
+            tuple(signed_dims(p.function)),
+            (*given, *outputs),
+            tuple(known),
+            tuple(copies),
+            tuple(swaps),
+        )
 
 
 def _stays(p: ProgramSource, program: Program, k: int) -> bool:

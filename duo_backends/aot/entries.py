@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from duo_backends.aot import checkpoint, runtime
 from duo_backends.aot.plan import Plan
+from duo_ir.types import Dim
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A program as callers see it. `given`: names of the pointers that they pass, in order; `sources[k]`: where the address of the program's argument k
+    """A program as callers see it. `least`: of each free size; `signed`: sizes computed of them that must not be negative. `given`: names of the pointers that they pass, in order; `sources[k]`: where the address of the program's argument k
     comes from (kind of `runtime`, number); `copies`: results that are copied after a run, (argument, kind and number of where to); `swaps`: states
     whose two places change roles then."""
 
     name: str
     plan: Plan
+    least: Mapping[str, int]
+    signed: tuple[Dim, ...]
     given: tuple[str, ...]
     sources: tuple[tuple[int, int], ...]
     copies: tuple[tuple[int, int, int], ...] = ()

@@ -14,10 +14,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from duo_backends.cpu.system import system
-from duo_ir.errors import ArgumentError, DeviceError, DuoError, FormatError, IndexOutOfRange
+from duo_ir.errors import ArgumentError, DeviceError, DuoError, FormatError, IndexOutOfRange, ShapeError
 
 _CODES = {
-    1: ArgumentError, 2: ArgumentError, 3: MemoryError, 4: IndexOutOfRange, 5: ArgumentError, 6: DeviceError, 7: ArgumentError,
+    1: ArgumentError, 2: ShapeError, 3: MemoryError, 4: IndexOutOfRange, 5: ArgumentError, 6: DeviceError, 7: ArgumentError,
     8: FormatError,
 }  # fmt: skip
 _NAMES = {

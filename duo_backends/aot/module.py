@@ -106,11 +106,11 @@ class _Program:
         }
         self.check()
         self.names("name", [entry.label(k) for k in range(len(entry.sources))])
-        self.names("sizename", entry.dims)
+        self.names("small", [_small(name, entry.least[name]) for name in entry.dims])
         self.notes()
         functions = {
             runtime.BIND: f"duo.p{n}.bind", runtime.CHECK: f"duo.p{n}.check", runtime.NOTE: f"duo.p{n}.note",
-            runtime.NAME: f"duo.p{n}.name", runtime.SIZE_NAME: f"duo.p{n}.sizename",
+            runtime.NAME: f"duo.p{n}.name", runtime.SMALL_SIZE: f"duo.p{n}.small",
         }  # fmt: skip
         numbers = {
             runtime.CODE_COUNT: code.size, runtime.DIM_COUNT: len(plan.dims), runtime.WORD_COUNT: len(plan.words),
@@ -225,12 +225,16 @@ class _Program:
         return lines, names
 
     def check(self) -> None:
-        """0 if the sizes are possible, the number of one (from 1 on) that is not, or -1 if together they are too large."""
+        """0 if the sizes are possible, the number of one (from 1 on) that is too small, -1 if together they are too large, or -2 if one that is computed
+        of them is negative."""
         program = self.plan.program
         lines, names = self.sizes()
         lines.insert(0, f"define internal i64 @duo.p{self.n}.check(i64 %sizes) nounwind {{")
-        for k in range(len(self.entry.dims)):
-            lines += [f"  %n{k} = icmp slt i64 %s{k}, 0", f"  br i1 %n{k}, label %bad{k}, label %good{k}"]
+        for k, name in enumerate(self.entry.dims):
+            lines += [
+                f"  %n{k} = icmp slt i64 %s{k}, {self.entry.least[name]}",
+                f"  br i1 %n{k}, label %bad{k}, label %good{k}",
+            ]
             lines += [f"bad{k}:", f"  ret i64 {k + 1}", f"good{k}:"]
         text = SizeText({**names, THREADS: "1"}, THREAD_LIMITS, real=True)
         known = {name: dim(name) for name in program.dims}
@@ -243,6 +247,9 @@ class _Program:
             total = text.new(f"fadd double {total}, {text.value(dim(name))}")
         fits = text.new(f"fcmp olt double {total}, {MOST_BYTES!r}")
         out = text.new(f"select i1 {fits}, i64 0, i64 -1")
+        for d in self.entry.signed:
+            negative = text.new(f"fcmp olt double {text.value(evaluate(d, known))}, {0.0!r}")  # type: ignore[arg-type]
+            out = text.new(f"select i1 {negative}, i64 -2, i64 {out}")
         self.parts.append("\n".join([*lines, *text.lines, f"  ret i64 {out}", "}"]))
 
 
@@ -258,6 +265,11 @@ def _store(base: str, offset: int, value: str) -> list[str]:
 
 
 _numbers = [0]
+
+
+def _small(name: str, least: int) -> str:
+    """A format of printf for a size that is below its least."""
+    return f"{name} is %lld; " + (f"this program needs {least} at least" if least else "a size must not be negative")
 
 
 def _form(where: str, site: str) -> str:

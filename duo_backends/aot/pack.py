@@ -24,7 +24,10 @@ def pack(source: Source, targets: Sequence[AotTarget], producer: str) -> bytes:
     sections: list[tuple[str, bytes, dict[str, Any]]] = []
     for target in targets:
         made = Artefact.of(source, target)
-        rows = {"programs": [_program_row(p) for p in made.source.programs], "training": _training_row(made.source.training)}
+        rows = {
+            "programs": [_program_row(p) for p in made.source.programs],
+            "training": _training_row(made.source.training),
+        }
         ir = json.dumps(rows, separators=(",", ":")).encode()
         number = []
         for kind, content in (("weights", made.block.content), ("ir", ir)):

@@ -26,7 +26,7 @@ CODE, DIMS, WORDS, BYTES, SIZES, BOUND, NEED = 0, 8, 16, 24, 32, 40, 48
 ARENA, SCRATCH = 56, 64  # side by side, as `bind` writes them
 TEMPLATE, CODE_COUNT, DIM_COUNT, WORD_COUNT, SIZE_COUNT, ARGUMENT_COUNT = 72, 80, 88, 96, 104, 112
 KINDS, STARTS, PATCHES, BIND, CHECK, FLAGS, NOTE, NAME = 120, 128, 136, 144, 152, 160, 168, 176
-COPIES, COPY_COUNT, SWAPS, SWAP_COUNT, SIZE_NAME = 184, 192, 200, 208, 216
+COPIES, COPY_COUNT, SWAPS, SWAP_COUNT, SMALL_SIZE = 184, 192, 200, 208, 216
 RECORD = 256
 
 # ---- where the address of a program's argument comes from
@@ -83,7 +83,7 @@ def create(
         user = load64(options + O_USER)
         if load64(options + O_WEIGHTS):
             weights = load64(options + O_WEIGHTS)
-    if threads < 0 or (give == 0) != (take == 0) or weights == 0:
+    if threads < 0 or (give == 0) != (take == 0) or weights == 0 or weights % LINE != 0:
         return BAD_OPTION
     if threads == 0:
         threads = native("duo.cores")
@@ -232,9 +232,16 @@ def bind(model: int, record: int, sizes: int) -> int:
         return OK
     bad = invoke(load64(record + CHECK), sizes)
     if bad > 0:
-        name = invoke(load64(record + SIZE_NAME), bad - 1)
-        form = "%s is %lld; a size must not be negative"
-        c("snprintf", model + MESSAGE, MESSAGE_BYTES, form, name, load64(sizes + 8 * (bad - 1)))
+        said = invoke(load64(record + SMALL_SIZE), bad - 1)
+        c("snprintf", model + MESSAGE, MESSAGE_BYTES, said, load64(sizes + 8 * (bad - 1)))
+        return BAD_SIZE
+    if bad < -1:
+        c(
+            "snprintf",
+            model + MESSAGE,
+            MESSAGE_BYTES,
+            "with these sizes an array of the program would have a negative size",
+        )
         return BAD_SIZE
     if bad < 0:
         c("snprintf", model + MESSAGE, MESSAGE_BYTES, "these sizes need more memory than there can be")
@@ -324,6 +331,14 @@ def call(model: int, number: int, sizes: int, given: int) -> int:
             c("snprintf", model + MESSAGE, MESSAGE_BYTES, "%s is NULL", name)
             return NULL_ARGUMENT
         k += 1
+    copies = load64(record + COPIES)  # what is a result twice, or an input as it is: number of an argument, where to
+    k = 0
+    while k < load64(record + COPY_COUNT):
+        target = address(model, load64(copies + 24 * k + 8), load64(copies + 24 * k + 16), given)
+        if target == 0 and load64(nbytes + 8 * load64(copies + 24 * k)) > 0:
+            c("snprintf", model + MESSAGE, MESSAGE_BYTES, "an output is NULL")
+            return NULL_ARGUMENT
+        k += 1
     bad = reserve(model, record)
     if bad:
         return bad
@@ -341,16 +356,12 @@ def call(model: int, number: int, sizes: int, given: int) -> int:
     row = native("duo.walk", frame, load64(record + CODE), load64(record + FLAGS))
     if row:
         return failed(model, record, frame, row)
-    copies = load64(record + COPIES)  # what is a result twice, or an input as it is: number of an argument, where to
     k = 0
     while k < load64(record + COPY_COUNT):
         n = load64(copies + 24 * k)
         source = address(model, load64(kinds + 16 * n), load64(kinds + 16 * n + 8), given)
         target = address(model, load64(copies + 24 * k + 8), load64(copies + 24 * k + 16), given)
         if load64(nbytes + 8 * n) > 0:
-            if target == 0:
-                c("snprintf", model + MESSAGE, MESSAGE_BYTES, "an output is NULL")
-                return NULL_ARGUMENT
             c("memcpy", target, source, load64(nbytes + 8 * n))
         k += 1
     swaps = load64(record + SWAPS)  # states whose next value lies in the other place

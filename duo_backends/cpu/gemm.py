@@ -554,11 +554,11 @@ class _Driver:
         name, at_once = self.packer(self.b_type, lane, step, lanes, plan.vectors, plan.strip_bytes, filled)
         lane_bytes, step_bytes = self._bytes(lane, self.b_type), self._bytes(step, self.b_type)
         size = plan.compute.itemsize
-        last = f.sub(self.n, "1", f.top)
+        last = f.sub(self.n, str(lanes) if filled else "1", f.top)
         with f.loop(p0, p1, runs=True) as panel:
             slot = f.gep("i8", to, f.mul(f.sub(panel.index, p0), str(plan.vectors * plan.strip_bytes)))
             with f.loop("0", str(plan.panel), at_once, runs=True) as loop:
-                # lanes wholly beyond the last column repeat it
+                # lanes wholly beyond the last column repeat it, or the last vector where all are whole
                 column = f.min(f.add(f.mul(panel.index, str(plan.panel)), loop.index), last)
                 from_ = f.gep("i8", b, f.mul(column, lane_bytes))
                 valid = f.min(f.sub(self.n, column), str(at_once))

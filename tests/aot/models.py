@@ -6,6 +6,7 @@ import numpy as np
 
 import duo
 from duo import nn
+from tests.bench.torch_style import TorchStyle
 
 F = nn.functional
 
@@ -78,3 +79,18 @@ class Tagger(nn.Module):
 def lstm() -> nn.Module:
     duo.manual_seed(3)
     return Tagger().eval()
+
+
+def resnet() -> nn.Module:
+    """ResNet-18, for images of any number; smaller ones than it is for."""
+    return TorchStyle(duo, duo.get_num_threads()).resnet_model()
+
+
+# name -> what makes a model, the spec of its input, an input for a batch
+MODELS = {
+    "mlp": (mlp, "f32[batch,20]", lambda b: floats(b, b, 20)),
+    "cnn": (cnn, "f32[batch,1,14,14]", lambda b: floats(b, b, 1, 14, 14)),
+    "lstm": (lstm, "i64[batch,6]", lambda b: np.random.default_rng(b).integers(0, 30, (b, 6))),
+    "gpt": (gpt, "i64[batch,12]", lambda b: np.random.default_rng(b).integers(0, 40, (b, 12))),
+    "resnet": (resnet, "f32[batch,3,64,64]", lambda b: floats(b, b, 3, 64, 64)),
+}

@@ -13,19 +13,13 @@ import pytest
 import duo
 import duo.graph as tf
 from duo_ir.errors import ArgumentError, DeviceError, FormatError, IndexOutOfRange, ShapeError
-from tests.aot.models import cnn, floats, gpt, lstm, mlp
+from tests.aot.models import MODELS, floats, gpt, mlp
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="artefacts are for Linux")
 BATCHES = (1, 2, 3, 4, 5, 7, 8, 9)
-MODELS = {
-    "mlp": (mlp, "f32[batch,20]", lambda b: floats(b, b, 20)),
-    "cnn": (cnn, "f32[batch,1,14,14]", lambda b: floats(b, b, 1, 14, 14)),
-    "lstm": (lstm, "i64[batch,6]", lambda b: np.random.default_rng(b).integers(0, 30, (b, 6))),
-    "gpt": (gpt, "i64[batch,12]", lambda b: np.random.default_rng(b).integers(0, 40, (b, 12))),
-}
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ["mlp", "cnn", "lstm", "gpt"])
 def test_a_file_computes_what_the_model_does(tmp_path, name):
     make, spec, data = MODELS[name]
     model = make()
@@ -240,3 +234,62 @@ def test_aarch64_has_the_same_bits(tmp_path):
     b = 9
     x = (((np.arange(b * 20) * 37 + b) % 101).astype("f4") / np.float32(50) - np.float32(1)).reshape(b, 20)
     assert done.stdout[-360:] == model(duo.tensor(x)).detach().numpy().tobytes()
+
+
+def test_sizes_that_a_program_is_not_for_are_refused(tmp_path):
+    """Where a rule of types leans on a size of 2 or more, a smaller one must not reach kernels."""
+    programs = {
+        "last": (lambda x: x[-2:], "f32[n]", {3: "fine", 2: "fine", 1: "n is 1; this program needs 2 at least", 0: "n is 0"}),
+        "rest": (lambda x: x[1:], "f32[n]", {2: "fine", 1: "fine", 0: "negative size"}),
+        "top": (lambda x: x.topk(2)[0], "f32[n]", {2: "fine", 1: "n is 1"}),
+        "best": (lambda x: x.max(), "f32[n]", {1: "fine", 0: "n is 0; this program needs 1 at least"}),
+        "inner": (lambda x: x[1:].sum(), "f32[n]", {1: "fine", 0: "n is 0"}),
+        "conv": (lambda x: duo.nn.functional.conv1d(x, duo.ones(1, 1, 3)).sum(), "f32[1,1,n]", {8: "fine", 3: "fine", 2: "fine", 1: "n is 1"}),
+    }  # fmt: skip
+    for name, (program, text, cases) in programs.items():
+        duo.export(program, text, path=tmp_path / f"{name}.duo")
+        loaded = duo.load_executable(tmp_path / f"{name}.duo")
+        for n, wanted in cases.items():
+            x = floats(0, *[n if d == "n" else int(d) for d in text[4:-1].split(",")])
+            if wanted == "fine":
+                assert (
+                    (loaded(x) == program(duo.tensor(x)).numpy()).all() if n > 2 or name != "conv" else loaded(x) == 0
+                ), (name, n)
+                continue
+            with pytest.raises(ShapeError, match=wanted):
+                loaded(x)
+
+
+def test_arrays_that_are_aligned_to_nothing(tmp_path):
+    duo.export(lambda x: x * 2, "f32[n,2]", path=tmp_path / "b.duo")
+    x = np.frombuffer(b"\0" + floats(0, 4, 2).tobytes(), "f4", 8, 1).reshape(4, 2)
+    assert (duo.load_executable(tmp_path / "b.duo")(x) == x * 2).all()
+
+
+def test_a_free_size_that_the_program_fixes_is_told(tmp_path):
+    with pytest.raises(ShapeError, match=r"n of x: f32\[n\] can only be 6.*test_export\.py:\d+"):
+        duo.export(lambda x: x + duo.ones(6), "f32[n]", path=tmp_path / "b.duo")
+
+
+def test_tensors_made_of_free_sizes(tmp_path):
+    """`duo.zeros(x.shape[0], 4)` and its like belong to the exported program."""
+    programs = {
+        "zeros": lambda x: duo.cat([x, duo.zeros(x.shape[0], 4), duo.ones((x.shape[0], 1))], 1),
+        "full": lambda x: duo.full((x.shape[0], 1), 3.0) * x + x.new_zeros(x.shape[0], x.shape[1]),
+        "eye": lambda x: duo.eye(x.shape[0]) @ x,
+        "arange": lambda x: x * duo.arange(x.shape[1]) + duo.arange(2, x.shape[1] + 2, dtype=duo.float32),
+        "positions": lambda x: (duo.arange(x.shape[0])[:, None] >= duo.arange(x.shape[1])).float() * x,
+    }
+    for name, program in programs.items():
+        duo.export(program, "f32[n,m]", path=tmp_path / f"{name}.duo")
+        loaded = duo.load_executable(tmp_path / f"{name}.duo")
+        for shape in ((3, 5), (1, 1), (0, 3)):
+            x = floats(0, *shape)
+            assert loaded(x).tobytes() == program(duo.tensor(x)).numpy().tobytes(), (name, shape)
+    for program, match in (
+        (lambda x: duo.arange(0, x.shape[0], 2), "multiply by the step"),
+        (lambda x: x + duo.randn(x.shape[0], x.shape[1]), "randn_like"),
+        (lambda x: duo.linspace(0, 1, x.shape[0]), "use arange"),
+    ):
+        with pytest.raises(ArgumentError, match=match):
+            duo.export(program, "f32[n,m]", path=tmp_path / "no.duo")

@@ -16,8 +16,10 @@ declare i64 @llvm.ctlz.i64(i64, i1)
 declare double @llvm.ceil.f64(double)
 declare double @llvm.floor.f64(double)
 declare double @llvm.maxnum.f64(double, double)
-; The largest integer that is not above a / b, where b > 0.
-define internal i64 @duo.floordiv(i64 %a, i64 %b) alwaysinline nounwind {
+; The largest integer that is not above a / b, where b > 0; anything for b = 0, which ways that are not taken divide by.
+define internal i64 @duo.floordiv(i64 %a, i64 %given) alwaysinline nounwind {
+  %none = icmp eq i64 %given, 0
+  %b = select i1 %none, i64 1, i64 %given
   %q = sdiv i64 %a, %b
   %r = srem i64 %a, %b
   %below = icmp slt i64 %r, 0

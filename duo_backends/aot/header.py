@@ -22,7 +22,7 @@ _WORDS = frozenset(keyword for line in (
 _RESULTS = (
     (runtime.OK, "OK", "done"),
     (runtime.NULL_ARGUMENT, "NULL_ARGUMENT", "a pointer is NULL that must not be"),
-    (runtime.BAD_SIZE, "BAD_SIZE", "a size is negative, or the sizes are too large together"),
+    (runtime.BAD_SIZE, "BAD_SIZE", "a size is negative or one that the program is not for, or they are too large together"),
     (runtime.NO_MEMORY, "NO_MEMORY", "there is not enough memory"),
     (runtime.BAD_INDEX, "BAD_INDEX", "an index among the inputs is out of range; nothing has been changed but outputs"),
     (runtime.SMALL_SCRATCH, "SMALL_SCRATCH", "the scratch memory is too small for these sizes"),

@@ -226,7 +226,7 @@ class _Program:
 
     def check(self) -> None:
         """0 if the sizes are possible, the number of one (from 1 on) that is too small, -1 if together they are too large, or -2 if one that is computed
-        of them is negative."""
+        of them is negative, or -3 if a matrix product has a single column."""
         program = self.plan.program
         lines, names = self.sizes()
         lines.insert(0, f"define internal i64 @duo.p{self.n}.check(i64 %sizes) nounwind {{")
@@ -250,6 +250,9 @@ class _Program:
         for d in self.entry.signed:
             negative = text.new(f"fcmp olt double {text.value(evaluate(d, known))}, {0.0!r}")  # type: ignore[arg-type]
             out = text.new(f"select i1 {negative}, i64 -2, i64 {out}")
+        for n in dict.fromkeys(self.plan.columns):
+            single = text.new(f"fcmp oeq double {text.value(n)}, {1.0!r}")
+            out = text.new(f"select i1 {single}, i64 -3, i64 {out}")
         self.parts.append("\n".join([*lines, *text.lines, f"  ret i64 {out}", "}"]))
 
 

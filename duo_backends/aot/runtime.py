@@ -235,6 +235,14 @@ def bind(model: int, record: int, sizes: int) -> int:
         said = invoke(load64(record + SMALL_SIZE), bad - 1)
         c("snprintf", model + MESSAGE, MESSAGE_BYTES, said, load64(sizes + 8 * (bad - 1)))
         return BAD_SIZE
+    if bad == -3:
+        c(
+            "snprintf",
+            model + MESSAGE,
+            MESSAGE_BYTES,
+            "with these sizes a matrix product has one column, which is added up in another order; export the program for that size",
+        )
+        return BAD_SIZE
     if bad < -1:
         c(
             "snprintf",

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import os
 import re
+import traceback
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -16,6 +18,7 @@ from duo.eager.mode import no_grad
 from duo.eager.tensor import EagerTensor
 from duo.func.calls import replaced
 from duo.graph.arrays import placeholder
+from duo.graph.errors import InvalidArgumentError
 from duo.graph.graph import Graph, Operation, located
 from duo.graph.lowering import Lowered, lowered
 from duo.graph.states import Constant, Live, Number, SeededState, SharedState, State
@@ -26,6 +29,8 @@ from duo_ir.core import Function
 from duo_ir.errors import ArgumentError, ShapeError
 from duo_ir.transforms.sizes import with_sizes
 from duo_ir.types import Dim, DType
+
+_HERE = os.path.dirname(os.path.dirname(__file__)) + os.sep  # code of duo's own, no user's
 
 
 class Names:
@@ -82,7 +87,10 @@ def graph_of(
             params = {n: graph.wrap(graph.read(graph.share(p))) for n, p in module.named_parameters()}
             stack.enter_context(replaced(module, params))
         inputs = [placeholder(s.dtype, list(s.shape), s.name) for s in given]
-        out = function(*inputs)
+        try:
+            out = function(*inputs)
+        except InvalidArgumentError as error:
+            raise ArgumentError(f"{_called(function)} cannot be exported as it is{_line_of(error)}: {error}") from error
     _check_free(graph, given, inputs)
     outputs = _outputs(out, function)
     if names is not None:
@@ -90,6 +98,12 @@ def graph_of(
             raise ArgumentError(f"{_called(function)} returns {len(outputs)} tensors instead of {len(names)}")
         outputs = dict(zip(names, outputs.values()))
     return graph, inputs, outputs
+
+
+def _line_of(error: BaseException) -> str:
+    """The user's own line in an error's traceback."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(_HERE)]
+    return f" at {os.path.basename(frames[-1].filename)}:{frames[-1].lineno}" if frames else ""
 
 
 def _check_free(graph: Graph, given: Sequence[Spec], inputs: Sequence[Any]) -> None:

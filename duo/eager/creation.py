@@ -15,7 +15,7 @@ from duo.eager.trace import aside, open_trace, record, state
 from duo.eager.watch import changed
 from duo.functional import creation as bodies
 from duo.functional import random as samples
-from duo.random import Generator, draw
+from duo.random import Generator, default_generator, draw
 from duo_ir.errors import ArgumentError, DTypeError, ShapeError
 from duo_ir.types import Dim, DimLike, DType, TensorType, bool_, f32, f64, i64
 from duo_ir.types import dtype as as_dtype
@@ -88,11 +88,7 @@ def sized_by(make: Callable[[Any, tuple, tuple], Any]) -> Iterator[None]:
 
 def _made(body: Any, operands: tuple, attrs: tuple, device: Any) -> Any:
     if _has_dim(attrs):
-        if not _sized:
-            raise ShapeError(
-                "a size that is known when a graph runs makes tensors of that graph: tf.zeros, tf.ones, tf.range"
-            )
-        return _sized[-1](body, operands, attrs)
+        return _of_sizes(body, operands, attrs)
     name = _on(device)
     while True:
         if state.trace.device is not name:
@@ -100,6 +96,14 @@ def _made(body: Any, operands: tuple, attrs: tuple, device: Any) -> Any:
         (val,) = record(body, operands, attrs)
         if val.info.device is name:  # a signal handler may have worked on another device
             return EagerTensor(val)
+
+
+def _of_sizes(body: Any, operands: tuple, attrs: tuple) -> Any:
+    if not _sized:
+        raise ShapeError(
+            "a size that is known when a graph runs makes tensors of that graph: tf.zeros, tf.ones, tf.range"
+        )
+    return _sized[-1](body, operands, attrs)
 
 
 def _has_dim(attrs: tuple) -> bool:
@@ -246,9 +250,9 @@ def _sampled(
 ) -> EagerTensor:
     shape = _shape(size)
     if _has_dim(shape):
-        raise ArgumentError(
-            f"random numbers of shape {list(shape)}: sizes must be known; use rand_like or randn_like of a tensor of that shape"
-        )
+        source = default_generator if generator is None else generator
+        sample, source.state = _of_sizes(body, (source.state, *tensors), (shape, dtype))
+        return sample
     return draw(body, tensors, (shape, dtype), generator, _on(device))
 
 

@@ -117,6 +117,10 @@ class Model:
                 raise ArgumentError(f"{self._code.name} has no state {name!r} of {len(content)} bytes")
             ctypes.memmove(at, content, len(content))
 
+    def direct(self, name: str, arguments: int) -> tuple[Any, threading.Lock, int]:
+        """The C function of a program without free sizes, the lock to be held while it runs, and its first argument."""
+        return self._code.function(name, 1 + arguments), self._lock, self._model
+
     def scratch_bytes(self, name: str, sizes: Sequence[int]) -> int:
         """Bytes of temporaries of a program for these sizes."""
         with self._lock:

@@ -80,7 +80,7 @@ if _TYPE_CHECKING:
 # What a script without it need not load: name -> its module, and what it is there ("": the module itself).
 _LATER = {
     "aot": ("duo.aot", ""), "export": ("duo.aot", "export"),
-    "export_training": ("duo.aot", "export_training"), "load_executable": ("duo.aot", "load_executable"),
+    "export_training": ("duo.aot", "export_training"), "load_executable": ("duo.executable", "load_executable"),
     "spec": ("duo.aot", "spec"), "cuda": ("duo.cuda", ""),
     "func": ("duo.func", ""), "vmap": ("duo.func", "vmap"), "profile": ("duo.profiling", "profile"),
 }  # fmt: skip

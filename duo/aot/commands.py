@@ -18,9 +18,9 @@ import numpy as np
 
 from duo import nn, optim
 from duo.aot.capture import source_of
-from duo.aot.executable import Executable, Port, load_executable
 from duo.aot.export import PRODUCER, identifier, write_duo, write_file
 from duo.aot.training import training_source
+from duo.executable import Executable, Port, load_executable
 from duo.io.checkpoint import load
 from duo.random import manual_seed
 from duo_backends.aot.artefact import Artefact

@@ -104,7 +104,7 @@ def test_other_cpus(tmp_path, monkeypatch):
     assert (duo.load_executable(tmp_path / "m.duo")(x) == want).all()
     with pytest.raises(DeviceError, match="no code for 'x86-64-v4'"):
         duo.load_executable(tmp_path / "m.duo", target="x86-64-v4")
-    monkeypatch.setattr("duo.aot.executable.has_features", lambda needs: False)
+    monkeypatch.setattr("duo.executable.has_features", lambda needs: False)
     loaded = duo.load_executable(tmp_path / "m.duo")
     assert loaded.target == "compiled here"
     assert (loaded(x) == want).all()

@@ -85,7 +85,8 @@ def test_the_printed_tables_and_the_trace(product, capsys, tmp_path):
         product().tolist()
         product().exp().tolist()
     printed = capsys.readouterr().out
-    assert printed == f"{p}\n" and "matmul 24x40x56 f32" in printed and "GFLOP/s" in printed and "GB/s" in printed
+    assert printed == f"{p}\n" and "GFLOP/s" in printed and "GB/s" in printed
+    assert "matmul 24x40x56 f32" in printed or "loop 1344" in printed  # whichever took longer
     assert len(p.kernels) > 1 and f"{len(p.kernels) - 1} more" in printed
     events = json.loads(path.read_text())["traceEvents"]
     assert len(events) == sum(r.calls for r in p.kernels)

@@ -130,8 +130,7 @@ class Capture:
     # ------------------------------------------------------------------------------------- reports of the eager frontend
     def refusal(self, type: Any = None) -> str:
         """What to say to someone who looks at a value."""
-        frame = user_frame()
-        where = f" at {Loc(frame.f_code, frame.f_lasti).full()}" if frame is not None else ""
+        where = _at_user_line()
         what = f"of a tensor {type} " if type is not None else ""
         return (
             f"the value {what}is needed{where}, but {self.name} is being compiled, where only types are known; "
@@ -140,10 +139,9 @@ class Capture:
 
     def leave(self, trace: Trace, device: str) -> None:
         """An op on another device than the trace's is about to be recorded. Raises DeviceError where something was recorded already."""
-        if all(val.node.key[0] is LEAF for val in trace.entries[1:] if val.node is not None):
+        if not _has_ops(trace):
             return
-        frame = user_frame()
-        where = f" at {Loc(frame.f_code, frame.f_lasti).full()}" if frame is not None else ""
+        where = _at_user_line()
         raise DeviceError(
             f"{self.name} is being compiled as one program on one device, which has begun on {trace.device} and goes on on {device}{where}; "
             "move tensors outside of it, make new ones with device=, or compile the parts"
@@ -151,10 +149,9 @@ class Capture:
 
     def keep_numerics(self, trace: Trace, numerics: str) -> None:
         """The numerics are about to change. Raises TraceError where something was recorded already."""
-        if all(val.node.key[0] is LEAF for val in trace.entries[1:] if val.node is not None):
+        if not _has_ops(trace):
             return
-        frame = user_frame()
-        where = f" at {Loc(frame.f_code, frame.f_lasti).full()}" if frame is not None else ""
+        where = _at_user_line()
         raise TraceError(
             f"{self.name} is being compiled as one program in one mode, {numerics} numerics, which change{where}; set them outside of it, or "
             "by duo.compile(numerics=), or compile the parts"
@@ -300,3 +297,14 @@ def _read_memory(key: Any) -> Val:
 def tensors_in(value: Any) -> list[EagerTensor]:
     """The eager tensors in nested lists, tuples and dicts, in order."""
     return [x for x in nests.leaves(value) if isinstance(x, EagerTensor)]
+
+
+def _has_ops(trace: Trace) -> bool:
+    """Whether more than values from outside was recorded."""
+    return any(val.node.key[0] is not LEAF for val in trace.entries[1:] if val.node is not None)
+
+
+def _at_user_line() -> str:
+    """ " at file.py:12" of the user's code; nothing where it is not known."""
+    frame = user_frame()
+    return f" at {Loc(frame.f_code, frame.f_lasti).full()}" if frame is not None else ""

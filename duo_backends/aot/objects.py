@@ -15,7 +15,6 @@ ALLOC, WRITE, EXEC, TLS = 2, 1, 4, 0x400
 NOBITS = 8
 _SYMTAB, _RELA = 2, 4
 UNDEFINED, ABSOLUTE, _RESERVED = 0, 0xFFF1, 0xFF00
-_SECTION_TYPE = 3  # of a symbol that stands for its section
 
 
 class LinkError(DeviceError):

@@ -131,6 +131,25 @@ def test_a_damaged_file_is_refused(tmp_path):
             duo.load_executable(tmp_path / "bad.duo")
 
 
+def test_a_missing_output_is_told_before_anything_changes(tmp_path):
+    norm = duo.nn.BatchNorm1d(3).train()
+    duo.export(lambda x: {"same": x, "y": norm(x)}, "x: f32[n,3]", path=tmp_path / "libnorm.so")
+    library = ctypes.CDLL(str(tmp_path / "libnorm.so"))
+    library.norm_state.restype = ctypes.c_void_p
+    model, x, y = ctypes.c_void_p(), floats(0, 4, 3), np.zeros((4, 3), "f4")
+    assert library.norm_create(None, ctypes.byref(model)) == 0
+    name = b"norm.running_mean" if library.norm_state(model, b"norm.running_mean", None) else b"running_mean"
+    before = ctypes.string_at(library.norm_state(model, name, None), 12)
+    given = [ctypes.c_void_p(a.ctypes.data) for a in (x, y)]
+    assert library.norm_forward(model, ctypes.c_int64(4), given[0], None, given[1]) == 1
+    assert ctypes.string_at(library.norm_state(model, name, None), 12) == before
+    assert (
+        library.norm_forward(model, ctypes.c_int64(4), *[ctypes.c_void_p(a.ctypes.data) for a in (x, x.copy(), y)]) == 0
+    )
+    assert ctypes.string_at(library.norm_state(model, name, None), 12) != before
+    library.norm_destroy(model)
+
+
 PROGRAM = r"""
 #include <stdio.h>
 #include <stdlib.h>

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from duo.symbolic import NeedsGraph, Number
 from duo_ir.core import Value
 from duo_ir.errors import DTypeError
 from duo_ir.ops import straight_through
@@ -66,9 +67,12 @@ def use_quick(kind: Any, quick: Any) -> None:
 
 def apply(body: Callable[..., Any], tensors: tuple[Any, ...], attrs: tuple[Any, ...] = ()) -> Any:
     """The result(s) of `body` on tensors of any one kind, Python numbers among them. `attrs` are static and hashable."""
-    if tensors[0].__class__ is _quick:
-        return _quick_apply(body, tensors, attrs)
-    return apply_generally(body, tensors, attrs)
+    try:
+        if tensors[0].__class__ is _quick:
+            return _quick_apply(body, tensors, attrs)
+        return apply_generally(body, tensors, attrs)
+    except NeedsGraph:  # eager tensors, and the size of a program under construction
+        return Number._apply(body, tensors, attrs)
 
 
 def apply_generally(body: Callable[..., Any], tensors: tuple[Any, ...], attrs: tuple[Any, ...] = ()) -> Any:
@@ -107,4 +111,7 @@ def apply_view(view: View, tensor: Any, attrs: tuple[Any, ...] = ()) -> Any:
         found = kind_of((tensor,))._view
         if len(_views) < 256:
             _views[cls] = found
-    return found(view, tensor, attrs)
+    try:
+        return found(view, tensor, attrs)
+    except NeedsGraph:
+        return Number._apply(view.read, (tensor,), attrs)

@@ -143,12 +143,12 @@ class Tensor:
 
     def size(self, dim: builtins.int | None = None) -> Any:
         """The shape, or the size of one dim."""
-        shape = self._type.shape
+        shape = self.shape
         return shape if dim is None else shape[one_axis("size", dim, len(shape))]
 
     def numel(self) -> DimLike:
         """The number of elements."""
-        return product(self._type.shape)
+        return product(self.shape)
 
     nelement = numel
 

@@ -14,12 +14,15 @@ from typing import Any, NoReturn
 import numpy as np
 
 from duo.dispatch import View, apply
-from duo.eager.infer import user_location
+from duo.eager.infer import scalar_types, user_location
 from duo.eager.tensor import EagerTensor, tensor_of
 from duo.eager.trace import roaming
+from duo.symbolic import Number, plain, symbolic
+from duo.symbolic import value_of as number_value
 from duo.tensor import Tensor
 from duo_ir.core import Builder, Function, Value, current_builder
 from duo_ir.errors import TraceError
+from duo_ir.ops.broadcasting import cast_to
 from duo_ir.transforms.rewrite import dce
 from duo_ir.types import TensorType
 
@@ -100,15 +103,20 @@ class Traced(Tensor):
     def _type(self) -> TensorType:  # type: ignore[override]
         return self.value.type
 
+    @property
+    def shape(self) -> Any:
+        """The sizes, as a tuple."""
+        return tuple(map(symbolic, self.value.type.shape))
+
     @staticmethod
     def _apply(body: Callable, tensors: tuple, attrs: tuple) -> Any:
         tracing = max((t.tracing for t in tensors if isinstance(t, Traced)), key=lambda t: t.depth)
         if tracing.closed:
             raise TraceError(f"a tensor made inside {tracing.where} is used after that ended; return it instead")
         tracing.builder.loc = user_location()
-        values = [tracing.value_of(t) for t in tensors]
+        values = [t if isinstance(t, Number) else tracing.value_of(t) for t in tensors]
         with tracing.builder:
-            out = body(*values, *attrs)
+            out = body(*_sized(values), *plain(attrs))
         made = [Traced(tracing, v) for v in (out if isinstance(out, (tuple, list)) else (out,))]
         return tuple(made) if isinstance(out, (tuple, list)) else made[0]
 
@@ -150,6 +158,19 @@ class Traced(Tensor):
 
     def __repr__(self) -> str:
         return f"<tensor {self._type} inside {self.tracing.where}>"
+
+
+def _sized(values: list[Any]) -> list[Any]:
+    """Operands whose free sizes have become values, in the dtypes that they take beside the others."""
+    if not any(isinstance(v, Number) for v in values):
+        return values
+    kinds = [v.type if v.__class__ is Value else v.kind if isinstance(v, Number) else v.__class__ for v in values]
+    dtypes = iter(scalar_types(tuple(kinds)))
+    taken = [None if v.__class__ is Value else next(dtypes) for v in values]
+    return [
+        cast_to(number_value(v, lambda d: d), d) if isinstance(v, Number) and d is not None else v
+        for v, d in zip(values, taken)
+    ]
 
 
 def trace(

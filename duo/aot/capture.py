@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 
 from duo.aot.spec import Spec, spec
-from duo.eager import creation
 from duo.eager.mode import no_grad
 from duo.eager.tensor import EagerTensor
 from duo.func.calls import replaced
@@ -24,6 +23,7 @@ from duo.graph.lowering import Lowered, lowered
 from duo.graph.states import Constant, Live, Number, SeededState, SharedState, State
 from duo.graph.tensor import GraphElement
 from duo.nn.module import Module
+from duo.symbolic import FreeSizeError
 from duo_backends.aot.source import Port, ProgramSource, Source
 from duo_ir.core import Function
 from duo_ir.errors import ArgumentError, ShapeError
@@ -82,14 +82,13 @@ def graph_of(
     what the results are to be called."""
     graph = Graph()
     with graph.as_default(), ExitStack() as stack:
-        stack.enter_context(creation.sized_by(lambda body, operands, attrs: graph.apply(body, operands, attrs)))
         for module in modules:  # what is computed of parameters alone belongs to the program too
             params = {n: graph.wrap(graph.read(graph.share(p))) for n, p in module.named_parameters()}
             stack.enter_context(replaced(module, params))
         inputs = [placeholder(s.dtype, list(s.shape), s.name) for s in given]
         try:
             out = function(*inputs)
-        except InvalidArgumentError as error:
+        except (InvalidArgumentError, FreeSizeError) as error:
             raise ArgumentError(f"{_called(function)} cannot be exported as it is{_line_of(error)}: {error}") from error
     _check_free(graph, given, inputs)
     outputs = _outputs(out, function)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,7 @@ from duo.eager.watch import changed
 from duo.functional import creation as bodies
 from duo.functional import random as samples
 from duo.random import Generator, default_generator, draw
+from duo.symbolic import Number, has_size
 from duo_ir.errors import ArgumentError, DTypeError, ShapeError
 from duo_ir.types import Dim, DimLike, DType, TensorType, bool_, f32, f64, i64
 from duo_ir.types import dtype as as_dtype
@@ -60,6 +60,10 @@ def _shape(size: tuple) -> tuple[DimLike, ...]:
     return shape
 
 
+def _kind(number: Any) -> Any:
+    return number.kind if isinstance(number, Number) else type(number)
+
+
 def _finish(tensor: EagerTensor, requires_grad: bool) -> EagerTensor:
     return tensor.requires_grad_() if requires_grad else tensor
 
@@ -73,22 +77,9 @@ def _on(device: Any) -> str:
     return runtime.check_device(devices.default())
 
 
-_sized: list[Callable[[Any, tuple, tuple], Any]] = []  # who makes tensors of sizes that are known later, innermost last
-
-
-@contextmanager
-def sized_by(make: Callable[[Any, tuple, tuple], Any]) -> Iterator[None]:
-    """Within, tensors whose shape has sizes of a program under construction in it (`duo.zeros(x.shape[0], 4)`) are made by `make(body, operands, attrs)`."""
-    _sized.append(make)
-    try:
-        yield
-    finally:
-        _sized.pop()
-
-
 def _made(body: Any, operands: tuple, attrs: tuple, device: Any) -> Any:
-    if _has_dim(attrs):
-        return _of_sizes(body, operands, attrs)
+    if has_size(attrs) or any(isinstance(x, Number) for x in operands):
+        return Number._apply(body, operands, attrs)  # it belongs to the program whose size that is
     name = _on(device)
     while True:
         if state.trace.device is not name:
@@ -98,22 +89,12 @@ def _made(body: Any, operands: tuple, attrs: tuple, device: Any) -> Any:
             return EagerTensor(val)
 
 
-def _of_sizes(body: Any, operands: tuple, attrs: tuple) -> Any:
-    if not _sized:
-        raise ShapeError(
-            "a size that is known when a graph runs makes tensors of that graph: tf.zeros, tf.ones, tf.range"
-        )
-    return _sized[-1](body, operands, attrs)
-
-
-def _has_dim(attrs: tuple) -> bool:
-    return any(isinstance(a, Dim) or (isinstance(a, tuple) and _has_dim(a)) for a in attrs)
-
-
 # ------------------------------------------------------------------------------------------------------ from data
 def tensor(data: Any, *, dtype: Any = None, device: Any = None, requires_grad: bool = False) -> EagerTensor:
     """A tensor with a copy of `data`: numbers, nested lists, arrays of NumPy and other libraries, tensors. Python floats give the default dtype, ints
     int64. What is on a GPU stays there, unless a device is given."""
+    if _holds_sizes(data):
+        return _finish(_of_sizes(data, dtype), requires_grad)
     if is_on_gpu(data) and not isinstance(data, EagerTensor):
         data = from_foreign(data)
     if isinstance(data, EagerTensor):
@@ -127,6 +108,19 @@ def tensor(data: Any, *, dtype: Any = None, device: Any = None, requires_grad: b
         array = np.ascontiguousarray(array)
     buffer = aside(runtime.from_numpy, array, True, _on(device))
     return _finish(EagerTensor(material(buffer, TensorType(as_dtype(array.dtype), array.shape))), requires_grad)
+
+
+def _holds_sizes(data: Any) -> bool:
+    """Whether `data` is a number that is known later, or a list with such in it."""
+    return isinstance(data, Number) or (isinstance(data, (list, tuple)) and any(isinstance(v, Number) for v in data))
+
+
+def _of_sizes(data: Any, dtype: Any) -> Any:
+    several = isinstance(data, (list, tuple))
+    numbers = tuple(data) if several else (data,)
+    floats = any(_kind(n) is float for n in numbers)
+    wanted = as_dtype(dtype) if dtype is not None else _default[0] if floats else i64
+    return Number._apply(bodies._numbers, numbers, (several, wanted))
 
 
 def _array_of(data: Any, wanted: DType | None) -> np.ndarray:
@@ -183,7 +177,7 @@ def full(
     if isinstance(fill_value, EagerTensor):
         wanted = fill_value.dtype if dtype is None else as_dtype(dtype)
     else:
-        implied = {bool: bool_, int: i64}.get(type(fill_value), _default[0])
+        implied = {bool: bool_, int: i64}.get(_kind(fill_value), _default[0])
         wanted = implied if dtype is None else as_dtype(dtype)
         fill_value = fill_value.item() if isinstance(fill_value, np.generic) else fill_value
     if isinstance(fill_value, EagerTensor):
@@ -238,7 +232,8 @@ def linspace(
 ) -> EagerTensor:
     """`steps` values from start to end, both included."""
     if isinstance(steps, Dim):
-        raise ArgumentError("linspace: the number of steps must be known; use arange(n) * step + start")
+        attrs = (float(start), float(end), steps, _float(dtype))
+        return _finish(_made(bodies._linspace_sized, (), attrs, device), requires_grad)
     return _finish(
         _made(bodies._linspace, (), (float(start), float(end), int(steps), _float(dtype)), device), requires_grad
     )
@@ -249,9 +244,9 @@ def _sampled(
     body: Any, tensors: tuple, size: Any, dtype: DType, generator: Generator | None, device: Any
 ) -> EagerTensor:
     shape = _shape(size)
-    if _has_dim(shape):
+    if has_size(shape):
         source = default_generator if generator is None else generator
-        sample, source.state = _of_sizes(body, (source.state, *tensors), (shape, dtype))
+        sample, source.state = Number._apply(body, (source.state, *tensors), (shape, dtype))
         return sample
     return draw(body, tensors, (shape, dtype), generator, _on(device))
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from types import CodeType
 from typing import Any
 
+from duo.symbolic import NeedsGraph, has_size
 from duo_ir.core import Builder, Loc, Op, Value
 from duo_ir.errors import DuoError
 from duo_ir.opdef import Gather, Scatter
@@ -61,6 +62,8 @@ class Inferred:
 
 def infer(body: Callable[..., Any], operands: tuple, attrs: tuple) -> Inferred:
     """What `body` gives for operands of these TensorTypes and number classes."""
+    if has_size(attrs):
+        raise NeedsGraph("an eager op takes no free size")
     builder = Builder()
     scalars = iter(scalar_types(operands))
     values = [builder.parameter(o if o.__class__ is TensorType else TensorType(next(scalars), ())) for o in operands]

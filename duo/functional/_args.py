@@ -8,6 +8,7 @@ from __future__ import annotations
 import operator
 from typing import Any
 
+from duo.symbolic import FreeSizeError, plain
 from duo_ir.core import Value
 from duo_ir.errors import ArgumentError, DTypeError, ShapeError
 from duo_ir.types import Dim, DimLike, DType, TensorType, exact_div, product, shape_str
@@ -40,6 +41,8 @@ def integer(name: str, what: str, value: Any) -> int:
         raise ArgumentError(f"{name}: {what} is an int, not {value!r}")
     try:
         return operator.index(value)
+    except FreeSizeError:
+        raise
     except TypeError:
         raise ArgumentError(f"{name}: {what} is an int, not {value!r}") from None
 
@@ -73,7 +76,7 @@ def size_args(name: str, values: Any) -> tuple[DimLike, ...]:
             break
     else:
         return tuple(values)
-    return tuple([v if isinstance(v, Dim) else integer(name, "a size", v) for v in values])
+    return tuple([plain(v) if isinstance(v, Dim) else integer(name, "a size", v) for v in values])
 
 
 def maybe_dtype(dtype: Any) -> DType | None:

@@ -13,6 +13,7 @@ from duo_ir.core import Value
 from duo_ir.errors import ArgumentError
 from duo_ir.ops import broadcasting as nd
 from duo_ir.ops import elementwise as ew
+from duo_ir.ops import shape as movement
 from duo_ir.types import Dim, DimLike, DType, Shape, bool_, f64, i64
 
 Number = int | float | bool
@@ -73,6 +74,24 @@ def _linspace(start: Number, end: Number, steps: int, dtype: DType) -> Value:
     i = nd.iota((steps,), 0, f64)
     up, down = i * step + float(start), float(end) - (float(steps - 1) - i) * step
     return nd.cast_to(nd.where(nd.lt(i, float(steps // 2)), up, down), dtype)
+
+
+def _linspace_sized(start: Number, end: Number, steps: DimLike, dtype: DType) -> Value:
+    """`_linspace` for a number of steps that is known later."""
+    one = nd.constant_of(1.0, f64)
+    step = nd.constant_of(end - start, f64) / nd.maximum(nd.size_of(steps - 1, f64), one)
+    i, last = nd.iota((steps,), 0, f64), nd.size_of(steps - 1, f64)
+    up, down = i * step + float(start), float(end) - (last - i) * step
+    half = nd.cast_to(nd.floor_divide(nd.size_of(steps, i64), nd.constant_of(2, i64)), f64)
+    sampled = nd.cast_to(nd.where(nd.lt(i, half), up, down), dtype)
+    return nd.where(nd.lt(nd.size_of(steps, i64), 2), nd.cast_to(nd.constant_of(start, f64), dtype), sampled)
+
+
+def _numbers(*arguments: Any) -> Value:
+    """0-d values side by side, or a single one as it is."""
+    *values, several, dtype = arguments
+    parts = [nd.cast_to(v, dtype) for v in values]
+    return movement.concat(*[nd.reshape(p, (1,)) for p in parts], axis=0) if several else parts[0]
 
 
 def _eye(n: DimLike, m: DimLike, dtype: DType) -> Value:

@@ -15,6 +15,7 @@ import ml_dtypes
 from duo.dispatch import apply
 from duo.functional._args import choice, is_tensor, type_of
 from duo.functional._ssa import align, floating, stretch, truth, typed
+from duo.symbolic import Number
 from duo_ir.core import Value
 from duo_ir.errors import ArgumentError, DTypeError
 from duo_ir.ops import broadcasting as nd
@@ -190,6 +191,10 @@ def _integer_pow(x: Value, n: int) -> Value:
 
 def pow(input: Any, exponent: Any) -> Any:
     """input ** exponent. An int exponent is exact repeated multiplication; a float one is a run-time value."""
+    if isinstance(exponent, Number) and exponent.kind is int:  # Python's int is part of the program there
+        raise ArgumentError(
+            f"pow: the exponent {exponent!r} is a free size, and powers of integers are part of the program; multiply it by 1.0"
+        )
     if exponent.__class__ is int and is_tensor(input):
         if -_STATIC_POWER <= exponent <= _STATIC_POWER or not type_of(input).dtype.is_float:
             return apply(_integer_pow, (input,), (exponent,))

@@ -16,6 +16,7 @@ from duo.dispatch import View, apply, apply_view
 from duo.functional._args import choice, integer, is_tensor, one_axis, type_of
 from duo.functional._ssa import Axes, insert_axis, move_axes, stretch, typed
 from duo.functional.shape import write_slice
+from duo.symbolic import plain
 from duo_ir.core import Value
 from duo_ir.errors import ArgumentError, DTypeError, IndexOutOfRange, ShapeError
 from duo_ir.ops import broadcasting as nd
@@ -33,7 +34,9 @@ _ALL: Item = ("slice", None, None, 1)
 
 # ------------------------------------------------------------------------------------------------------ normal form
 def _bound(value: Any) -> DimLike | None:
-    return value if value is None or isinstance(value, Dim) else integer("index", "a slice's bound", value)
+    if value is None:
+        return None
+    return plain(value) if isinstance(value, Dim) else integer("index", "a slice's bound", value)
 
 
 def _slice_item(s: slice) -> Item:
@@ -83,7 +86,7 @@ def parse(input: Any, index: Any) -> tuple[Spec, tuple]:
             spec.append(("tensor",))
             tensors.append(item)
             continue
-        spec.append(("at", integer("index", "an index", item)))
+        spec.append(("at", plain(item) if isinstance(item, Dim) else integer("index", "an index", item)))
     if used > t.rank:
         raise IndexOutOfRange(f"index: {used} indices for the {t.rank} dims of {t}")
     at = len(spec) if hole is None else hole
@@ -109,8 +112,10 @@ def _lifted(input: Any, item: Any) -> Any:
 
 
 # ------------------------------------------------------------------------------------------------------ basic views
-def _at(d: DimLike, index: int, axis: int) -> DimLike:
-    """An int index counted from the front, checked where the size is known."""
+def _at(d: DimLike, index: DimLike, axis: int) -> DimLike:
+    """An index counted from the front, checked where the size is known."""
+    if isinstance(index, Dim):
+        return index
     if isinstance(d, int) and not -d <= index < d:
         raise IndexOutOfRange(f"index {index} is out of range for dim {axis}, which has {d} elements")
     return d + index if index < 0 else index
@@ -153,11 +158,24 @@ def _places(shape: Shape, spec: Spec) -> tuple[dict, tuple[int | None, ...]]:
 
 def _basic(x: Value, spec: Spec) -> Value:
     places, result = _places(x.type.shape, spec)
+    x, places = _within(x, places)
     whole = places["stop"] == x.type.shape and not any(places["start"]) and set(places["step"]) <= {1}
     part = x if whole else movement.slice(x, **places)
     kinds = [item[0] for item in spec if item[0] != "new"]
     left = iter([d for d, kind in zip(part.type.shape, kinds) if kind == "slice"])
     return nd.reshape(part, tuple([1 if d == 1 else next(left) for d in result]))
+
+
+def _within(x: Value, places: dict) -> tuple[Value, dict]:
+    """Slices of a known size up to a free one, `table[:n]`, are gathered, which finds out at run time whether they lie within."""
+    start, stop, step = (list(places[k]) for k in ("start", "stop", "step"))
+    for axis, (d, lo, hi) in enumerate(zip(x.type.shape, start, stop)):
+        if not isinstance(d, int) or (isinstance(lo, int) and isinstance(hi, int)) or step[axis] != 1:
+            continue
+        rows = nd.iota((hi - lo,), 0, i64) + nd.size_of(lo, i64)
+        x = move_axes(indexing.gather(x, rows, axes=(axis,)), (0,), (axis,))
+        start[axis], stop[axis] = 0, hi - lo
+    return x, {"start": tuple(start), "stop": tuple(stop), "step": tuple(step)}
 
 
 def _basic_back(x: Value, new: Value, spec: Spec) -> Value:

@@ -326,14 +326,14 @@ def _avg_pool(
 
 
 # ------------------------------------------------------------------------------------------------------------- arguments
-def spatial_sizes(name: str, t: TensorType, n: int, channels_first: bool) -> tuple[int, ...]:
-    """The sizes of the n spatial dims, which must be known."""
+def spatial_sizes(name: str, t: TensorType, n: int, channels_first: bool, free: bool = False) -> tuple[int, ...]:
+    """The sizes of the n spatial dims, which must be known, unless `free`."""
     if t.rank not in (n + 1, n + 2):
         layout = ("channels, " if channels_first else "") + "spatial..." + ("" if channels_first else ", channels")
         raise ShapeError(f"{name}: it takes [batch, {layout}] or [{layout}] with {n} spatial dims, got {t}")
     sizes = t.shape[t.rank - n :] if channels_first else t.shape[t.rank - n - 1 : t.rank - 1]
     for d in sizes:
-        if not isinstance(d, int):
+        if not isinstance(d, int) and not free:
             raise ShapeError(f"{name}: spatial sizes must be known, got {t}; only the batch may be unknown")
         if d == 0:
             raise ShapeError(f"{name}: there is nothing to pool in {t}")
@@ -539,11 +539,15 @@ def _mean_of_all(x: Value, n: int) -> Value:
     y = wide(x)
     axes = tuple(range(x.type.rank - n, x.type.rank))
     total = kept(sum_(y, axes), y.type.shape, axes)
-    return nd.cast_to(total / nd.size_of(elements(y.type.shape, axes), y.type.dtype), float_dtype(x))
+    return nd.cast_to(total / nd.size_of(elements(y.type.shape, axes), y.type.dtype, least=1), float_dtype(x))
 
 
 def _adaptive_avg(n: int, input: Any, output_size: Any) -> Any:
-    extents, wanted = _adapted(f"adaptive_avg_pool{n}d", input, output_size, n)
+    name = f"adaptive_avg_pool{n}d"
+    if output_size in (1, (1,) * n, [1] * n):
+        spatial_sizes(name, type_of(input), n, True, free=True)
+        return apply(_mean_of_all, (input,), (n,))
+    extents, wanted = _adapted(name, input, output_size, n)
     if all(o == 1 for o in wanted):
         return apply(_mean_of_all, (input,), (n,))
     windows = _even(extents, wanted)

@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from duo import symbolic
 from duo.dispatch import distinct
 from duo.eager.infer import explained, scalar_types, user_location
 from duo.eager.tensor import EagerTensor
@@ -25,12 +26,14 @@ from duo.graph.errors import InvalidArgumentError, NotFoundError
 from duo.graph.placement import Place, Scope, Unnamed, innermost, scope_of
 from duo.graph.states import Constant, Number, Placeholder, SeededState, SharedState, Source, State
 from duo.random import default_generator
+from duo.symbolic import has_size, plain
 from duo_ir.core import Builder, Function, Loc, Op, Value
 from duo_ir.errors import DuoError, ShapeError
 from duo_ir.opdef import OpDef
+from duo_ir.ops import broadcasting as nd
 from duo_ir.ops import shape as movement
 from duo_ir.transforms.sizes import sized, sized_type
-from duo_ir.types import Dim, DimLike, TensorType, substitute
+from duo_ir.types import Dim, DimLike, DType, TensorType, substitute
 from duo_ir.types import dtype as as_dtype
 
 
@@ -456,14 +459,15 @@ class Graph:
             raise InvalidArgumentError("the graph is finalized and cannot be changed")
         frame = self.frame
         frame.loc = loc = user_location()
-        numbers = (float, int, bool)
-        kinds = tuple([t.__class__ if t.__class__ in numbers else self.value_of(t) for t in tensors])
+        attrs = plain(attrs)
+        if self._renamed and has_size(attrs):
+            attrs = sized(attrs, {n: self.size(Dim.symbol(n)) for n in self._renamed})  # type: ignore[assignment]
+        kinds = tuple([self._kind(t) for t in tensors])
         dtypes = iter(scalar_types(tuple([k.type if k.__class__ is Value else k for k in kinds])))
-        operands = [
-            k if k.__class__ is Value else self.source(Number(t), TensorType(next(dtypes)))
-            for k, t in zip(kinds, tensors)
-        ]
         start, first = len(frame.ops), len(self.items)
+        operands = [
+            k if k.__class__ is Value else self._number(t, next(dtypes)) for k, t in zip(kinds, tensors)
+        ]
         try:
             with frame:
                 out = distinct(body(*operands, *attrs), operands)
@@ -492,6 +496,19 @@ class Graph:
             self.name_results(type or body.__name__.strip("_"), None, results, tensors)
             results[0].op.loc = loc
         return tuple(results) if isinstance(out, (tuple, list)) else results[0]
+
+    def _kind(self, operand: Any) -> Any:
+        """The Value of a tensor; the class of a number."""
+        if isinstance(operand, symbolic.Number):
+            return operand.kind
+        return operand.__class__ if operand.__class__ in (float, int, bool) else self.value_of(operand)
+
+    def _number(self, number: Any, dtype: DType) -> Value:
+        """A number beside tensors, in the dtype that it takes there."""
+        if not isinstance(number, symbolic.Number):
+            return self.source(Number(number), TensorType(dtype))
+        with self.frame:
+            return nd.cast_to(symbolic.value_of(number, self.size), dtype)
 
     def _undo(self, frame: Frame, start: int, first: int) -> None:
         del frame.ops[start:]

@@ -10,8 +10,10 @@ import numpy as np
 
 from duo.dispatch import View
 from duo.eager.tensor import EagerTensor
+from duo.functional import creation
 from duo.graph.errors import InvalidArgumentError
 from duo.graph.graph import Graph, Operation, get_default_graph, graph_of
+from duo.symbolic import Number, plain, symbolic
 from duo.tensor import Tensor
 from duo_ir.core import Op, Value
 from duo_ir.errors import DTypeError, ShapeError
@@ -110,10 +112,10 @@ class GraphElement(Tensor):
 
     @property
     def shape(self) -> Any:
-        return TensorShape(self._type.shape)
+        return TensorShape(map(symbolic, self._type.shape))
 
     def get_shape(self) -> TensorShape:
-        return TensorShape(self._type.shape)
+        return TensorShape(map(symbolic, self._type.shape))
 
     def set_shape(self, shape: Sequence[Any]) -> None:
         """Declares sizes that were unknown. Raises ShapeError where a known one differs."""
@@ -190,6 +192,7 @@ class GraphTensor(GraphElement):
 
 
 Graph.tensor_class = GraphTensor
+Number._apply = GraphElement._apply
 
 
 # ----------------------------------------------------------------------------------------------- making tensors
@@ -295,6 +298,11 @@ def convert_to_tensor(value: Any, dtype: Any = None, name: str | None = None, li
         return value
     if isinstance(value, EagerTensor):
         return named(get_default_graph(), "Read", name, lambda: identity_of(value))
+    if isinstance(value, Number):
+        wanted = as_dtype(dtype) if dtype is not None else like.dtype if like is not None else _NUMBERS[value.kind]
+        out = get_default_graph().apply(creation._numbers, (value,), (False, wanted), "Size")
+        out.known = plain(value) if isinstance(value, Dim) else None
+        return out
     if isinstance(value, (list, tuple)) and any(isinstance(v, Tensor) for v in _leaves(value)):
         known = tuple([v.known if isinstance(v, GraphTensor) else v for v in value])
         parts = [convert_to_tensor(v, dtype) for v in value]
@@ -308,6 +316,9 @@ def convert_to_tensor(value: Any, dtype: Any = None, name: str | None = None, li
         if wanted.is_float or array.dtype.kind in "iub":
             dtype = wanted
     return constant(value, dtype, name=name or "Const")
+
+
+_NUMBERS = {int: i32, float: f32}  # dtypes of numbers that stand alone
 
 
 def _leaves(value: Any) -> list[Any]:

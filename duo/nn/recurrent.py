@@ -1,7 +1,7 @@
 """Recurrent layers and cells with torch.nn's parameters, names and gate orders: RNN, LSTM (Hochreiter & Schmidhuber 1997; Gers et al. 2000), GRU (Cho et al. 2014).
 
-A layer walks the steps in Python, so the program has one copy of the cell for each: the length of a sequence must be known when it is built. What
-depends on the input alone is one product for all steps.
+A layer walks the steps in Python, so the program has one copy of the cell for each; where the length of a sequence is free (`"f32[batch,length,8]"` of
+an export), it is a loop of the program, without gradients. What depends on the input alone is one product for all steps.
 """
 
 from __future__ import annotations
@@ -9,13 +9,19 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from duo.control import while_loop
+from duo.dispatch import apply
 from duo.eager.creation import empty
-from duo.functional import cat, chunk, sigmoid, stack, tanh, zeros_like
+from duo.functional import cat, chunk, index_copy, sigmoid, stack, tanh, zeros_like
+from duo.functional._args import type_of
 from duo.nn import functional as F
 from duo.nn import init
 from duo.nn.module import Module
 from duo.nn.parameter import Parameter
+from duo_ir.core import Value
 from duo_ir.errors import ArgumentError, ShapeError
+from duo_ir.ops import broadcasting as nd
+from duo_ir.types import i64
 
 State = Any  # h, or (h, c) of an LSTM
 
@@ -128,12 +134,7 @@ class RNNBase(Module):
                 f"{name}: input {list(input.shape)} is not [length, batch, {self.input_size}] or [length, {self.input_size}]"
             )
         x = input.transpose(0, 1) if batched and self.batch_first else input
-        length = x.shape[0]
-        if not isinstance(length, int):
-            raise ShapeError(
-                f"{name}: the length of a sequence is {length}; it must be known: fix that size, or pad sequences to one length"
-            )
-        if length == 0:
+        if type_of(x).shape[0] == 0:
             raise ShapeError(f"{name}: a sequence needs a step; the input is {list(input.shape)}")
         states = self._first(x, hx, batched)
         last: list[State] = []
@@ -172,6 +173,8 @@ class RNNBase(Module):
         if state is None:
             zero = zeros_like(gates[0])[..., : self.hidden_size]
             state = (zero, zero) if self.mode == "LSTM" else zero
+        if not isinstance(type_of(x).shape[0], int):
+            return self._loop(gates, state, given[1], biases[1], reverse)
         steps = range(x.shape[0])
         outputs = []
         for t in reversed(steps) if reverse else steps:
@@ -179,6 +182,28 @@ class RNNBase(Module):
             state = cell(gates[t], F.linear(h, given[1], biases[1]), state)
             outputs.append(state[0] if self.mode == "LSTM" else state)
         return stack(outputs[::-1] if reverse else outputs, 0), state
+
+
+    def _loop(self, gates: Any, state: State, weight: Any, bias: Any, reverse: bool) -> tuple[Any, State]:
+        """The walk over a number of steps that is known when the program runs. There is no gradient through it."""
+        cell, lstm = _CELLS[self.mode][0], self.mode == "LSTM"
+        steps = apply(_steps, (gates,))
+
+        def step(k: Any, outputs: Any, *state: Any) -> tuple[Any, ...]:
+            t = steps - 1 - k if reverse else k
+            new = cell(gates[t], F.linear(state[0], weight, bias), state if lstm else state[0])
+            new = new if lstm else (new,)
+            return (k + 1, index_copy(outputs, 0, t.reshape(1), new[0].unsqueeze(0)), *new)
+
+        outputs = zeros_like(gates)[..., : self.hidden_size]
+        carried = (zeros_like(steps), outputs, *(state if lstm else (state,)))
+        _, out, *last = while_loop(lambda k, *_: k < steps, step, carried)
+        return out, tuple(last) if lstm else last[0]
+
+
+def _steps(x: Value) -> Value:
+    """The length of a sequence, of which there must be a step."""
+    return nd.size_of(x.type.shape[0], i64, least=1)
 
 
 class RNN(RNNBase):

@@ -66,9 +66,11 @@ def iota(shape: Shape, axis: int, dtype: DType = i64) -> Value:
     return generate.iota(shape=shape, axis=axis, dtype=dtype)
 
 
-def size_of(dims: DimLike, dtype: DType) -> Value:
-    """A size as a 0-d number: a constant where it is known, else read at run time."""
-    return constant_of(dims, dtype) if isinstance(dims, int) else cast_to(generate.size(dim=dims), dtype)
+def size_of(dims: DimLike, dtype: DType, least: int | None = None) -> Value:
+    """A size as a 0-d number: a constant where it is known, else read at run time. `least`: programs are for no smaller ones."""
+    if isinstance(dims, int) and (least is None or dims >= least):
+        return constant_of(dims, dtype)
+    return cast_to(generate.size(dim=dims) if least is None else generate.size(dim=dims, least=least), dtype)
 
 
 def literal(x: Value) -> float | int | bool | None:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from duo_ir.core import Op, Value
-from duo_ir.errors import ArgumentError, DTypeError
+from duo_ir.errors import ArgumentError, DTypeError, ShapeError
 from duo_ir.opdef import Generate, OpDef
 from duo_ir.ops.checks import check_shape
 from duo_ir.scalar import math
@@ -44,9 +44,11 @@ def _iota_type(*, shape: Shape, axis: int, dtype: DType) -> TensorType:
     return TensorType(dtype, shape)
 
 
-def _size_type(*, dim: DimLike) -> TensorType:
+def _size_type(*, dim: DimLike, least: int | None = None) -> TensorType:
     if isinstance(dim, bool) or not isinstance(dim, (int, Dim)):
         raise ArgumentError(f"size takes an int or a Dim, not {dim!r}")
+    if least is not None and isinstance(dim, int) and dim < least:
+        raise ShapeError(f"the program divides by a size that is {dim}; it needs {least} at least")
     return TensorType(i64)
 
 
@@ -58,7 +60,7 @@ def _iota(s: Any, indices: Any, linear: Any, *, shape: Shape, axis: int, dtype: 
     return math.cast(s, indices[axis], dtype)
 
 
-def _size(s: Any, indices: Any, linear: Any, *, dim: DimLike) -> Any:
+def _size(s: Any, indices: Any, linear: Any, *, dim: DimLike, least: int | None = None) -> Any:
     return s.const(dim, i64) if isinstance(dim, int) else s.dim(dim)
 
 
@@ -71,4 +73,7 @@ def _known_size(op: Op) -> Sequence[Value] | None:
     return (constant(value=dim, dtype=i64),) if isinstance(dim, int) else None
 
 
-size = OpDef("size", _size_type, Generate(_size), canonicalize=_known_size, doc="The value of the size `dim` at run time, as i64, 0-d.")
+size = OpDef(
+    "size", _size_type, Generate(_size), canonicalize=_known_size,
+    doc="The value of the size `dim` at run time, as i64, 0-d. `least`: the program is none for smaller ones.",
+)  # fmt: skip

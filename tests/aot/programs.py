@@ -92,3 +92,13 @@ class Library:
             out.append(row)
         assert at == len(done.stdout)
         return out
+
+
+def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
+    """The same bits, any NaN equal to any."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    if a.dtype.kind in "biu":
+        return bool((a == b).all())
+    nan = np.isnan(a)
+    return bool((nan == np.isnan(b)).all()) and a[~nan].tobytes() == b[~nan].tobytes()

@@ -23,7 +23,7 @@ from duo_ir.errors import ShapeError
 from duo_ir.kernels.kernel import ContractKernel
 from duo_ir.transforms.sizes import with_sizes
 from duo_ir.types import evaluate
-from tests.aot.programs import Library, source_of_function
+from tests.aot.programs import Library, same_bits, source_of_function
 
 sys.path.append(str(Path(__file__).parents[1] / "backends"))
 from test_conformance_random import NAMED, Maker
@@ -42,16 +42,6 @@ def expected(function: Function, sizes: dict[str, int], arrays: list[np.ndarray]
     backend = CpuBackend()
     out = pipeline.compile(fixed, backend).bind({}).run([backend.from_numpy(a) for a in arrays])
     return [backend.to_numpy(b, t.dtype, t.static_shape()) for b, t in zip(out, fixed.result_types)]
-
-
-def same(a: np.ndarray, b: np.ndarray) -> bool:
-    """The same bits, any NaN equal to any."""
-    if a.shape != b.shape or a.dtype != b.dtype:
-        return False
-    if a.dtype.kind in "biu":
-        return bool((a == b).all())
-    nan = np.isnan(a)
-    return bool((nan == np.isnan(b)).all()) and a[~nan].tobytes() == b[~nan].tobytes()
 
 
 def single_column(function: Function, sizes: dict[str, int]) -> bool:
@@ -75,7 +65,7 @@ def test_random_programs(tmp_path, seed):
     library = Library.of(source_of_function(function), tmp_path, target)
     for (threads, sizes, arrays), out in zip(jobs, library.run(jobs)):
         for k, (a, b) in enumerate(zip(out, expected(function, sizes, arrays), strict=True)):
-            assert same(a, b), (seed, threads, sizes, k, str(function))
+            assert same_bits(a, b), (seed, threads, sizes, k, str(function))
 
 
 TYPES = {"f16": "f2", "bf16": bfloat16, "f64": "f8", "i8": "i1", "u8": "u1", "i32": "i4"}
@@ -95,7 +85,7 @@ def test_every_type_and_no_rows(tmp_path, dtype):
     jobs = [(1 + n % 2, {"n": n}, [make(n), make(3)]) for n in (0, 1, 5, 33)]
     for (_, sizes, arrays), out in zip(jobs, library.run(jobs)):
         for k, (a, b) in enumerate(zip(out, program(*map(duo.tensor, arrays)))):
-            assert same(a, b.numpy()), (sizes, k)
+            assert same_bits(a, b.numpy()), (sizes, k)
 
 
 def test_a_product_of_one_column_is_refused(tmp_path):

@@ -206,7 +206,7 @@ def test_decisions_are_refused_at_the_line(tmp_path):
 
 def test_decisions_that_are_the_same_for_all_sizes(tmp_path):
     def program(x):
-        assert x.shape[0] >= 0 and x.shape[0] == x.shape[0] and x.shape[1] + 1 > 0 and -1 < x.shape[0]
+        assert x.shape[0] >= 0 and x.shape[0] == x.shape[0] and x.shape[1] + 1 > 0 and x.shape[0] > -1
         assert not (x.shape[0] < 0 or x.shape[1] != x.shape[1] or x.shape[0] == -1)
         return x + x.shape[0] * 0 + (x.shape[1] - x.shape[1])
 

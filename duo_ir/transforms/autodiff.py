@@ -138,8 +138,8 @@ def _pull_control(op: Op, cotangents: Sequence[Value | None], numbers: Sequence[
     if op.definition.kind != _COND:
         raise GradientError(
             f"{op.definition.name}{where_from(op)} cannot be differentiated in reverse: how often it runs is known only when it "
-            "runs, so its intermediate values are not kept. Use scan, a fixed number of iterations unrolled in Python, or "
-            "forward mode (jvp), which goes through loops"
+            "runs, so its intermediate values are not kept. Use a fixed number of iterations unrolled in Python (a recurrent layer: "
+            "sequences of a known length), or forward mode (jvp), which goes through loops"
         )
     predicate, *captured = op.operands
     given = [(k, g) for k, g in enumerate(cotangents) if g is not None]

@@ -8,7 +8,7 @@ import pytest
 import duo
 import duo.graph as tf
 from duo import nn
-from duo_ir.errors import ArgumentError, ShapeError
+from duo_ir.errors import ArgumentError, GradientError, ShapeError
 
 KINDS = ("RNN", "LSTM", "GRU")
 
@@ -98,5 +98,7 @@ def test_mistakes():
         nn.GRU(5, 7)(duo.zeros(4, 3, 5), duo.zeros(2, 3, 7))
     with pytest.raises(ArgumentError, match="nonlinearity"):
         nn.RNN(5, 7, nonlinearity="sine")
-    with tf.Graph().as_default(), pytest.raises(ShapeError, match="length of a sequence"):
-        nn.RNN(5, 7)(tf.placeholder(tf.float32, [None, 3, 5]))
+    with tf.Graph().as_default():
+        x = tf.placeholder(tf.float32, [None, 3, 5])  # a loop over a free length, which has no gradient
+        with pytest.raises(GradientError, match="sequences of a known length"):
+            tf.gradients(nn.RNN(5, 7)(x)[0], [x])

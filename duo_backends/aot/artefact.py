@@ -18,6 +18,7 @@ from duo_backends.aot.library import build_library, emit_kernels
 from duo_backends.aot.limits import least_sizes, signed_dims
 from duo_backends.aot.plan import make_plan
 from duo_backends.aot.source import ProgramSource, Source, hoisted
+from duo_backends.aot.special import free_columns, with_special
 from duo_backends.aot.targets import AotTarget
 from duo_backends.aot.weights import Block, block_of, checkpoint_header, code_of
 from duo_backends.cpu.backend import CpuBackend
@@ -38,7 +39,7 @@ class Artefact:
 
     @classmethod
     def of(cls, source: Source, target: AotTarget) -> Artefact:
-        return cls(hoisted(source, lambda op: panel_columns(op, target.code), _run), target)
+        return cls(with_special(hoisted(source, lambda op: panel_columns(op, target.code), _run)), target)
 
     @cached_property
     def block(self) -> Block:
@@ -153,13 +154,25 @@ class Artefact:
         return Entry(
             p.name,
             make_plan(program, codes),
-            least_sizes(p.function),
+            p.dims,
+            dict.fromkeys(p.dims, 0) | least_sizes(p.function),
             tuple(signed_dims(p.function)),
+            free_columns(p.function),
             (*given, *outputs),
             tuple(known),
             tuple(copies),
             tuple(swaps),
+            self._special(p),
         )
+
+    def _special(self, p: ProgramSource) -> tuple[tuple[int, Mapping[str, int]], ...]:
+        """Numbers of the programs that stand in for `p`, and when; the one that asks for most comes first."""
+        found = [
+            (k, dict(other.special.sizes))
+            for k, other in enumerate(self.source.programs)
+            if other.special is not None and other.special.of == p.name
+        ]
+        return tuple(sorted(found, key=lambda row: -len(row[1])))
 
 
 def _stays(p: ProgramSource, program: Program, k: int) -> bool:

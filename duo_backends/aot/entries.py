@@ -12,23 +12,23 @@ from duo_ir.types import Dim
 
 @dataclass(frozen=True)
 class Entry:
-    """A program as callers see it. `least`: of each free size; `signed`: sizes computed of them that must not be negative. `given`: names of the pointers that they pass, in order; `sources[k]`: where the address of the program's argument k
-    comes from (kind of `runtime`, number); `copies`: results that are copied after a run, (argument, kind and number of where to); `swaps`: states
-    whose two places change roles then."""
+    """A program as callers see it. `dims`: the free sizes, which are the first parameters. `least`: of each free size; `signed`: sizes computed of them
+    that must not be negative; `columns`: those that must not be 1. `given`: names of the pointers that they pass, in order; `sources[k]`: where the
+    address of the program's argument k comes from (kind of `runtime`, number); `copies`: results that are copied after a run, (argument, kind and
+    number of where to); `swaps`: states whose two places change roles then. `special`: programs that run instead, (number, sizes at which), the one
+    with most of them first."""
 
     name: str
     plan: Plan
+    dims: tuple[str, ...]
     least: Mapping[str, int]
     signed: tuple[Dim, ...]
+    columns: tuple[Dim, ...]
     given: tuple[str, ...]
     sources: tuple[tuple[int, int], ...]
     copies: tuple[tuple[int, int, int], ...] = ()
     swaps: tuple[int, ...] = ()
-
-    @property
-    def dims(self) -> tuple[str, ...]:
-        """The free dims, which are the first parameters."""
-        return self.plan.program.dims
+    special: tuple[tuple[int, Mapping[str, int]], ...] = ()
 
     def label(self, k: int) -> str:
         """What the program's argument k is called."""
@@ -102,14 +102,16 @@ def functions_text(prefix: str, entries: Sequence[Entry], nbytes: int, states: i
             continue
         dims, given = [f"i64 %d{k}" for k in range(len(e.dims))], [f"i64 %g{k}" for k in range(len(e.given))]
         sizes = _array("sizes", "d", len(e.dims))
+        lines = [*sizes, *_array("given", "g", len(e.given)), *_picked("number", e, n)]
         if trainer is not None and n == trainer.step:
-            run = f"@lib.train(i64 %model, i64 {trainer.first if trainer.first >= 0 else n}, i64 {n}"
+            first = trainer.first if trainer.first >= 0 else n
+            lines += _picked("first", entries[first], first)
+            run = "@lib.train(i64 %model, i64 %first, i64 %number"
         else:
-            run = f"@lib.call(i64 %model, i64 {n}"
-        lines = [*sizes, *_array("given", "g", len(e.given))]
+            run = "@lib.call(i64 %model, i64 %number"
         lines.append(f"  %r = call i64 {run}, i64 %sizes.word, i64 %given.word)")
         out.append(_function(f"{prefix}_{e.name}", ["i64 %model", *dims, *given], lines))
-        lines = [*sizes, f"  %r = call i64 @lib.scratch(i64 %model, i64 {n}, i64 %sizes.word)"]
+        lines = [*sizes, *_picked("number", e, n), "  %r = call i64 @lib.scratch(i64 %model, i64 %number, i64 %sizes.word)"]
         out.append(_function(f"{prefix}_{e.name}_scratch_bytes", ["i64 %model", *dims], lines))
     return "\n".join(out)
 
@@ -132,6 +134,21 @@ def trainer_text(prefix: str, trainer: Trainer, states: Sequence[State], texts: 
 
 def _function(name: str, params: Sequence[str], lines: Sequence[str]) -> str:
     return "\n".join([f"define i64 @{name}({', '.join(params)}) nounwind {{", *lines, "  ret i64 %r", "}"])
+
+
+def _picked(name: str, entry: Entry, number: int) -> list[str]:
+    """Lines that make `%name` the number of the program that runs for the sizes `%d0`, `%d1`, ...: `number`, or a special one."""
+    lines, best = [], str(number)
+    for k, (other, sizes) in reversed(list(enumerate(entry.special))):
+        test = "true"
+        for dim, size in sizes.items():
+            at = f"%{name}.{k}.{dim}"
+            lines.append(f"  {at}.is = icmp eq i64 %d{entry.dims.index(dim)}, {size}")
+            lines.append(f"  {at} = and i1 {test}, {at}.is")
+            test = at
+        lines.append(f"  %{name}.{k} = select i1 {test}, i64 {other}, i64 {best}")
+        best = f"%{name}.{k}"
+    return [*lines, f"  %{name} = add i64 {best}, 0"]
 
 
 def _array(name: str, letter: str, count: int) -> list[str]:

@@ -250,8 +250,8 @@ class _Program:
         for d in self.entry.signed:
             negative = text.new(f"fcmp olt double {text.value(evaluate(d, known))}, {0.0!r}")  # type: ignore[arg-type]
             out = text.new(f"select i1 {negative}, i64 -2, i64 {out}")
-        for n in dict.fromkeys(self.plan.columns):
-            single = text.new(f"fcmp oeq double {text.value(n)}, {1.0!r}")
+        for n in self.entry.columns:
+            single = text.new(f"fcmp oeq double {text.value(evaluate(n, known))}, {1.0!r}")  # type: ignore[arg-type]
             out = text.new(f"select i1 {single}, i64 -3, i64 {out}")
         self.parts.append("\n".join([*lines, *text.lines, f"  ret i64 {out}", "}"]))
 

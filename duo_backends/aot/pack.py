@@ -25,7 +25,7 @@ def pack(source: Source, targets: Sequence[AotTarget], producer: str) -> bytes:
     for target in targets:
         made = Artefact.of(source, target)
         rows = {
-            "programs": [_program_row(p) for p in made.source.programs],
+            "programs": [_program_row(p) for p in made.source.programs if p.special is None],
             "training": _training_row(made.source.training),
         }
         ir = json.dumps(rows, separators=(",", ":")).encode()
@@ -115,10 +115,10 @@ def unpack_source(manifest: Manifest, content: Any, where: str, code: int) -> So
 def _program(row: dict[str, Any]) -> ProgramSource:
     function: Function = parse(row["text"])
     verify(function)
-    ports = [tuple([Port(kind, name) for kind, name in row[side]]) for side in ("params", "results")]
-    if len(ports[0]) != len(function.params) or len(ports[1]) != len(function.results):
+    params, results = [tuple([Port(kind, name) for kind, name in row[side]]) for side in ("params", "results")]
+    if len(params) != len(function.params) or len(results) != len(function.results):
         raise ValueError("a program and its description differ")
-    return ProgramSource(row["name"], function, *ports)
+    return ProgramSource(row["name"], function, params, results)
 
 
 __all__ = ["describe_program", "dim_of", "pack", "unpack_source"]

@@ -16,7 +16,7 @@ from duo_backends.cpu.code import KernelCode, no_scratch
 from duo_backends.cpu.runner_text import BRANCH, END, JUMP, PHASE
 from duo_backends.cpu.table import COPY_NANOSECONDS, COPY_UNIT, threads_for
 from duo_backends.flat import LINE, Flattener, Layout, round_up, single_place
-from duo_ir.kernels.kernel import ContractKernel, Kernel
+from duo_ir.kernels.kernel import Kernel
 from duo_ir.kernels.program import Cond, Program, Step, While
 from duo_ir.types import evaluate
 
@@ -54,13 +54,11 @@ class Row:
 @dataclass
 class Plan:
     """`rows` end with END. `words`: pointer words, Arguments or offsets in the arena; `dims`: words of sizes; `arena` and `scratch` are bytes, the latter of
-    `THREADS` threads. `columns`: of results of contractions; a single one is added up in another order (contractions of floats, rule 2 and 3), by
-    another kernel."""
+    `THREADS` threads."""
 
     program: Program
     rows: list[Row] = field(default_factory=list)
     words: list[Argument | Number] = field(default_factory=list)
-    columns: list[Number] = field(default_factory=list)
     dims: list[Number] = field(default_factory=list)
     arena: Number = 0
     scratch: Number = 0
@@ -152,9 +150,6 @@ class _Coder(Flattener):
         units = [traced(partial(phase.units, sizes)) for phase in code.phases]
         if all(n.__class__ is int and n == 0 for n in units):
             return
-        if isinstance(step.kernel, ContractKernel) and step.kernel.acc.is_float:
-            columns = evaluate(step.kernel.n, sizes)
-            self.plan.columns += [columns] * isinstance(columns, Size)
         words = self.pointers([places[slot] for slot in step.slots])
         dims = len(self.plan.dims)
         self.plan.dims += sizes.values()

@@ -28,13 +28,28 @@ class Port:
 
 
 @dataclass(frozen=True)
+class Special:
+    """What a program stands in for: the program `of`, whose free sizes are `dims`, where its `sizes` (name, number) are these."""
+
+    of: str
+    dims: tuple[str, ...]
+    sizes: tuple[tuple[str, int], ...]
+
+
+@dataclass(frozen=True)
 class ProgramSource:
-    """`params[k]` and `results[k]` say what the Function's are."""
+    """`params[k]` and `results[k]` say what the Function's are. `special`: where it stands in for another (`special.py`)."""
 
     name: str
     function: Function
     params: tuple[Port, ...]
     results: tuple[Port, ...]
+    special: Special | None = None
+
+    @property
+    def dims(self) -> tuple[str, ...]:
+        """The free sizes that a call gives."""
+        return self.function.dims if self.special is None else self.special.dims
 
     def ports(self, kind: str) -> list[tuple[Port, TensorType]]:
         """The parameters (for outputs: the results) of that kind, with their types."""

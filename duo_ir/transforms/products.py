@@ -2,7 +2,8 @@
 
 Bits stay: fma(a, b, acc) does not care which factor comes first, and the order of k is the same. A weight's gradient then comes
 out in the weight's own layout, so that what follows (an optimizer's update) can be done on its tiles as they are finished. Sizes of 1
-are left alone: one output column is a reduction with another order (numerics contract, rule 2).
+are left alone, and those that artefacts are called with at run time, which may be 1: one output column is a reduction with another order
+(numerics contract, rule 2).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from duo_ir.core import Builder, Function, Op, Value
 from duo_ir.opdef import AxisMap, Contraction, Movement
 from duo_ir.ops import broadcasting as nd
 from duo_ir.transforms.rewrite import with_operands
+from duo_ir.types import Dim
 
 
 def turn_products(function: Function) -> Function:
@@ -22,7 +24,9 @@ def turn_products(function: Function) -> Function:
     kept = set(function.results)
     turned: dict[Op, Op] = {}  # the transposition -> the product
     for op in function.ops:
-        if not isinstance(op.definition.kind, Contraction) or op.result in kept or 1 in op.result.type.shape[-2:]:
+        if not isinstance(op.definition.kind, Contraction) or op.result in kept:
+            continue
+        if any(d == 1 or isinstance(d, Dim) for d in op.result.type.shape[-2:]):
             continue
         readers = users.get(op.result, [])
         if len(readers) == 1 and _swaps_last(readers[0]):

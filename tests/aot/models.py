@@ -43,13 +43,13 @@ def cnn() -> nn.Module:
 
 
 class Gpt(nn.Module):
-    """Two causal blocks."""
+    """Four causal blocks."""
 
     def __init__(self, words: int = 40, width: int = 32, length: int = 12) -> None:
         super().__init__()
         self.words, self.places = nn.Embedding(words, width), nn.Parameter(duo.randn(length, width))
         layer = lambda: nn.TransformerEncoderLayer(width, 4, 64, 0.0, "gelu", batch_first=True, norm_first=True)  # noqa: E731
-        self.blocks = nn.ModuleList([layer() for _ in range(2)])
+        self.blocks = nn.ModuleList([layer() for _ in range(4)])
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, words)
 
     def forward(self, index):
@@ -82,7 +82,7 @@ def lstm() -> nn.Module:
 
 
 def resnet() -> nn.Module:
-    """ResNet-18, for images of any number; smaller ones than it is for."""
+    """ResNet-18 with all its channels, for images of any number; smaller ones than it is for."""
     return TorchStyle(duo, duo.get_num_threads()).resnet_model()
 
 
@@ -92,5 +92,5 @@ MODELS = {
     "cnn": (cnn, "f32[batch,1,14,14]", lambda b: floats(b, b, 1, 14, 14)),
     "lstm": (lstm, "i64[batch,6]", lambda b: np.random.default_rng(b).integers(0, 30, (b, 6))),
     "gpt": (gpt, "i64[batch,12]", lambda b: np.random.default_rng(b).integers(0, 40, (b, 12))),
-    "resnet": (resnet, "f32[batch,3,64,64]", lambda b: floats(b, b, 3, 64, 64)),
+    "resnet": (resnet, "f32[batch,3,32,32]", lambda b: floats(b, b, 3, 32, 32)),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import shutil
 import subprocess
 import sys
@@ -22,16 +23,41 @@ pytestmark = [
 
 @pytest.mark.parametrize("name", MODELS)
 def test_python_file_and_c_agree(tmp_path, name):
+    """Batches of 1 to 9 on one and two threads: eager mode, the loaded file, and a C program in a process without Python have the same bits."""
     make, text, data = MODELS[name]
     model = make()
-    batches = {"mlp": range(1, 10), "resnet": (1, 3)}.get(name, (1, 2, 4, 7, 9))
-    wanted = {b: model(duo.tensor(data(b))).detach().numpy().tobytes() for b in batches}
-    jobs = [(threads, {"batch": b}, [data(b)]) for b in batches for threads in (1, 2)]
+    wanted = {b: model(duo.tensor(data(b))).detach().numpy().tobytes() for b in range(1, 10)}
+    jobs = [(threads, {"batch": b}, [data(b)]) for b in wanted for threads in (1, 2)]
     duo.export(model, text, path=tmp_path / "m.duo")
     files = {threads: duo.load_executable(tmp_path / "m.duo", threads=threads) for threads in (1, 2)}
-    made = Library.of(source_of(model, [text], "m"), tmp_path).run(jobs)
-    for (threads, sizes, (x,)), (y,) in zip(jobs, made):
+    library = Library.of(source_of(model, [text], "m"), tmp_path)
+    for (threads, sizes, (x,)), (y,) in zip(jobs, library.run(jobs)):
         assert y.tobytes() == wanted[sizes["batch"]] == files[threads](x).tobytes(), (threads, sizes)
+    assert files[1](data(0)).size == 0
+    assert files[2](data(9)[:1]).tobytes() == files[2](data(9))[:1].tobytes()
+    assert dependencies(library.path) <= LIBC
+
+
+# What a library may need; which of them there are depends on the C library's version.
+LIBC = {"libc", "libm", "linux-vdso", "ld-linux-x86-64", "ld-linux-aarch64"}
+
+
+def dependencies(path) -> set[str]:
+    """Names of what the dynamic linker loads for a file, without versions."""
+    done = subprocess.run(["ldd", str(path)], capture_output=True, check=True, text=True)
+    return {line.split()[0].rsplit("/", 1)[-1].split(".")[0] for line in done.stdout.splitlines()}
+
+
+def test_libraries_and_their_programs_need_libc_alone(tmp_path):
+    """Also what trains and what runs on several threads, and the program around them."""
+    model = duo.nn.Linear(4, 3)
+    optimizer = duo.optim.Adam(model.parameters())
+    loss = duo.nn.functional.mse_loss
+    duo.export_training(model, loss, optimizer, "f32[batch,4]", "f32[batch,3]", path=tmp_path / "libtrain.so")
+    stress(tmp_path)
+    for name in ("libtrain.so", "libone.so", "libtwo.so", "stress"):
+        assert dependencies(tmp_path / name) <= {*LIBC, "libone", "libtwo", "libpthread"}, name
+    assert ctypes.CDLL(str(tmp_path / "libtrain.so")).train_create
 
 
 @pytest.mark.parametrize("target", ["native", "x86-64-v3"])

@@ -118,7 +118,7 @@ def _quick_call(program: Program, model: Model) -> Callable[[tuple], Any] | None
     at = array_data()
     if at is None:
         return None
-    run, lock, handle = model.direct(program.name, len(program.inputs) + len(program.outputs))
+    run, handle = model.direct(program.name, len(program.inputs) + len(program.outputs))
     wanted = tuple([(np.ndarray, p.dtype.numpy, p.shape) for p in program.inputs])
     made = [(p.shape, p.dtype.numpy) for p in program.outputs]
     place, empty, single = ctypes.c_int64.from_address, np.empty, len(made) == 1
@@ -134,7 +134,7 @@ def _quick_call(program: Program, model: Model) -> Callable[[tuple], Any] | None
         out = [empty(shape, dtype) for shape, dtype in made]
         for x in out:
             addresses.append(place(id(x) + at).value)
-        with lock:
+        with model.lock:
             code = run(handle, *addresses)
             if code:
                 model.check(code)

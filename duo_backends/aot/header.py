@@ -50,7 +50,8 @@ def header_text(source: Source, target: str, producer: str) -> str:
             f"A {name} is a model with memory of its own, for one call at a time; different ones may be used by different threads at once. Arrays are "
             "contiguous, the last axis first in memory; outputs must not overlap inputs. After an error, "
             f"{name}_message tells what was wrong. Results are the same bits for any number of threads, and as in Python. End all models "
-            "before the library is unloaded. A forked child must make models of its own."
+            "before the library is unloaded. A forked child may go on with its copies of models; one that another thread was training at that moment needs "
+            "its states set anew."
         ),
         "*/",
         f"#ifndef {upper}_H",

@@ -10,6 +10,7 @@ import ctypes
 import itertools
 import os
 import threading
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,6 +29,16 @@ _NAMES = {
 
 
 _numbers = itertools.count(1)
+_models: weakref.WeakSet[Model] = weakref.WeakSet()
+
+
+def _renew_locks() -> None:
+    for model in _models:
+        model.lock = threading.Lock()  # another thread of the parent may have held it
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_locks)
 
 
 class Code:
@@ -45,11 +56,12 @@ class Code:
 
 
 class Model:
-    """A model of a library. `weights`: the address of its weights; `keep`: what they belong to."""
+    """A model of a library. `weights`: the address of its weights; `keep`: what they belong to; `lock` is held during a call."""
 
     def __init__(self, code: Code, weights: int, threads: int, keep: Any) -> None:
         self._code, self._keep = code, keep
-        self._lock = threading.Lock()
+        self.lock = threading.Lock()
+        _models.add(self)
         self._destroy = code.function("destroy", 1, None)
         self._message = code.function("message", 1, ctypes.c_char_p)
         self._model = 0
@@ -69,10 +81,10 @@ class Model:
 
     def program(self, name: str, arguments: int) -> Any:
         """A function that runs a program on sizes and addresses, `arguments` in all, and raises what went wrong."""
-        run, lock = self._code.function(name, 1 + arguments), self._lock
+        run = self._code.function(name, 1 + arguments)
 
         def call(*given: int) -> None:
-            with lock:
+            with self.lock:
                 code = run(self._model, *given)
                 if code:
                     self.check(code)
@@ -81,7 +93,7 @@ class Model:
 
     def init(self, seed: int) -> None:
         """All states as at the start, drawn anew from a seed."""
-        with self._lock:
+        with self.lock:
             self.check(self._code.function("init", 2)(self._model, (seed + (1 << 63)) % (1 << 64) - (1 << 63)))
 
     def save(self, path: str) -> None:
@@ -94,13 +106,13 @@ class Model:
 
     def _with_path(self, name: str, path: str) -> None:
         encoded = ctypes.create_string_buffer(os.fsencode(path))
-        with self._lock:
+        with self.lock:
             self.check(self._code.function(name, 2)(self._model, ctypes.addressof(encoded)))
 
     def state(self, name: str) -> memoryview:
         """The bytes of a state, as they are now."""
         encoded, nbytes = ctypes.create_string_buffer(name.encode()), ctypes.c_int64()
-        with self._lock:
+        with self.lock:
             find = self._code.function("state", 3)
             at = find(self._model, ctypes.addressof(encoded), ctypes.addressof(nbytes))
             if not at:
@@ -110,20 +122,20 @@ class Model:
     def set_state(self, name: str, content: bytes) -> None:
         """Replaces a state's bytes."""
         encoded, nbytes = ctypes.create_string_buffer(name.encode()), ctypes.c_int64()
-        with self._lock:
+        with self.lock:
             find = self._code.function("state", 3)
             at = find(self._model, ctypes.addressof(encoded), ctypes.addressof(nbytes))
             if not at or nbytes.value != len(content):
                 raise ArgumentError(f"{self._code.name} has no state {name!r} of {len(content)} bytes")
             ctypes.memmove(at, content, len(content))
 
-    def direct(self, name: str, arguments: int) -> tuple[Any, threading.Lock, int]:
-        """The C function of a program without free sizes, the lock to be held while it runs, and its first argument."""
-        return self._code.function(name, 1 + arguments), self._lock, self._model
+    def direct(self, name: str, arguments: int) -> tuple[Any, int]:
+        """The C function of a program without free sizes, to be called with `lock` held, and its first argument."""
+        return self._code.function(name, 1 + arguments), self._model
 
     def scratch_bytes(self, name: str, sizes: Sequence[int]) -> int:
         """Bytes of temporaries of a program for these sizes."""
-        with self._lock:
+        with self.lock:
             got = self._code.function(f"{name}_scratch_bytes", 1 + len(sizes))(self._model, *sizes)
             if got < 0:
                 self.check(-got)

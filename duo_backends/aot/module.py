@@ -19,7 +19,7 @@ from duo_backends.aot.subset import Unit
 from duo_backends.aot.targets import AotTarget
 from duo_backends.cpu.code import SIGNATURE
 from duo_backends.cpu.pool_text import pool_text
-from duo_backends.cpu.runner_text import BRANCH, CODE_WORDS, HAS_PARALLEL, JUMP, PHASE, interpreter_text
+from duo_backends.cpu.runner_text import BRANCH, CODE_WORDS, JUMP, PHASE, interpreter_text
 from duo_backends.cpu.table import THREAD_LIMITS
 from duo_ir.types import evaluate
 
@@ -115,8 +115,7 @@ class _Program:
         numbers = {
             runtime.CODE_COUNT: code.size, runtime.DIM_COUNT: len(plan.dims), runtime.WORD_COUNT: len(plan.words),
             runtime.SIZE_COUNT: len(entry.dims), runtime.ARGUMENT_COUNT: len(entry.sources),
-            runtime.FLAGS: HAS_PARALLEL if plan.parallel else 0, runtime.COPY_COUNT: len(entry.copies),
-            runtime.SWAP_COUNT: len(entry.swaps),
+            runtime.COPY_COUNT: len(entry.copies), runtime.SWAP_COUNT: len(entry.swaps),
         }  # fmt: skip
         lines = [f"define internal i64 @duo.p{n}.describe(i64 %record) nounwind {{"]
         values = {at: f"ptrtoint (ptr @{name} to i64)" for at, name in (tables | functions).items()}
@@ -304,25 +303,63 @@ define internal void @duo.copy({SIGNATURE}) nounwind {{
 }}"""
 
 # Between the library's functions, all of i64, and the pool and runner. The pool has as many threads as the model that wants most, and none while there
-# is no model.
+# is no model. `duo.own` comes before each use of it: in a child its workers do not exist and its lock may be held by a thread that does not either. Of
+# several threads of the child that see so one puts it right, and the others get 0: they go on alone. It leaves `duo.owner` for last, so that a
+# further fork in between finds that it has to begin again.
 _BRIDGE = """
 @duo.models = internal global i64 0, align 8
+@duo.owner = internal global i32 0, align 4
+@duo.taking = internal global i32 0, align 4
+declare i32 @getpid()
+define internal i64 @duo.own(i64 %threads) nounwind {
+entry:
+  %me = call i32 @getpid()
+  %owner = load atomic i32, ptr @duo.owner acquire, align 4
+  %mine = icmp eq i32 %owner, %me
+  br i1 %mine, label %want, label %foreign
+foreign:
+  %taker = load atomic i32, ptr @duo.taking seq_cst, align 4
+  %taken = icmp eq i32 %taker, %me
+  br i1 %taken, label %no, label %take
+take:
+  %got = cmpxchg ptr @duo.taking, i32 %taker, i32 %me seq_cst seq_cst
+  %ok = extractvalue { i32, i1 } %got, 1
+  br i1 %ok, label %forget, label %no
+forget:
+  call void @duo_forget()
+  store atomic i32 %me, ptr @duo.owner release, align 4
+  br label %want
+want:
+  %wanted = load atomic i64, ptr @duo.wanted monotonic, align 8
+  %fewer = icmp slt i64 %wanted, %threads
+  br i1 %fewer, label %raise, label %yes
+raise:
+  %before = atomicrmw max ptr @duo.wanted, i64 %threads seq_cst
+  br label %yes
+yes:
+  ret i64 1
+no:
+  ret i64 0
+}
 define internal i64 @duo.walk(i64 %frame, i64 %code, i64 %flags) nounwind {
   %f = inttoptr i64 %frame to ptr
   %c = inttoptr i64 %code to ptr
   %r = call i64 @duo.run(ptr %f, ptr %c, i64 %flags)
   ret i64 %r
 }
-define internal i64 @duo.join(i64 %threads) nounwind {
+define internal i64 @duo.join() nounwind {
   %others = atomicrmw add ptr @duo.models, i64 1 seq_cst
-  %before = atomicrmw max ptr @duo.wanted, i64 %threads seq_cst
   ret i64 0
 }
 define internal i64 @duo.leave() nounwind {
 entry:
   %models = atomicrmw sub ptr @duo.models, i64 1 seq_cst
   %last = icmp eq i64 %models, 1
-  br i1 %last, label %end, label %done
+  br i1 %last, label %ours, label %done
+ours:
+  %own = call i64 @duo.own(i64 1)
+  %can = icmp ne i64 %own, 0
+  br i1 %can, label %end, label %done
 end:
   call void @duo_resize(i64 1, i64 1000000000)
   br label %done

@@ -63,11 +63,6 @@ class Plan:
     arena: Number = 0
     scratch: Number = 0
 
-    @property
-    def parallel(self) -> bool:
-        """Whether any phase may run on several threads."""
-        return any(row.kind == PHASE and row.threads != (1, 1) for row in self.rows)
-
 
 def make_plan(program: Program, codes: Mapping[Kernel, KernelCode]) -> Plan:
     """The plan of `program`. Raises ArgumentError for kernels whose sizes cannot be told from free dims."""

@@ -2,26 +2,28 @@
 
 A model is one block of memory: a header, the text of the last error, a record for each program, and what these point to. Offsets are in bytes.
 `module.py` writes what differs between artefacts: tables, `bind` and `check` of each program, and the functions that C sees.
-A model serves one call at a time; different models may be called from different threads at once.
+A model serves one call at a time; different models may be called from different threads at once. A forked child goes on with copies of its parent's
+models, also of one that was in a call: what a call prepares counts as prepared only when it is.
 """
 
 from __future__ import annotations
 
 from duo_backends.aot.subset import c, invoke, load64, native, store64
 from duo_backends.cpu.pool_text import CHUNKS_PER_THREAD, STATUS_BYTES
-from duo_backends.cpu.runner_text import FRAME_HEADER
+from duo_backends.cpu.runner_text import CODE_WORDS, FRAME_HEADER, HAS_PARALLEL, PHASE
 
 # ---- results of the library's functions
 OK, NULL_ARGUMENT, BAD_SIZE, NO_MEMORY, BAD_INDEX, SMALL_SCRATCH, WRONG_CPU, BAD_OPTION, BAD_FILE = range(9)
 
 # ---- the header of a model
 THREADS, ALLOCATE, RELEASE, USER, WEIGHTS, STATES = 0, 8, 16, 24, 32, 40
-FRAME, FRAME_BYTES, FRAME_OWNED, FRAME_USER = 48, 56, 64, 72  # FRAME_USER: the record whose words lie in the frame
+# FRAME_USER: the record whose words lie in the frame; 0 during a call
+FRAME, FRAME_BYTES, FRAME_OWNED, FRAME_USER = 48, 56, 64, 72
 BLOCK, STARTED = 80, 88  # memory of states; whether the model has been trained
 MESSAGE, MESSAGE_BYTES = 128, 384
 HEADER = 512
 
-# ---- the record of a program; the first part is written by `bind` and `call`, the second by `describe`
+# ---- the record of a program; the first part and FLAGS are written by `bind` and `call`, the second by `describe`
 CODE, DIMS, WORDS, BYTES, SIZES, BOUND, NEED = 0, 8, 16, 24, 32, 40, 48
 ARENA, SCRATCH = 56, 64  # side by side, as `bind` writes them
 TEMPLATE, CODE_COUNT, DIM_COUNT, WORD_COUNT, SIZE_COUNT, ARGUMENT_COUNT = 72, 80, 88, 96, 104, 112
@@ -125,7 +127,7 @@ def create(
         if bad:
             release(model, model)
             return bad
-    native("duo.join", threads)
+    native("duo.join")
     store64(out, model)
     return OK
 
@@ -266,8 +268,15 @@ def bind(model: int, record: int, sizes: int) -> int:
         k += 1
     need = up(FRAME_HEADER + 8 * load64(record + WORD_COUNT)) + up(load64(record + ARENA))
     store64(record + NEED, need + STATUS * threads + up(load64(record + SCRATCH)))
-    store64(record + BOUND, 1)
+    wide = 0  # whether any phase is worth a second thread
+    k = code
+    while k < code + 8 * load64(record + CODE_COUNT):
+        if load64(k) == PHASE and load64(k + 48) > 1:
+            wide = HAS_PARALLEL
+        k += 8 * CODE_WORDS
+    store64(record + FLAGS, wide)
     store64(model + FRAME_USER, 0)
+    store64(record + BOUND, 1)
     return OK
 
 
@@ -279,19 +288,21 @@ def reserve(model: int, record: int) -> int:
             form = "the scratch memory has %lld bytes; these sizes need %lld"
             c("snprintf", model + MESSAGE, MESSAGE_BYTES, form, load64(model + FRAME_BYTES), need)
             return SMALL_SCRATCH
-        release(model, load64(model + FRAME))
+        small = load64(model + FRAME)
         store64(model + FRAME, 0)
         store64(model + FRAME_BYTES, 0)
         store64(model + FRAME_USER, 0)
+        release(model, small)
         frame = allocate(model, need)
         if frame == 0:
             c("snprintf", model + MESSAGE, MESSAGE_BYTES, "there is no memory for %lld bytes of temporaries", need)
             return NO_MEMORY
-        store64(model + FRAME, frame)
-        store64(model + FRAME_BYTES, need)
         store64(model + FRAME_OWNED, 1)
+        store64(model + FRAME_BYTES, need)
+        store64(model + FRAME, frame)
     if load64(model + FRAME_USER) == record:
         return OK
+    store64(model + FRAME_USER, 0)
     frame = load64(model + FRAME)
     threads = load64(model + THREADS)
     count = load64(record + WORD_COUNT)
@@ -361,9 +372,14 @@ def call(model: int, number: int, sizes: int, given: int) -> int:
             store64(frame + FRAME_HEADER + 8 * load64(patches + 8 * n), place)
             n += 1
         k += 1
-    row = native("duo.walk", frame, load64(record + CODE), load64(record + FLAGS))
+    flags = load64(record + FLAGS)
+    if flags and native("duo.own", load64(model + THREADS)) == 0:
+        flags = 0
+    store64(model + FRAME_USER, 0)
+    row = native("duo.walk", frame, load64(record + CODE), flags)
     if row:
         return failed(model, record, frame, row)
+    store64(model + FRAME_USER, record)
     k = 0
     while k < load64(record + COPY_COUNT):
         n = load64(copies + 24 * k)
@@ -388,8 +404,7 @@ def failed(model: int, record: int, frame: int, row: int) -> int:
     status = load64(frame + 16)
     form = invoke(load64(record + NOTE), row - 1, load64(status))
     c("snprintf", model + MESSAGE, MESSAGE_BYTES, form, load64(status + 8), load64(status + 16))
-    store64(model + FRAME_USER, 0)  # its status words are no longer zero
-    return BAD_INDEX
+    return BAD_INDEX  # status words are no longer zero, so nobody has the frame
 
 
 def scratch(model: int, number: int, sizes: int) -> int:

@@ -114,25 +114,52 @@ static void allocators(void) {
     CHECK(failures >= 3);
 }
 
+static volatile int looping;
+
+static void *loop(void *model) {
+    while (looping) run_one(model, ROWS);
+    return NULL;
+}
+
+/* Forks while another thread runs `busy`: at any place of a call, often with the pool of threads in its hands. The child goes on with the models that it
+   has got, and with one of its own; it has workers again, and ends all. */
 static void forked(void) {
     one_options o = {.threads = 2};
-    one *m;
-    CHECK(one_create(&o, &m) == ONE_OK);
-    run_one(m, ROWS);
+    one *busy, *idle;
+    CHECK(one_create(&o, &busy) == ONE_OK && one_create(&o, &idle) == ONE_OK);
+    run_one(idle, ROWS);
     fflush(stdout);
-    pid_t child = fork();
-    if (child == 0) {
-        alarm(20);
-        one *other;
-        CHECK(one_create(&o, &other) == ONE_OK);
-        for (int k = 0; k < 20; k++) run_one(other, ROWS);
-        one_destroy(other);
-        _exit(0);
+    pthread_t thread;
+    looping = 1;
+    CHECK(pthread_create(&thread, NULL, loop, busy) == 0);
+    for (int k = 0; k < 40; k++) {
+        usleep(100 + 37 * k);
+        pid_t child = fork();
+        if (child == 0) {
+            alarm(20);
+            CHECK(threads_of_process() == 1);
+            one *other;
+            run_one(k % 2 ? busy : idle, ROWS);
+            CHECK(threads_of_process() == 2);
+            CHECK(one_create(&o, &other) == ONE_OK);
+            run_one(other, ROWS);
+            run_one(k % 2 ? idle : busy, ROWS - k);
+            if (k % 3 == 0) run_one(busy, 5);
+            one_destroy(other);
+            one_destroy(busy);
+            one_destroy(idle);
+            CHECK(threads_of_process() == 1);
+            _exit(0);
+        }
+        int status;
+        CHECK(waitpid(child, &status, 0) == child && status == 0);
     }
-    int status;
-    CHECK(waitpid(child, &status, 0) == child && status == 0);
-    run_one(m, ROWS);
-    one_destroy(m);
+    looping = 0;
+    pthread_join(thread, NULL);
+    run_one(idle, ROWS);
+    one_destroy(idle);
+    one_destroy(busy);
+    CHECK(threads_of_process() == 1);
 }
 
 static void codes(void) {

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import random
+import signal
 import struct
 import sys
 import threading
+import time
 import tracemalloc
 
 import numpy as np
@@ -168,6 +171,40 @@ def test_threads_and_models(tmp_path):
     for t in threads:
         t.join()
     assert not wrong
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_child_goes_on_with_a_model_that_another_thread_was_running(tmp_path):
+    """Fork finds the model's lock and its pool of threads in the hands of a thread that the child does not have."""
+    model, x = mlp(), floats(0, 400, 20)
+    duo.export(model, "f32[batch,20]", path=tmp_path / "m.duo")
+    duo.export(model, "f32[400,20]", path=tmp_path / "fixed.duo")
+    files = [duo.load_executable(tmp_path / name, threads=2) for name in ("m.duo", "fixed.duo")]
+    want = [f(x).tobytes() for f in files]
+    on = True
+
+    def loop(loaded):
+        while on:
+            loaded(x)
+
+    threads = [threading.Thread(target=loop, args=(f,)) for f in files]
+    for t in threads:
+        t.start()
+    codes = []
+    for _ in range(8):
+        time.sleep(0.003)
+        child = os.fork()
+        if child == 0:
+            signal.alarm(20)
+            ended = [f(x).tobytes() for f in files] == want and duo.load_executable(tmp_path / "m.duo")(x).tobytes() == want[0]
+            os._exit(0 if ended else 1)
+        codes.append(os.waitpid(child, 0)[1])
+        if codes[-1]:
+            break
+    on = False
+    for t in threads:
+        t.join()
+    assert codes == [0] * 8
 
 
 def test_control_flow_and_integers(tmp_path):

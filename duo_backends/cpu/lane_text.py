@@ -10,15 +10,10 @@ there; the trace's lock is held, as other threads may run during a long program.
 """
 
 LANE_WORDS = 7
-PYTHON = ("PyObject_VectorcallMethod", "PyList_SetSlice", "PyDict_Clear", "PyDict_Next")
 OBJECTS = ("FlushPlan", "Buffer", "capture_name", "acquire_name", "release_name", "flush")
 SLOTS = ("node.memo", "plan.address", "buffer.ptr", "buffer.nbytes", "buffer._home")
 
 LANE = """
-declare ptr @PyObject_VectorcallMethod(ptr, ptr, i64, ptr)
-declare i32 @PyList_SetSlice(ptr, i64, i64, ptr)
-declare void @PyDict_Clear(ptr)
-declare i32 @PyDict_Next(ptr, ptr, ptr, ptr)
 
 ; Whether only one reference to the object exists.
 define internal i1 @duo.alone(ptr %object) alwaysinline nounwind {
@@ -149,7 +144,7 @@ acquire:
   %acquire.name = const acquire_name
   %acquired = call ptr @PyObject_VectorcallMethod(ptr %acquire.name, ptr %pair, i64 2, ptr null)
   %unheld = icmp ne ptr %acquired, %true
-  call void @duo.drop(ptr %acquired)
+  drop %acquired
   br i1 %unheld, label %clear, label %fit
 fit:
   %fits = call i1 @duo.lane.fits(ptr %words, ptr %trace, ptr %entries)
@@ -161,7 +156,7 @@ leave:
   %result = phi i1 [ false, %fit ], [ %ran, %run ]
   %release.name = const release_name
   %released = call ptr @PyObject_VectorcallMethod(ptr %release.name, ptr %pair, i64 1, ptr null)
-  call void @duo.drop(ptr %released)
+  drop %released
   ret i1 %result
 no:
   ret i1 false
@@ -333,7 +328,7 @@ give.back:
   br label %drop
 drop:
   call void @PyErr_Clear()
-  call void @duo.drop(ptr %closed.entries)
+  drop %closed.entries
   br label %next.drop
 next.drop:
   %d = phi i64 [ 0, %drop ], [ %d2, %dropped ]
@@ -343,7 +338,7 @@ dropped:
   %d2 = add i64 %d, 1
   %drop.at = getelementptr ptr, ptr %made, i64 %d
   %drop.buffer = load ptr, ptr %drop.at
-  call void @duo.drop(ptr %drop.buffer)
+  drop %drop.buffer
   br label %next.drop
 no:
   ret i1 false

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from duo_backends.cpu import object_text, share_text
 from duo_backends.cpu import recorder_text as text
-from duo_backends.cpu import share_text
 from duo_backends.cpu.fingerprint import fingerprint
 from duo_backends.cpu.library import build_for_host
 from duo_backends.cpu.memory import BlockClass, Buffer, allocator
@@ -39,7 +39,7 @@ class Recorder:
         entries = ["record", "flush", "__del__", *operators, *share_text.METHODS]
         symbols = ["duo_recorder_objects", *[f"duo_{name}" for name in entries]]
         self._library = build_for_host(
-            source, symbols, fingerprint(), {**python_symbols(text.PYTHON), **_numpy_symbols()}, None
+            source, symbols, fingerprint(), {**python_symbols(tuple(object_text.SIGNATURES)), **_numpy_symbols()}, None
         )
         addresses = self._library.addresses
         names = text.object_names(operators)

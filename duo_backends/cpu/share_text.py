@@ -6,7 +6,6 @@ holds. Objects are made first; what is looked at, and the setting of what depend
 
 from __future__ import annotations
 
-PYTHON = ("PyWeakref_NewRef",)
 # NumPy's C interface, names and places in its table (numpy/_core/code_generators/numpy_api.py); they never change.
 ARRAYS = {"PyArray_NewFromDescr": 94, "PyArray_SetBaseObject": 282}
 OBJECTS = ("Storage", "Sharers", "detached", "minus_one", "ndarray", "python.detach", "python.numpy", "python.__array__", "blocks", "append_name")
@@ -18,7 +17,6 @@ METHODS = ("detach", "numpy", "__array__")
 MAX_DIMS = 16
 
 SHARE = """
-declare ptr @PyWeakref_NewRef(ptr, ptr)
 declare ptr @PyArray_NewFromDescr(ptr, ptr, i32, ptr, ptr, ptr, i32, ptr)
 declare i32 @PyArray_SetBaseObject(ptr, ptr)
 
@@ -44,9 +42,7 @@ entry:
   %class = const Storage
   %storage = call ptr @PyType_GenericAlloc(ptr %class, i64 0)
   %reference = call ptr @PyWeakref_NewRef(ptr %tensor, ptr null)
-  %s1 = icmp eq ptr %storage, null
-  %s2 = icmp eq ptr %reference, null
-  %s = or i1 %s1, %s2
+  %s = missing %storage %reference
   br i1 %s, label %failed, label %fill
 fill:
   %none = const none
@@ -61,8 +57,7 @@ fill:
   ret ptr %storage
 failed:
   call void @PyErr_Clear()
-  call void @duo.drop(ptr %storage)
-  call void @duo.drop(ptr %reference)
+  drop %storage %reference
   ret ptr null
 }
 ; Gives the tensor a storage if it has none; whether it has one.
@@ -277,11 +272,7 @@ make: ; first what allocates
   %sharers.class = const Sharers
   %sharers = call ptr @PyType_GenericAlloc(ptr %sharers.class, i64 0)
   %list = call ptr @PyList_New(i64 0)
-  %m1 = icmp eq ptr %array, null
-  %m2 = icmp eq ptr %sharers, null
-  %m3 = icmp eq ptr %list, null
-  %m12 = or i1 %m1, %m2
-  %m = or i1 %m12, %m3
+  %m = missing %array %sharers %list
   br i1 %m, label %drop, label %refer
 refer:
   %reference = call ptr @PyWeakref_NewRef(ptr %array, ptr null)
@@ -351,7 +342,7 @@ share:
 mark:
   %old.mark = get buffer._shared %buffer
   set buffer._shared %buffer %true
-  call void @duo.drop(ptr %old.mark)
+  drop %old.mark
   br label %note
 note:
   give sharers.arrays %sharers %list
@@ -371,9 +362,7 @@ done:
   ret ptr %array
 drop:
   call void @PyErr_Clear()
-  call void @duo.drop(ptr %array)
-  call void @duo.drop(ptr %sharers)
-  call void @duo.drop(ptr %list)
+  drop %array %sharers %list
   br label %leave
 leave:
   call void @Py_DecRef(ptr %val)

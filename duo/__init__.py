@@ -44,8 +44,6 @@ from duo.eager.mode import enable_grad, inference_mode, is_grad_enabled, no_grad
 from duo.eager.printing import set_printoptions
 from duo.functional import *  # noqa: F403
 from duo.io.checkpoint import load, save
-from duo.jit.compile import compile
-from duo.jit.lowering import lower
 from duo.numeric_mode import get_numerics, numerics, set_numerics
 from duo.random import Generator, default_generator, get_rng_state, initial_seed, manual_seed, seed, set_rng_state
 from duo.tensor import Tensor
@@ -75,6 +73,8 @@ if _TYPE_CHECKING:
     from duo import aot, cuda, func
     from duo.aot import export, export_training, load_executable, spec
     from duo.func import vmap
+    from duo.jit.compile import compile
+    from duo.jit.lowering import lower
     from duo.profiling import profile
 
 # What a script without it need not load: name -> its module, and what it is there ("": the module itself).
@@ -82,6 +82,7 @@ _LATER = {
     "aot": ("duo.aot", ""), "export": ("duo.aot", "export"),
     "export_training": ("duo.aot", "export_training"), "load_executable": ("duo.executable", "load_executable"),
     "spec": ("duo.aot", "spec"), "cuda": ("duo.cuda", ""),
+    "jit": ("duo.jit", ""), "compile": ("duo.jit.compile", "compile"), "lower": ("duo.jit.lowering", "lower"),
     "func": ("duo.func", ""), "vmap": ("duo.func", "vmap"), "profile": ("duo.profiling", "profile"),
 }  # fmt: skip
 

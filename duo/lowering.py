@@ -9,9 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from duo_ir.core import Builder, Function, Value
+from duo_ir.core import Function
 from duo_ir.transforms.canonical import Canonical, canonicalize
-from duo_ir.transforms.rewrite import with_operands
 from duo_ir.transforms.simplify import simplify
 from duo_ir.transforms.sizes import with_sizes
 from duo_ir.types import Dim
@@ -32,22 +31,3 @@ def renamed_sizes(function: Function) -> Function:
     if all(old == new for old, new in names.items()):
         return function
     return with_sizes(function, {old: Dim.symbol(new) for old, new in names.items()})
-
-
-def without_unread(function: Function) -> tuple[Function, list[int]]:
-    """The program without the parameters that nothing reads, and the numbers of those that stay."""
-    read = set(function.results)
-    for op in function.ops:
-        read.update(op.operands)
-    kept = [i for i, p in enumerate(function.params) if p in read]
-    if len(kept) == len(function.params):
-        return function, kept
-    builder = Builder(function.name)
-    env: dict[Value, Value] = {}
-    for i in kept:
-        env[function.params[i]] = builder.parameter(function.params[i].type, function.names[i])
-    for op in function.ops:
-        new = with_operands(op, tuple([env[v] for v in op.operands]))
-        builder.ops.append(new)
-        env.update(zip(op.results, new.results))
-    return builder.build([env[r] for r in function.results]), kept

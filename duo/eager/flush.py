@@ -9,8 +9,8 @@ the difference invisible, and traces that never repeat cost no more than their o
 
 from __future__ import annotations
 
+import importlib
 import os
-import random
 import sys
 import threading
 from collections.abc import Callable
@@ -446,7 +446,7 @@ def synchronize() -> None:
 
 
 # ------------------------------------------------------------------------------------------------ when to flush
-_random: random.Random | None = None
+_random: Any = None  # of `random`'s class
 
 
 def configure(sync: bool | None = None, flush_seed: int | None = None) -> None:
@@ -455,7 +455,7 @@ def configure(sync: bool | None = None, flush_seed: int | None = None) -> None:
     if sync is not None:
         hooks.policy = _always if sync else None
     if flush_seed is not None:
-        _random = random.Random(flush_seed)
+        _random = importlib.import_module("random").Random(flush_seed)
         hooks.policy = _at_random
 
 
@@ -464,7 +464,6 @@ def _always() -> tuple[bool, bool]:
 
 
 def _at_random() -> tuple[bool, bool]:
-    assert _random is not None
     return _random.random() < 0.15, False
 
 

@@ -14,12 +14,11 @@ import numpy as np
 from duo import runtime
 from duo.eager.build import Construction
 from duo.eager.trace import Trace, places
-from duo.lowering import without_unread
 from duo_ir.core import Function, Op, Value
 from duo_ir.errors import DuoError, IndexOutOfRange, NanError
 from duo_ir.opdef import Gather, Scatter
 from duo_ir.ops.reference import check_indices
-from duo_ir.transforms.rewrite import dce
+from duo_ir.transforms.rewrite import dce, without_unread
 
 
 def relocated(trace: Trace, sources: list[tuple[int, int | None]], number: int, error: Exception) -> Exception:

@@ -27,8 +27,8 @@ from duo.graph.in_place import quicken
 from duo.graph.lowering import Needed, deferred_of, lowered, sizes_of
 from duo.graph.states import Constant, Live, Number, SeededState, SharedState, State, number_of
 from duo.graph.tensor import GraphElement, array_of
-from duo.lowering import without_unread
 from duo_ir.errors import DeviceError, DuoError, ShapeError
+from duo_ir.transforms.rewrite import without_unread
 from duo_ir.types import TensorType
 
 STRICT = "strict"

@@ -17,6 +17,7 @@ import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from heapq import heappop, heappush
 from queue import SimpleQueue
 from typing import Any, TypeVar
 
@@ -228,7 +229,7 @@ def _made(texts: Iterable[str], m: Machine) -> list[tuple[str, bytes]]:
         interval = sys.getswitchinterval()  # within the lock: another thread that compiles has it lowered
         try:
             sys.setswitchinterval(min(interval, SWITCH_SECONDS))
-            made = _in_threads(make, texts)
+            made = _in_threads(make, texts, len)
         finally:
             sys.setswitchinterval(interval)
         from_disk = sum(known for *_, known in made)
@@ -262,29 +263,31 @@ class Early:
         return self._code
 
 
-def _in_threads(work: Callable[[X], Y], items: Iterable[X]) -> list[Y]:
-    """work(item) of every item, in order, on several threads, which start while the items are still coming; raises the first error. An interrupt
-    waits until all have ended, and finds no thread of its own inside LLVM: the main thread only waits. (`concurrent.futures` takes milliseconds
-    to load.)"""
+def _in_threads(work: Callable[[X], Y], items: Iterable[X], size: Callable[[X], int] = lambda item: 0) -> list[Y]:
+    """work(item) of every item, in order, on several threads, which start while the items are still coming and take the largest first, lest it be
+    the last; raises the first error. An interrupt waits until all have ended, and finds no thread of its own inside LLVM: the main thread only
+    waits. (`concurrent.futures` takes milliseconds to load.)"""
     out: dict[int, Any] = {}
-    left: SimpleQueue[tuple[int, X] | None] = SimpleQueue()  # None: there is no more
+    waiting: list[tuple[int, int, X]] = []  # a heap
+    left: SimpleQueue[bool] = SimpleQueue()  # whether something waits; False: there is no more
     interrupts: list[BaseException] = []
 
     def run() -> None:  # a thread that runs this counts as alive; one whose start was interrupted finds nothing to do
-        while (task := left.get()) is not None:
-            k, item = task
+        while left.get():
+            _, k, item = heappop(waiting)
             if interrupts:
                 continue
             try:
                 out[k] = work(item)
             except BaseException as error:
                 out[k] = error
-        left.put(None)  # for the others
+        left.put(False)  # for the others
 
     threads: list[threading.Thread] = []
     try:
         for k, item in enumerate(items):
-            left.put((k, item))
+            heappush(waiting, (-size(item), k, item))
+            left.put(True)
             if len(threads) < min(os.cpu_count() or 1, 8):
                 threads.append(threading.Thread(target=run))
                 threads[-1].start()
@@ -293,7 +296,7 @@ def _in_threads(work: Callable[[X], Y], items: Iterable[X]) -> list[Y]:
     closed = False
     while not closed or any(thread.is_alive() for thread in threads):
         try:
-            left.put(None)
+            left.put(False)
             closed = True
             for thread in threads:
                 if thread.is_alive():

@@ -37,6 +37,25 @@ def with_operands(op: Op, operands: tuple[Value, ...], attrs: Mapping[str, Any] 
     return Op(op.definition, operands, op.attrs if attrs is None else attrs, [r.type for r in op.results], op.loc)
 
 
+def without_unread(function: Function) -> tuple[Function, list[int]]:
+    """The program without the parameters that nothing reads, and the numbers of those that stay."""
+    read = set(function.results)
+    for op in function.ops:
+        read.update(op.operands)
+    kept = [i for i, p in enumerate(function.params) if p in read]
+    if len(kept) == len(function.params):
+        return function, kept
+    builder = Builder(function.name)
+    env: dict[Value, Value] = {}
+    for i in kept:
+        env[function.params[i]] = builder.parameter(function.params[i].type, function.names[i])
+    for op in function.ops:
+        new = with_operands(op, tuple([env[v] for v in op.operands]))
+        builder.ops.append(new)
+        env.update(zip(op.results, new.results))
+    return builder.build([env[r] for r in function.results]), kept
+
+
 def map_regions(op: Op, change: Callable[[Function], Function]) -> Op:
     """`op` with every nested function replaced by `change` of it; `op` itself when that changes none."""
     changed: dict[str, Function] = {}

@@ -52,6 +52,8 @@ def test_ops_are_recorded_without_a_compiler() -> None:
 def test_what_is_loaded_later_is_there() -> None:
     code = "import duo; from duo import vmap; print({'func', 'vmap', 'profile'} <= set(dir(duo)), duo.func.vmap is vmap, duo.profile.__name__)"
     assert python(code).split() == ["True", "True", "profile"]
+    code = "import sys, duo; early = 'duo.jit.compile' in sys.modules; print(early, duo.compile(lambda x: x + 1)(duo.ones(2)).tolist(), duo.lower)"
+    assert python(code).startswith("False [2.0, 2.0] <function lower")
     assert "no attribute" in python("import duo\ntry: duo.nothing\nexcept AttributeError as e: print(e)")
 
 

@@ -18,9 +18,11 @@ from duo_backends.cpu.llvm import (
     Function,
     Region,
     is_literal,
+    joined,
     literal,
     mangle,
     memory_type,
+    part,
     register_type,
     splat_literal,
     vector,
@@ -39,6 +41,7 @@ _FLOAT_UNARY = {
     "fabs": "fabs", "sqrt": "sqrt", "floor": "floor", "ceil": "ceil", "trunc": "trunc", "rint": "roundeven",
 }  # fmt: skip
 _FLOAT_COMPARE = {"eq": "oeq", "ne": "une", "lt": "olt", "le": "ole", "gt": "ogt", "ge": "oge"}
+_LINE = 64  # bytes of a line of the caches
 _LEAST_STREAMED = 16  # bytes of a store past the caches
 _SPARE_BYTES = 512  # where accesses that a scalar guard forbids are redirected: room for one vector of any width
 
@@ -256,7 +259,7 @@ class Emitter:
         if op == "fma":
             return done(f.intrinsic("fma", type_, [(type_, n) for n in names]))
         if op == "ldexp":
-            if self.target.arch == "x86_64" and self.target.vector_bytes == width * dtype.itemsize == 64:
+            if self.target.arch == "x86_64" and self.target.vector_bytes == 64 and width * dtype.itemsize % 64 == 0:
                 return done(self._scalef(type_, names, dtype, width))
             (value,) = self.emit(_ldexp(dtype), scope, saved=args.__getitem__)[-1:]
             return value
@@ -279,10 +282,21 @@ class Emitter:
         return done(f"{table[op]} {type_} {names[0]}, {names[1]}")
 
     def _scalef(self, type_: str, names: list[str], dtype: DType, width: int) -> str:
-        """AVX-512's ldexp, in one instruction, which takes no longer where the result underflows."""
-        mask = f"i{width}"
-        operands = [*[(type_, n) for n in names], (type_, "zeroinitializer"), (mask, "-1"), ("i32", "4")]
-        return self.f.intrinsic(f"x86.avx512.mask.scalef.p{'s' if dtype.itemsize == 4 else 'd'}.512", type_, operands, "")
+        """AVX-512's ldexp, in one instruction a register, which takes no longer where the result underflows."""
+        lanes = 64 // dtype.itemsize
+        if width == lanes:
+            operands = [*[(type_, n) for n in names], (type_, "zeroinitializer"), (f"i{width}", "-1"), ("i32", "4")]
+            return self.f.intrinsic(
+                f"x86.avx512.mask.scalef.p{'s' if dtype.itemsize == 4 else 'd'}.512", type_, operands, ""
+            )
+        element = register_type(dtype)
+        parts = [
+            self.f.op(
+                self._scalef(vector(lanes, element), [part(self.f, type_, n, k, lanes) for n in names], dtype, lanes)
+            )
+            for k in range(0, width, lanes)
+        ]
+        return f"bitcast {type_} {joined(self.f, element, parts, lanes)} to {type_}"
 
     def _bitcast(self, v: Value, dtype: DType, width: int, region: Region | None) -> Value:
         old, new = vector(width, register_type(v.dtype)), vector(width, register_type(dtype))
@@ -364,12 +378,14 @@ class Emitter:
             if stride != 1:
                 continue
             further = f.mul(self.dim(access.at.strides[axis]), str(ahead), f.top)
-            address = f.gep(memory_type(instr.dtype), self.pointers[access.buffer], f.add(name, further))
-            f.emit(
-                f.intrinsic(
-                    "prefetch", "void", [("ptr", address), ("i32", "0"), ("i32", str(near)), ("i32", "1")], "p0"
+            first = f.add(name, further)
+            for lane in range(0, max(scope.width, 1), max(_LINE // instr.dtype.itemsize, 1)):
+                address = f.gep(memory_type(instr.dtype), self.pointers[access.buffer], f.add(first, str(lane)))
+                f.emit(
+                    f.intrinsic(
+                        "prefetch", "void", [("ptr", address), ("i32", "0"), ("i32", str(near)), ("i32", "1")], "p0"
+                    )
                 )
-            )
 
     def load(self, access: Access, args: Sequence[Value], dtype: DType, scope: Scope) -> Value:
         """The element(s) of an access; `args`: its index values, then the fill value when it has guards."""

@@ -320,3 +320,23 @@ class Function:
         out.append("start:")
         self.root.write(out)
         self.module.functions.append("\n".join([*out, "  ret void", "}"]))
+
+
+# ------------------------------------------------------------------------------------------------------ wide vectors
+def part(f: Function, type_: str, name: str, first: int, lanes: int) -> str:
+    """Lanes [first, first + lanes) of a vector."""
+    order = ", ".join(f"i32 {k}" for k in range(first, first + lanes))
+    return f.op(f"shufflevector {type_} {name}, {type_} poison, <{lanes} x i32> <{order}>")
+
+
+def joined(f: Function, element: str, parts: Sequence[str], lanes: int) -> str:
+    """The vector of these parts, a power of two of them, of `lanes` lanes each."""
+    while len(parts) > 1:
+        order = ", ".join(f"i32 {k}" for k in range(2 * lanes))
+        both = vector(lanes, element)
+        parts = [
+            f.op(f"shufflevector {both} {a}, {both} {b}, <{2 * lanes} x i32> <{order}>")
+            for a, b in zip(parts[::2], parts[1::2])
+        ]
+        lanes *= 2
+    return parts[0]

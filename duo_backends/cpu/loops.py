@@ -15,15 +15,17 @@ from duo_backends.cpu.code import KernelCode, Target, no_scratch
 from duo_backends.cpu.code import Phase as PhaseCode
 from duo_backends.cpu.columns import compile_columns
 from duo_backends.cpu.llvm import Module, is_literal
-from duo_backends.cpu.nest import BLOCK, Phase, ceil_div, lanes_for, points, symbol
+from duo_backends.cpu.nest import BLOCK, Phase, ceil_div, lanes_for, points, symbol, together
 from duo_backends.cpu.rows import compile_rows
 from duo_backends.cpu.stream import with_streams
 from duo_backends.cpu.turn import can_turn, emit_turn
 from duo_ir.kernels.collapse import accesses, move_axis_last, reorder, simplify
 from duo_ir.kernels.kernel import LoopKernel, Stage
-from duo_ir.types import DimLike, evaluate
+from duo_ir.types import DimLike, evaluate, product
 
 _TILE = 16  # rows of a tile: the elements of a cache line of f32
+_FAR_FROM = 1 << 18  # elements from which cache lines are asked for early where several vectors are computed as one,
+_AHEAD = 512  # and how many elements early
 _FAR = 6.0  # cost of an element fetched by itself, in elements of a contiguous vector access
 
 
@@ -227,9 +229,17 @@ def _emit_row(phase: Phase, kernel: LoopKernel, width: int, outer: Sequence[str]
 
     def emit(index: str, lanes: int, mask: str | None) -> None:
         scope = Scope((*outer, index), levels, (f.top, row, None), axis if lanes > 1 else None, lanes, mask)
+        if lanes > width and far:
+            for stage in kernel.stages:
+                phase.e.prefetch(stage.body, scope, axis, _AHEAD)
         _emit_point(phase, kernel, scope)
 
-    phase.over_lanes(begin, end, width, emit, scalar_tail=not phase.target.has_masks)
+    size = product(kernel.axes)
+    far = isinstance(size, int) and size >= _FAR_FROM
+    count = min(together(stage, axis, size) for stage in kernel.stages)
+    if sum(i.op == "load" for stage in kernel.stages for i in stage.body) == 1:
+        count = count * 2 if count > 1 else 1  # there are registers for more
+    phase.over_lanes(begin, end, width, emit, scalar_tail=not phase.target.has_masks, together=count)
 
 
 def _emit_point(phase: Phase, kernel: LoopKernel, scope: Scope) -> None:

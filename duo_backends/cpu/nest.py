@@ -9,10 +9,15 @@ from dataclasses import replace
 from duo_backends.cpu.body import Emitter
 from duo_backends.cpu.code import SIGNATURE, Target
 from duo_backends.cpu.llvm import Function, Module, is_literal
-from duo_ir.kernels.kernel import Body, Kernel
+from duo_ir.kernels.collapse import accesses
+from duo_ir.kernels.kernel import Body, Kernel, Stage
 from duo_ir.types import DimLike, evaluate
 
 BLOCK = 1024  # elements of a flat map in one work unit
+_HEAVY = 12  # instructions of a body whose steps wait for each other long enough
+_TOGETHER = 4  # vectors
+_UNTIMED = ("const", "dim", "index", "reduced", "saved")
+_MANY = 1 << 16  # points from which more code pays
 
 
 def symbol(kernel: Kernel, target: Target) -> str:
@@ -67,10 +72,28 @@ class Phase:
         return f.pure(f"icmp ult <{width} x i{bits}> {lanes}, {self.e.splat_scalar(short, f'i{bits}', width)}")
 
     def over_lanes(
-        self, begin: str, end: str, width: int, emit: Callable[[str, int, str | None], None], scalar_tail: bool
+        self,
+        begin: str,
+        end: str,
+        width: int,
+        emit: Callable[[str, int, str | None], None],
+        scalar_tail: bool,
+        together: int = 1,
     ) -> None:
-        """emit(index, width, mask) over [begin, end): full vectors, then what is left under a mask or one by one."""
+        """emit(index, width, mask) over [begin, end): full vectors, first `together` of them as one, then what is left under a mask or one by
+        one."""
         f = self.f
+        if together > 1:
+            wide = width * together
+            count = f.sub(end, begin)
+            whole = str(int(count) // wide * wide) if is_literal(count) else f.pure(f"and i64 {count}, {-wide}")
+            if whole != "0":
+                middle = f.add(begin, whole)
+                with f.loop(begin, middle, wide) as loop:
+                    emit(loop.index, wide, None)
+                begin = middle
+            if whole == count:
+                return
         count = f.sub(end, begin)
         if is_literal(count):
             whole = str(int(count) // width * width)
@@ -102,6 +125,18 @@ def lanes_for(bodies: Sequence[Body], target: Target) -> int:
                 continue
             widest = max(widest, instr.dtype.itemsize)
     return max(2, target.vector_bytes // widest)
+
+
+def together(stage: Stage, axis: int, points: DimLike) -> int:
+    """How many vectors along `axis` to compute as one, instruction by instruction: a long body is a chain of instructions that wait for each other,
+    and a processor that meets the chains one after the other sees only as many as its queues hold. `points`: of the stage."""
+    timed = [i for i in stage.body if i.op not in _UNTIMED]
+    if not isinstance(points, int) or points < _MANY or len(timed) < _HEAVY:
+        return 1
+    size = max(i.dtype.itemsize for i in timed)
+    plain = all(i.op not in ("check", "convert") and i.dtype.itemsize in (1, size) for i in timed)
+    near = all(a.at.strides[axis] in (0, 1) and not a.index_strides and not a.guards for a, _ in accesses(stage))
+    return _TOGETHER if plain and near else 1
 
 
 def ceil_div(a: int, b: int) -> int:

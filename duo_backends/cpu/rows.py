@@ -14,8 +14,8 @@ from typing import Any
 from duo_backends.cpu.body import Scope, Value
 from duo_backends.cpu.code import KernelCode, Target, no_scratch
 from duo_backends.cpu.code import Phase as PhaseCode
-from duo_backends.cpu.llvm import Module, Region, is_literal, memory_type, vector
-from duo_backends.cpu.nest import Phase, ceil_div, lanes_for, points
+from duo_backends.cpu.llvm import Module, Region, is_literal, memory_type, part, register_type, vector
+from duo_backends.cpu.nest import Phase, ceil_div, lanes_for, points, together
 from duo_backends.cpu.reductions import (
     CHUNK,
     LANES,
@@ -276,6 +276,29 @@ class _Rows:
             self.results[number, n] = Value(r.result(self.f, r.halve(self.f, s), 1), r.result_dtype, False, 2)
 
     # --------------------------------------------------------------------------------------------- reductions
+    def _together(self, stage: Stage, reducers: Sequence[Reducer]) -> int:
+        """How many vectors to compute as one."""
+        if any(r.is_arg for r in reducers):
+            return 1
+        return together(stage, len(self.outer), self._elements(stage))
+
+    def _steps(
+        self, stage: Stage, reducers: Sequence[Reducer], scope: Scope, count: int, state: Sequence[str]
+    ) -> list[str]:
+        """`count` vectors of 16 elements, in order, their values computed together."""
+        values = self._point(stage, scope)
+        wide = {k: self.e.splat(scope, values[k]) for r in reducers for k in r.args}
+        for first in range(0, count * LANES, LANES):
+            out: list[str] = []
+            for r, s in zip(reducers, split_states(reducers, state), strict=True):
+                operands = [
+                    part(self.f, vector(scope.width, register_type(values[k].dtype)), wide[k], first, LANES)
+                    for k in r.args
+                ]
+                out += r.step(self.f, LANES, s, operands, "", None)
+            state = out
+        return list(state)
+
     def _step(
         self, stage: Stage, reducers: Sequence[Reducer], scope: Scope, flat: str, state: Sequence[str]
     ) -> list[str]:
@@ -311,6 +334,9 @@ class _Rows:
         step = LANES * unroll
         if unroll > 1:
             begin, state = self._unrolled(stage, reducers, start, begin, end, state, unroll, free)
+        wide = self._together(stage, reducers)
+        if wide > 1 and not (is_literal(begin) and is_literal(end) and int(end) - int(begin) < LANES * wide):
+            begin, state = self._run_wide(stage, reducers, start, begin, end, state, wide)
         step = LANES
         count = f.sub(end, begin)
         middle = f.add(begin, f.pure(f"and i64 {count}, {-step}") if not is_literal(count) else str(int(count) & -step))
@@ -327,6 +353,27 @@ class _Rows:
             scope = self._scope(start, [loop.index], 0, LANES, mask)
             loop.next = self._step(stage, reducers, scope, loop.index, loop.values)
         return loop.results
+
+    def _run_wide(
+        self,
+        stage: Stage,
+        reducers: Sequence[Reducer],
+        start: Region,
+        begin: str,
+        end: str,
+        state: list[str],
+        wide: int,
+    ) -> tuple[str, list[str]]:
+        """Full strides of `wide` vectors; gives where they end."""
+        f, step = self.f, LANES * wide
+        count = f.sub(end, begin)
+        whole = str(int(count) & -step) if is_literal(count) else f.pure(f"and i64 {count}, {-step}")
+        middle = f.add(begin, whole)
+        with f.loop(begin, middle, step, typed(reducers, LANES, state)) as loop:
+            scope = self._scope(start, [loop.index], 0, step, None)
+            self._ask(stage, scope)
+            loop.next = self._steps(stage, reducers, scope, wide, loop.values)
+        return middle, list(loop.results)
 
     def _unrolled(
         self,
@@ -392,16 +439,20 @@ class _Rows:
         f = self.f
         chunks = f.div(f.sub(end, begin), str(CHUNK))
         unroll = _UNROLL if len(stage.body) <= _SMALL_BODY else 1
+        wide = self._together(stage, reducers)
         with f.loop("0", chunks) as loop:
             first = f.add(begin, f.mul(loop.index, str(CHUNK)))
             initial = typed(reducers, LANES, identities(reducers, LANES))
-            with f.loop("0", str(CHUNK), LANES * unroll, initial) as lanes:
+            with f.loop("0", str(CHUNK), LANES * unroll * wide, initial) as lanes:
                 base, state = f.add(first, lanes.index), lanes.values
                 for k in range(unroll):
                     index = f.add(base, str(k * LANES))
-                    scope = self._scope(start, [index], 0, LANES, None)
+                    scope = self._scope(start, [index], 0, LANES * wide, None)
                     self._ask(stage, scope)
-                    state = self._step(stage, reducers, scope, index, state)
+                    if wide > 1:
+                        state = self._steps(stage, reducers, scope, wide, state)
+                    else:
+                        state = self._step(stage, reducers, scope, index, state)
                 lanes.next = state
             push(f, reducers, LANES, stack, lanes.results, loop.index)
         return chunks

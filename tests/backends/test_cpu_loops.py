@@ -10,11 +10,11 @@ from functools import cache
 import numpy as np
 import pytest
 
-from duo_backends.cpu import stream, turn
+from duo_backends.cpu import loops, nest, stream, turn
 from duo_backends.cpu.code import Target
 from duo_backends.cpu.emit import compile_kernel
 from duo_backends.cpu.jit import build, machine
-from duo_backends.cpu.llvm import Module
+from duo_backends.cpu.llvm import Module, register_type
 from duo_backends.cpu.nest import Phase
 from duo_ir.errors import DeviceError
 from duo_ir.kernels.body import BodyBuilder
@@ -367,7 +367,9 @@ def across_kernel(shape, dtype, beside):
 
 
 @pytest.mark.parametrize("dtype", [f32, f64, i32, i64], ids=str)
-@pytest.mark.parametrize("shape", [(16, 16), (64, 49), (33, 17), (15, 40), (2, 32, 50), (3, 16, 64), (20, 1024 + 7), (16, 2048 + 20)])
+@pytest.mark.parametrize(
+    "shape", [(16, 16), (64, 49), (33, 17), (15, 40), (2, 32, 50), (3, 16, 64), (20, 1024 + 7), (16, 2048 + 20)]
+)
 def test_maps_that_read_across(shape, dtype):
     n, rows = math.prod(shape), shape[-2]
     for beside in (False, True):
@@ -512,6 +514,29 @@ def test_ldexp_on_vectors_and_scalars(d):
         for start in (0, y.size // 4, y.size - 1) if n == 1 else (0,):
             part = slice(start, start + n)
             check(kernel, [x[part].copy(), y[part].copy(), np.zeros(n, d.numpy)], splits=((1, None),))
+
+
+@pytest.mark.parametrize("operands", [1, 2])
+@pytest.mark.parametrize("d", [f32, f64])
+def test_long_bodies_on_several_vectors_at_once(d, operands, monkeypatch):
+    """exp(x) (+ exp(y)), as of a large array: powers that underflow, rows that end anywhere between the vectors."""
+    monkeypatch.setattr(nest, "_MANY", 0)
+    monkeypatch.setattr(loops, "_FAR_FROM", 64)
+    compiled.cache_clear()
+    for shape in ((1,), (63,), (129,), (1500,), (3, 64), (2, 321)):
+        b, at, n = BodyBuilder(), Affine(0, row_major(shape)), math.prod(shape)
+        total = recipes.exp(b, b.load(Access(0, at), d))
+        if operands == 2:
+            total = b.add(total, recipes.exp(b, b.load(Access(1, at), d)))
+        args = (*(Arg(d, n) for _ in range(operands)), Arg(d, n, True))
+        store = Store(Access(operands, at), total)
+        kernel = LoopKernel(args, shape, (Stage((), tuple(Instr(*row) for row in b.rows), (store,)),))
+        width = machine(MACHINES[0]).target.vector_bytes // d.itemsize * (8 if operands == 1 else 4)
+        assert n == 1 or f"<{width} x {register_type(d)}>" in compile_kernel(kernel, machine(MACHINES[0]).target).text
+        with np.errstate(over="ignore"):
+            inputs = [data(d, n, seed=k, special=0.02) * d.numpy.type(40 if d is f32 else 300) for k in range(operands)]
+        check(kernel, [*inputs, np.zeros(n, d.numpy)])
+    compiled.cache_clear()
 
 
 def test_scalar_instructions():
@@ -741,9 +766,13 @@ def test_stages(rows, columns, along):
     check(kernel, [data(f32, rows * columns), *blank], {"r": rows, "c": columns}, machines=MACHINES[:2])
 
 
-@pytest.mark.parametrize("rows,columns", [(3, 1), (2, 16), (5, 37), (3, 1029), (2, 3000)])
-def test_softmax_keeps_the_exponentials(rows, columns):
-    """exp(x - max) of the sum and of the quotient is one expression: computed once, same bits."""
+@pytest.mark.parametrize("many", [None, 0])
+@pytest.mark.parametrize("rows,columns", [(3, 1), (2, 16), (5, 37), (3, 129), (3, 1029), (2, 3000)])
+def test_softmax_keeps_the_exponentials(rows, columns, many, monkeypatch):
+    """exp(x - max) of the sum and of the quotient is one expression: computed once, same bits, also where vectors are taken together."""
+    if many is not None:
+        monkeypatch.setattr(nest, "_MANY", many)
+    compiled.cache_clear()
 
     def kernel_of(r, c, dims):
         at = Access(0, Affine(0, (c, 1)))

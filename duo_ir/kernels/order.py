@@ -1,8 +1,10 @@
-"""The order of a program's items: as they come, except that what frees memory runs as soon as it can.
+"""The order of a program's items: as they come, except that what frees memory runs as soon as it can, and that an update in place waits for whoever
+else reads the old value.
 
 Frontends build a backward pass first and the updates of parameters after it, so that every gradient's operands would live to the end. Here an
 item that ends the life of as many bytes of temporaries as it makes goes before what only comes earlier in the program. Chosen is the
-order with the smaller largest live set. No order changes a bit.
+order with the smaller largest live set. In a backward pass a weight's gradient may come before the gradient that reads the weight: fused with the update, it could
+not overwrite the weight. No order changes a bit.
 """
 
 from __future__ import annotations
@@ -23,12 +25,17 @@ def reorder(
     items: Sequence[Item], nbytes: Mapping[int, int], outputs: range, in_place: Sequence[tuple[int, int]]
 ) -> list[Item]:
     """`items` in an order that needs no more memory. nbytes: of each temporary slot; outputs: the slots of outputs; in_place: pairs (output slot, input
-    slot) that share memory where an input is given away, which they still can afterwards."""
+    slot) that may share memory where an input is given away and the item that writes one is the last that reads the other: wherever that can be it is
+    so afterwards."""
+    needs = _dependencies(items, outputs, in_place)
+    waits = _wait_for_readers(items, needs, in_place)
     before = largest_live_set(items, nbytes)
-    if before < WORTH:
-        return list(items)
-    found = _greedy(items, nbytes, _dependencies(items, outputs, in_place))
-    return found if largest_live_set(found, nbytes) < before else list(items)
+    if before >= WORTH:
+        found = _greedy(items, nbytes, needs)
+        after = largest_live_set(found, nbytes)
+        if after < before or (waits and after == before):
+            return found
+    return _greedy(items, {}, needs) if waits else list(items)
 
 
 def largest_live_set(items: Sequence[Item], nbytes: Mapping[int, int]) -> int:
@@ -78,6 +85,38 @@ def _dependencies(items: Sequence[Item], outputs: range, in_place: Sequence[tupl
             writers.setdefault(slot, []).append(n)
         out.append(needs)
     return out
+
+
+def _wait_for_readers(items: Sequence[Item], needs: list[set[int]], in_place: Sequence[tuple[int, int]]) -> bool:
+    """Adds to `needs` that the writers of outputs come after the later readers of the inputs that they could overwrite, unless those need them
+    first. Tells whether anything was added."""
+    readers: dict[int, list[int]] = {}
+    writers: dict[int, int] = {}
+    for n, item in enumerate(items):
+        reads, writes = reads_writes(item)
+        for slot in reads:
+            readers.setdefault(slot, []).append(n)
+        for slot in writes:
+            writers.setdefault(slot, n)
+    added = False
+    pairs = {(writers[output], n) for output, given in in_place for n in readers.get(given, ())}
+    for writer, reader in sorted(pairs):
+        if reader > writer and not _needs(needs, reader, writer):
+            needs[writer].add(reader)
+            added = True
+    return added
+
+
+def _needs(needs: list[set[int]], item: int, other: int) -> bool:
+    """Whether the item can only run after the other."""
+    seen, todo = {item}, [item]
+    while todo:
+        new = needs[todo.pop()] - seen
+        if other in new:
+            return True
+        seen |= new
+        todo += new
+    return False
 
 
 def _greedy(items: Sequence[Item], nbytes: Mapping[int, int], needs: list[set[int]]) -> list[Item]:

@@ -159,7 +159,7 @@ def _donations(
 ) -> tuple[tuple[int, int], ...]:
     """Pairs (output, input) that may share memory: the input is read for the last time before the output is first written, or in the
     same kernel at the very position that is written. For each output, pairs of one kernel come first (an optimiser's new and old parameter);
-    `together`: only those."""
+    `together`: only those, whoever reads the input later."""
     last_read: dict[int, int] = {}
     first_write: dict[int, int] = {}
     for n, item in enumerate(items):
@@ -178,8 +178,8 @@ def _donations(
         if written is None:
             continue
         candidates = free.get((t.dtype, t.size), ())
-        last = [n for n in candidates if last_read.get(n) == written]
-        found += [(out, n) for n in last if _same_position(items[written], n, len(inputs) + out)]
+        last = reads_writes(items[written])[0] if together else [n for n in candidates if last_read.get(n) == written]
+        found += [(out, n) for n in candidates if n in last and _same_position(items[written], n, len(inputs) + out)]
         if not together:
             found += [(out, n) for n in candidates if last_read.get(n, -1) < written][:_EARLIER]
     return tuple(found)

@@ -114,6 +114,26 @@ def test_the_state_of_an_embedding_stays_where_it_is(mode):
         assert pointers(large) == before
 
 
+class Normed(Training):
+    """A block with norms: a norm's weight is read by the gradient of its input, and its own gradient comes before that one in the program."""
+
+    def __init__(self, mode):
+        super().__init__(mode)
+        self.model = nn.Sequential(nn.LayerNorm(SIZE), nn.Linear(SIZE, SIZE), nn.LayerNorm(SIZE), nn.Linear(SIZE, SIZE))
+        self.optimizer = duo.optim.Adam(self.model.parameters(), lr=0.01)
+
+
+def test_the_state_of_norms_stays_where_it_is(mode):
+    job = Normed(mode)
+    for _ in range(6):  # from the fifth on an eager step is one native call, small state in place too
+        job.step()
+    state = [t for t in job.state() if t._type.shape]
+    before = pointers(state)
+    for _ in range(3):
+        job.step()
+        assert pointers(state) == before
+
+
 class Viewing(Training):
     """A step that takes a view of a tensor from outside, whose storage remembers who has done so."""
 

@@ -17,7 +17,7 @@ from duo.eager.mode import no_grad
 from duo.eager.tensor import EagerTensor
 from duo.func.calls import replaced
 from duo.graph.arrays import placeholder
-from duo.graph.errors import InvalidArgumentError
+from duo.graph.errors import InvalidArgumentError, NoValueError
 from duo.graph.graph import Graph, Operation, located
 from duo.graph.lowering import Lowered, lowered
 from duo.graph.states import Constant, Live, Number, SeededState, SharedState, State
@@ -26,7 +26,7 @@ from duo.nn.module import Module
 from duo.symbolic import FreeSizeError
 from duo_backends.aot.source import Port, ProgramSource, Source
 from duo_ir.core import Function
-from duo_ir.errors import ArgumentError, ShapeError
+from duo_ir.errors import ArgumentError, DuoError, ShapeError
 from duo_ir.transforms.sizes import with_sizes
 from duo_ir.types import Dim, DType
 
@@ -88,8 +88,18 @@ def graph_of(
         inputs = [placeholder(s.dtype, list(s.shape), s.name) for s in given]
         try:
             out = function(*inputs)
+        except NoValueError as error:
+            raise ArgumentError(
+                f"{_called(function)} cannot be exported as it is{_line_of(error)}: it asks for the value of a tensor, which there is only when the "
+                "program runs, without Python. Decide with duo.where, duo.cond or duo.while_loop, and compute with tensors"
+            ) from error
         except (InvalidArgumentError, FreeSizeError) as error:
             raise ArgumentError(f"{_called(function)} cannot be exported as it is{_line_of(error)}: {error}") from error
+        except DuoError as error:
+            line = _line_of(error)
+            if line not in str(error):
+                error.args = (f"{error}{line}",)
+            raise
     _check_free(graph, given, inputs)
     outputs = _outputs(out, function)
     if names is not None:

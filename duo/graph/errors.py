@@ -13,6 +13,10 @@ class InvalidArgumentError(OpError, ValueError):
     """A feed that is missing or does not fit, an argument out of its range, tensors of two graphs in one op."""
 
 
+class NoValueError(InvalidArgumentError):
+    """Python asked for the value of a tensor that has one only when the program runs."""
+
+
 class NotFoundError(OpError, KeyError):
     """A name that the graph does not have; a checkpoint or a variable of one that is not there."""
 

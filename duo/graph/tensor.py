@@ -11,7 +11,7 @@ import numpy as np
 from duo.dispatch import View
 from duo.eager.tensor import EagerTensor
 from duo.functional import creation
-from duo.graph.errors import InvalidArgumentError
+from duo.graph.errors import InvalidArgumentError, NoValueError
 from duo.graph.graph import Graph, Operation, get_default_graph, graph_of
 from duo.symbolic import Number, plain, symbolic
 from duo.tensor import Tensor
@@ -87,7 +87,7 @@ class GraphElement(Tensor):
         )
 
     def _no_value(self) -> NoReturn:
-        raise InvalidArgumentError(
+        raise NoValueError(
             f"tensor {self.name!r} of a graph has no value until a Session runs it: session.run(tensor) or tensor.eval(). For a "
             "decision in the program use tf.cond or tf.where"
         )

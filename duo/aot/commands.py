@@ -28,8 +28,6 @@ from duo_backends.aot.container import Manifest, read
 from duo_backends.aot.forms import assembly_text, ir_text, llvm_text, object_code
 from duo_backends.aot.header import header_text
 from duo_backends.aot.pack import unpack_source
-from duo_backends.aot.plan import THREADS, make_plan
-from duo_backends.aot.sizes import value
 from duo_backends.aot.source import Source
 from duo_backends.aot.targets import NAMES, target
 from duo_ir.errors import ArgumentError
@@ -94,6 +92,7 @@ def add_commands(commands: Any) -> None:
     c.add_argument(
         "--size", action="append", default=[], metavar="NAME=N", help="a free size, for memory and kernels (default: 1)"
     )
+    c.add_argument("--threads", type=int, default=1, metavar="N", help="for memory (default: %(default)s)")
     c.add_argument("--json", action="store_true")
     c.set_defaults(run=_inspect)
 
@@ -275,8 +274,9 @@ def _inspect(options: argparse.Namespace) -> int:
     for p in facts["programs"]:
         sizes = ", ".join(f"{k}={v}" for k, v in p["sizes"].items())
         print(f"  {p['signature']}")
+        threads = f"{p['threads']} thread{'s' * (p['threads'] > 1)}"
         print(
-            f"    {len(p['kernels'])} kernels, {p['temporaries']:,} bytes of temporaries{f' for {sizes}' if sizes else ''}"
+            f"    {len(p['kernels'])} kernels, {p['temporaries']:,} bytes of temporaries for {', '.join([sizes] * bool(sizes) + [threads])}"
         )
         for kernel in p["kernels"]:
             print(f"      {kernel}")
@@ -296,16 +296,17 @@ def _facts(options: argparse.Namespace, manifest: Manifest, content: bytes) -> d
     about = manifest.sections[number].about
     made = Artefact(unpack_source(manifest, content, options.file, number), target(about["target"]))
     rows = []
-    for p, program in zip(made.source.programs, made.programs):
-        sizes = _sizes(options.size, program.dims)
-        plan = make_plan(program, made.codes)
+    numbers = {p.name: k for k, p in enumerate(made.source.programs)}
+    for shown in manifest.programs:
+        entry = made.entries[numbers[shown["name"]]]
+        sizes = _sizes(options.size, entry.dims)
+        run = next((k for k, wanted in entry.special if wanted.items() <= sizes.items()), numbers[entry.name])
+        program = made.programs[run]
         kernels = [describe(s.kernel, s.bind(sizes)) for s in program.items if isinstance(s, Step)]
-        nbytes = value(plan.arena, sizes) + value(plan.scratch, {**sizes, THREADS: 1})
-        shown = next((m for m in manifest.programs if m["name"] == p.name), None)
-        if shown is not None:
-            rows.append(
-                {"signature": _signature(shown), "sizes": sizes, "kernels": kernels, "temporaries": int(nbytes)}
-            )
+        nbytes = made.entries[run].plan.frame_bytes(sizes, options.threads)
+        rows.append(
+            {"signature": _signature(shown), "sizes": sizes, "kernels": kernels, "temporaries": nbytes, "threads": options.threads}
+        )
     weights = manifest.sections[about["weights"]]
     return {
         "name": manifest.name,

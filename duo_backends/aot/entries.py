@@ -102,16 +102,15 @@ def functions_text(prefix: str, entries: Sequence[Entry], nbytes: int, states: i
             continue
         dims, given = [f"i64 %d{k}" for k in range(len(e.dims))], [f"i64 %g{k}" for k in range(len(e.given))]
         sizes = _array("sizes", "d", len(e.dims))
-        lines = [*sizes, *_array("given", "g", len(e.given)), *_picked("number", e, n)]
+        picked, which, run, need = _picked("number", e, n), "i64 %number", "call", "scratch"
         if trainer is not None and n == trainer.step:
             first = trainer.first if trainer.first >= 0 else n
-            lines += _picked("first", entries[first], first)
-            run = "@lib.train(i64 %model, i64 %first, i64 %number"
-        else:
-            run = "@lib.call(i64 %model, i64 %number"
-        lines.append(f"  %r = call i64 {run}, i64 %sizes.word, i64 %given.word)")
+            picked += _picked("first", entries[first], first)
+            which, run, need = "i64 %first, i64 %number", "train", "train_scratch"
+        lines = [*sizes, *_array("given", "g", len(e.given)), *picked]
+        lines.append(f"  %r = call i64 @lib.{run}(i64 %model, {which}, i64 %sizes.word, i64 %given.word)")
         out.append(_function(f"{prefix}_{e.name}", ["i64 %model", *dims, *given], lines))
-        lines = [*sizes, *_picked("number", e, n), "  %r = call i64 @lib.scratch(i64 %model, i64 %number, i64 %sizes.word)"]
+        lines = [*sizes, *picked, f"  %r = call i64 @lib.{need}(i64 %model, {which}, i64 %sizes.word)"]
         out.append(_function(f"{prefix}_{e.name}_scratch_bytes", ["i64 %model", *dims], lines))
     return "\n".join(out)
 

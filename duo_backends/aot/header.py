@@ -82,7 +82,7 @@ def header_text(source: Source, target: str, producer: str) -> str:
         f"int {name}_create(const {name}_options *options, {name} **model);",
         f"void {name}_destroy({name} *model); /* NULL is fine */",
         "",
-        "/* What the last error of the model was; lives as long as the model. */",
+        "/* What the last error of the model was; lives as long as the model. Of NULL: what a CPU lacks for which create gives WRONG_CPU. */",
         f"const char *{name}_message(const {name} *model);",
         "",
         "/* Uses the caller's memory, aligned to 64 bytes, for temporaries from now on (NULL: the model's own). */",

@@ -23,7 +23,6 @@ _CODES = {
 }  # fmt: skip
 _NAMES = {
     3: "there is not enough memory",
-    6: "this CPU lacks what the code was made for",
     7: "an option is not possible",
 }
 
@@ -75,7 +74,7 @@ class Model:
         if code == 0:
             return
         said = _NAMES.get(code, "")
-        if self._model and code not in (6, 7):
+        if code == 6 or (self._model and code != 7):
             said = (self._message(self._model) or b"").decode() or said
         raise _CODES.get(code, DuoError)(said)
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeAlias
 
+from duo_backends.aot.runtime import frame_bytes
 from duo_backends.aot.sizes import Size, dim, larger, traced, value
 from duo_backends.cpu.code import KernelCode, no_scratch
 from duo_backends.cpu.runner_text import BRANCH, END, JUMP, PHASE
@@ -62,6 +63,11 @@ class Plan:
     dims: list[Number] = field(default_factory=list)
     arena: Number = 0
     scratch: Number = 0
+
+    def frame_bytes(self, sizes: Mapping[str, int], threads: int) -> int:
+        """All temporary memory of a call with these free sizes, what a library's `..._scratch_bytes` says of it."""
+        arena, scratch = value(self.arena, sizes), value(self.scratch, {**sizes, THREADS: threads})
+        return frame_bytes(len(self.words), arena, scratch, threads)
 
 
 def make_plan(program: Program, codes: Mapping[Kernel, KernelCode]) -> Plan:

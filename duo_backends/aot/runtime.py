@@ -48,6 +48,11 @@ def up(n: int) -> int:
     return (n + LINE - 1) // LINE * LINE
 
 
+def frame_bytes(words: int, arena: int, scratch: int, threads: int) -> int:
+    """All temporary memory of a call: a header with the pointer words, the arena, status words and scratch of `threads`."""
+    return up(FRAME_HEADER + 8 * words) + up(arena) + STATUS * threads + up(scratch)
+
+
 def allocate(model: int, nbytes: int) -> int:
     """Aligned memory from whom the model has it; 0: there is none."""
     if load64(model + ALLOCATE):
@@ -266,8 +271,7 @@ def bind(model: int, record: int, sizes: int) -> int:
     while k < count:
         store64(kept + 8 * k, load64(sizes + 8 * k))
         k += 1
-    need = up(FRAME_HEADER + 8 * load64(record + WORD_COUNT)) + up(load64(record + ARENA))
-    store64(record + NEED, need + STATUS * threads + up(load64(record + SCRATCH)))
+    store64(record + NEED, frame_bytes(load64(record + WORD_COUNT), load64(record + ARENA), load64(record + SCRATCH), threads))
     wide = 0  # whether any phase is worth a second thread
     k = code
     while k < code + 8 * load64(record + CODE_COUNT):
@@ -289,17 +293,17 @@ def reserve(model: int, record: int) -> int:
             c("snprintf", model + MESSAGE, MESSAGE_BYTES, form, load64(model + FRAME_BYTES), need)
             return SMALL_SCRATCH
         small = load64(model + FRAME)
-        store64(model + FRAME, 0)
-        store64(model + FRAME_BYTES, 0)
         store64(model + FRAME_USER, 0)
+        store64(model + FRAME_BYTES, 0)
+        store64(model + FRAME, 0)
         release(model, small)
         frame = allocate(model, need)
         if frame == 0:
             c("snprintf", model + MESSAGE, MESSAGE_BYTES, "there is no memory for %lld bytes of temporaries", need)
             return NO_MEMORY
         store64(model + FRAME_OWNED, 1)
-        store64(model + FRAME_BYTES, need)
         store64(model + FRAME, frame)
+        store64(model + FRAME_BYTES, need)
     if load64(model + FRAME_USER) == record:
         return OK
     store64(model + FRAME_USER, 0)
@@ -418,6 +422,15 @@ def scratch(model: int, number: int, sizes: int) -> int:
     return load64(record + NEED)
 
 
+def train_scratch(model: int, first: int, later: int, sizes: int) -> int:
+    """As `scratch`, for the first step and later ones."""
+    a = scratch(model, first, sizes)
+    b = scratch(model, later, sizes)
+    if a < 0 or b < 0:
+        return b if b < 0 else a
+    return a if a > b else b
+
+
 def set_scratch(model: int, memory: int, nbytes: int) -> int:
     """Uses the caller's memory for temporaries from now on; NULL: its own again."""
     if model == 0:
@@ -435,14 +448,10 @@ def set_scratch(model: int, memory: int, nbytes: int) -> int:
 
 
 def message(model: int) -> int:
-    """The text of the last error of a model."""
+    """The text of the last error of a model; without one, why there may be none."""
     if model == 0:
-        return no_model()
+        return native("duo.needs") if native("duo.cpu_lacks") else text("there is no model: it is NULL")
     return model + MESSAGE
-
-
-def no_model() -> int:
-    return text("there is no model: it is NULL")
 
 
 def text(constant: int | str) -> int:
@@ -451,5 +460,5 @@ def text(constant: int | str) -> int:
 
 
 FUNCTIONS = (
-    up, allocate, release, create, make_states, start_states, init, train, state, destroy, bind, reserve, address, call, failed, scratch, set_scratch, message, no_model, text,
+    up, frame_bytes, allocate, release, create, make_states, start_states, init, train, state, destroy, bind, reserve, address, call, failed, scratch, train_scratch, set_scratch, message, text,
 )  # fmt: skip

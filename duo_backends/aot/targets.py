@@ -56,8 +56,10 @@ class AotTarget:
         return os_linux.SIG_SETMASK
 
     def system_text(self) -> str:
-        """`duo.cpu_lacks`, 0 where this CPU has what the code needs, and `duo.cores`, how many the process may use."""
-        return _CORES + (_x86_check(self.needs) if self.arch == "x86_64" else _NO_CHECK)
+        """`duo.cpu_lacks`, 0 where this CPU has what the code needs, `duo.needs`, where a text about that lies, and `duo.cores`, how many the process
+        may use."""
+        said = f"this CPU lacks what the code was made for: {self.name} needs {', '.join(self.needs)}".encode() + b"\0"
+        return _CORES + _NEEDS.format(len(said), said.decode().replace("\0", "\\00")) + (_x86_check(self.needs) if self.arch == "x86_64" else _NO_CHECK)
 
 
 def target(name: str = "native") -> AotTarget:
@@ -133,6 +135,13 @@ done:
   %out = select i1 %none, i64 1, i64 %sum2
   ret i64 %out
 }
+"""
+_NEEDS = """
+@duo.needs.text = internal constant [{} x i8] c"{}"
+define internal i64 @duo.needs() nounwind {{
+  %at = ptrtoint ptr @duo.needs.text to i64
+  ret i64 %at
+}}
 """
 _NO_CHECK = """
 define internal i64 @duo.cpu_lacks() nounwind {

@@ -28,10 +28,10 @@ KINDS = {
 
 
 @cache
-def program(kind: str = "guarded") -> str:
-    """The path of `run_model`, built once."""
-    path = f"{mkdtemp(prefix='duo-aot-')}/run_model"
-    command = [str(shutil.which("gcc")), *FLAGS, *KINDS[kind], str(HERE / "run_model.c"), "-ldl", "-lm", "-o", path]
+def program(kind: str = "guarded", name: str = "run_model") -> str:
+    """The path of a C program of this folder, built once."""
+    path = f"{mkdtemp(prefix='duo-aot-')}/{name}"
+    command = [str(shutil.which("gcc")), *FLAGS, *KINDS[kind], str(HERE / f"{name}.c"), "-ldl", "-lm", "-o", path]
     subprocess.run(command, check=True)
     return path
 

@@ -1,72 +1,11 @@
 /* Runs `forward` of a library on jobs from standard input and writes the outputs to standard output; used by test_c.py.
    run_model LIBRARY PREFIX [WEIGHTS]. A job: threads, number of sizes, sizes, number of inputs, number of outputs, bytes of each (all int64), inputs.
+   Inputs, outputs, weights and the model's scratch memory are guarded as arrays.h has it: each job runs twice, up against a page and behind one. */
+#include "arrays.h"
 
-   Built as it is, every array ends at a page that must not be touched, then begins behind one, and inputs, weights and the model's scratch memory are
-   guarded too. With PLAIN, arrays come from malloc, for memcheck and AddressSanitizer. */
-#define _GNU_SOURCE
-#include <dlfcn.h>
-#include <stdint.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-#include <sys/mman.h>
-
-enum { MOST = 24, PAGE = 65536 };
-typedef int64_t i64;
+enum { MOST = 24 };
 typedef int (*forward)(void *, i64, i64, i64, i64, i64, i64, i64, i64, i64, i64, i64, i64, i64, i64, i64, i64, i64, i64, i64, i64, i64, i64, i64, i64);
 typedef i64 (*needed)(void *, i64, i64, i64, i64, i64, i64);
-typedef struct { i64 threads; void *(*allocate)(size_t, size_t, void *); void (*release)(void *, void *); void *user; const void *weights; } options;
-typedef struct { unsigned char *base, *at; size_t bytes, pages; } array;
-
-static void fail(const char *what, const char *more) { fprintf(stderr, "%s: %s\n", what, more); exit(3); }
-
-static void take(void *into, size_t bytes) { if (bytes && fread(into, 1, bytes, stdin) != bytes) fail("input ends", ""); }
-
-static i64 number(void) { i64 n; take(&n, sizeof n); return n; }
-
-static array make(size_t bytes, int at_end) {
-    array a = {0};
-    a.bytes = bytes;
-#ifdef PLAIN
-    (void)at_end;
-    if (posix_memalign((void **)&a.base, 64, bytes)) fail("memory", "");
-    a.at = a.base;
-#else
-    a.pages = (bytes + PAGE - 1) / PAGE * PAGE;
-    a.base = mmap(NULL, a.pages + 2 * PAGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (a.base == MAP_FAILED || (a.pages && mprotect(a.base + PAGE, a.pages, PROT_READ | PROT_WRITE))) fail("memory", "");
-    a.at = a.base + PAGE + (at_end ? a.pages - bytes : 0);
-    memset(a.base + PAGE, 0xA5, a.pages);
-#endif
-    return a;
-}
-
-static void keep(array a) {
-#ifndef PLAIN
-    if (a.pages && mprotect(a.base + PAGE, a.pages, PROT_READ)) fail("memory", "");
-#endif
-    (void)a;
-}
-
-static void end(array a) {
-#ifdef PLAIN
-    free(a.base);
-#else
-    for (size_t k = 0; k < a.pages; k++) {
-        unsigned char *p = a.base + PAGE + k;
-        if ((p < a.at || p >= a.at + a.bytes) && *p != 0xA5) fail("written beside an array", "");
-    }
-    munmap(a.base, a.pages + 2 * PAGE);
-#endif
-}
-
-static void *symbol(void *library, const char *prefix, const char *name) {
-    char full[256];
-    snprintf(full, sizeof full, "%s_%s", prefix, name);
-    void *found = dlsym(library, full);
-    if (!found) fail("no function", full);
-    return found;
-}
 
 int main(int count, char **given) {
     void *library = count < 3 ? NULL : dlopen(given[1], RTLD_NOW | RTLD_LOCAL);

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import itertools
 import json
 import shutil
 import subprocess
@@ -12,7 +14,7 @@ import pytest
 
 import duo
 from duo.cli import main
-from tests.aot.models import floats
+from tests.aot.models import MODELS, floats
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="artefacts are for Linux")
 MODEL = """
@@ -80,6 +82,39 @@ def test_inspect_and_bench(folder, capsys):
     assert main(["bench", "scaled.duo", "--size", "n=3", "--seconds", "0.01", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert facts["calls"] >= 10 and facts["sizes"] == {"n": 3} and facts["median_us"] > 0
+
+
+@pytest.mark.parametrize("name", ["mlp", "lstm", "gpt"])
+def test_the_memory_that_inspect_shows_is_what_a_call_takes(folder, capsys, name):
+    """A caller's scratch memory of that size is enough, and one byte less is not."""
+    make, spec, data = MODELS[name]
+    model = make()
+    duo.export(model, spec, path="m.duo")
+    duo.export(model, spec, path="libm.so")
+    library, loaded = ctypes.CDLL(str(folder / "libm.so")), [duo.load_executable("m.duo", threads=t) for t in (1, 2)]
+    library.m_message.restype = ctypes.c_char_p
+    shown = {}
+    for threads, batch in itertools.product((1, 2), (1, 9)):
+        x = data(batch)
+        out = np.empty_like(loaded[0](x))
+        assert main(["inspect", "m.duo", "--size", f"batch={batch}", "--threads", str(threads), "--json"]) == 0
+        (program,) = json.loads(capsys.readouterr().out)["programs"]
+        need = shown[threads, batch] = program["temporaries"]
+        assert program["threads"] == threads and loaded[threads - 1].forward.scratch_bytes(batch=batch) == need
+        handle, options = ctypes.c_void_p(), (ctypes.c_int64 * 5)(threads)
+        assert library.m_create(options, ctypes.byref(handle)) == 0
+        memory = np.full(need + 128, 0xA5, np.uint8)
+        start = -memory.ctypes.data % 64
+        arguments = handle, ctypes.c_int64(batch), ctypes.c_void_p(x.ctypes.data), ctypes.c_void_p(out.ctypes.data)
+        for nbytes, code in ((need - 1, 5), (need, 0)):
+            place = ctypes.c_void_p(memory.ctypes.data + start)
+            assert library.m_set_scratch(handle, place, ctypes.c_int64(nbytes)) == 0
+            assert library.m_forward(*arguments) == code
+        assert f"these sizes need {need}" in library.m_message(handle).decode()  # of the first try
+        assert (memory[start + need :] == 0xA5).all() and (memory[:start] == 0xA5).all()
+        assert out.tobytes() == loaded[0](x).tobytes()
+        library.m_destroy(handle)
+    assert shown[1, 9] > shown[1, 1] and shown[2, 9] > shown[1, 9]
 
 
 def test_training_and_a_file_compiled_again(folder):

@@ -87,25 +87,29 @@ class Program:
                 raise ArgumentError(f"{self.name}: {port} is given as {array.dtype}; convert it")
             array = array.astype(port.dtype.numpy)
         if array.ndim != len(port.shape):
-            raise ShapeError(f"{self.name}: {port} is given with shape {list(array.shape)}")
+            raise ShapeError(
+                f"{self.name}: {port} is given with shape {list(array.shape)}, which has {array.ndim} axes, not {len(port.shape)}"
+            )
         return array if array.flags.c_contiguous and array.flags.aligned else array.copy(order="C")
 
     def _sizes(self, arrays: Sequence[np.ndarray]) -> dict[str, int]:
         sizes: dict[str, int] = {}
+        told: dict[str, str] = {}  # where a size comes from
         for array, port in zip(arrays, self.inputs):
-            for n, d in zip(array.shape, port.shape):
-                if not isinstance(d, int) and len(d) == 1 and d[0][0] == 1 and len(d[0]) == 2:
-                    sizes.setdefault(d[0][1], n)
+            for axis, (n, d) in enumerate(zip(array.shape, port.shape)):
+                if not isinstance(d, int) and len(d) == 1 and d[0][0] == 1 and len(d[0]) == 2 and d[0][1] not in sizes:
+                    sizes[d[0][1]], told[d[0][1]] = n, f"axis {axis} of {port.name}"
         missing = [name for name in self.dims if name not in sizes]
         if missing:
             raise ShapeError(f"{self.name}: {', '.join(missing)} cannot be told from the inputs' shapes")
         for array, port in zip(arrays, self.inputs):
-            wanted = [_size(d, sizes) for d in port.shape]
-            if list(array.shape) != wanted:
-                known = ", ".join(f"{k}={v}" for k, v in sizes.items())
-                raise ShapeError(
-                    f"{self.name}: {port} is given with shape {list(array.shape)}, not {wanted}{f' (with {known})' if known else ''}"
-                )
+            for axis, (n, d) in enumerate(zip(array.shape, port.shape)):
+                if n != _size(d, sizes):
+                    names = [] if isinstance(d, int) else sorted({name for _, *names in d for name in names})
+                    why = "".join([f"; {name}={sizes[name]}, as {told[name]} is" for name in names])
+                    raise ShapeError(
+                        f"{self.name}: {port} is given with shape {list(array.shape)}: axis {axis} is {n}, not {_size(d, sizes)}{why}"
+                    )
         return {name: sizes[name] for name in self.dims}
 
     def scratch_bytes(self, **sizes: int) -> int:

@@ -134,7 +134,7 @@ def unravel(position: Position, shape: Shape, extents: Sequence[DimLike]) -> Ind
                 inner = divide(size, q)
                 if inner is None or inner == 1 or inner == extents[k]:
                     continue
-                if divide(extents[k], inner) is not None and not (isinstance(inner, int) and inner < 0):
+                if divide(extents[k], inner) is not None and nonnegative(inner):
                     raise NeedSplit(k, inner)
             return None
         out[dims[j]] = (begin, tuple(coefficients))

@@ -44,10 +44,12 @@ def test_fixed_sizes_and_those_that_must_agree(tmp_path):
     loaded = duo.load_executable(tmp_path / "p.duo")
     a, b = floats(0, 5, 4), floats(1, 4, 3)
     assert (loaded(a, b) == (duo.tensor(a) @ duo.tensor(b)).numpy()).all()
-    with pytest.raises(ShapeError, match="k=4"):
+    with pytest.raises(ShapeError, match=r"b: f32\[k,3\] is given with shape \[5, 3\]: axis 0 is 5, not 4; k=4, as axis 1 of a is"):
         loaded(a, floats(1, 5, 3))
-    with pytest.raises(ShapeError):
+    with pytest.raises(ShapeError, match=r"axis 1 is 2, not 3$"):
         loaded(a, floats(1, 4, 2))
+    with pytest.raises(ShapeError, match="which has 1 axes, not 2"):
+        loaded(a[0], b)
 
 
 def test_an_index_out_of_range_names_the_line_and_leaves_the_model_usable(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 import numpy as np
@@ -310,3 +311,58 @@ def test_a_training_step_with_free_sizes(tmp_path):
         for name, p in model.named_parameters():
             assert (loaded.get_state(f"model.{name}") == p.detach().numpy()).all(), (b, t, name)
         assert loaded.forward(x).tobytes() == model(duo.tensor(x)).detach().numpy().tobytes(), (b, t)
+
+
+STEPS = [
+    lambda x: x * x.shape[0] - x.shape[1],
+    lambda x: x / (x.shape[1] + 1) + x.shape[0] ** 0.5,
+    lambda x: x + x.shape[0] // 2 * (x.shape[1] % 3),
+    lambda x: x - x.mean(0),
+    lambda x: x - x.sum(1, keepdim=True) / x.shape[1],
+    lambda x: x.T,
+    lambda x: x @ x.T,
+    lambda x: x.T @ (x * x.shape[0]),
+    lambda x: duo.cat([x, duo.zeros(x.shape[0], 1), x[:, -1:]], 1),
+    lambda x: duo.cat([x, duo.full((1, x.shape[1]), x.shape[0])]),
+    lambda x: x + duo.arange(x.shape[1]) * duo.tensor(x.shape[0]),
+    lambda x: x[:, 1:] * x.shape[1],
+    lambda x: x.reshape(-1).flip(0).view(x.shape[1], x.shape[0]),
+    lambda x: duo.where(x > x.shape[0], x, x.shape[1] / 2).clamp(max=x.shape[1]),
+    lambda x: x * duo.ones(x.shape[0], x.shape[1]).tril(),
+    lambda x: x.cumsum(0) * duo.linspace(0, 1, x.shape[1]),
+    lambda x: duo.while_loop(lambda k, s: k < x.shape[1], lambda k, s: (k + 1, s * 0.5 + k), (duo.tensor(0) * x.shape[0], x))[1],
+    lambda x: (x.unsqueeze(0).expand(x.shape[1], -1, -1) * x.T.unsqueeze(-1)).sum(0),
+    lambda x: x.softmax(-1) * x.numel(),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", range(int(os.environ.get("DUO_EXAMPLES", "16"))))
+def test_random_programs(tmp_path, seed):
+    """Steps with sizes among their operands, one after the other: eager mode, the file, a graph."""
+    rng = np.random.default_rng(seed)
+    steps = [STEPS[k] for k in rng.integers(0, len(STEPS), 4)]
+
+    def program(x):
+        for step in steps:
+            x = step(x)
+        return x
+
+    duo.export(program, "f32[n,m]", path=tmp_path / "p.duo")
+    loaded = duo.load_executable(tmp_path / "p.duo", threads=1 + seed % 2)
+    with tf.Graph().as_default(), tf.Session() as session:
+        x = tf.placeholder(tf.float32, [None, None])
+        out, seen = program(x), 0
+        for n, m in SIZES:
+            given = data(["f32[n,m]"], n, m)
+            want = wanted(program, given)
+            if want is None:
+                continue
+            for run in (lambda: session.run(out, {x: given[0]}), lambda: loaded(*given)):  # noqa: B023
+                try:
+                    got = run()
+                except ShapeError as error:  # what Python's slices clamp, say
+                    assert min(n, m) < 2, (n, m, str(error))
+                    continue
+                assert same([got], want), (n, m)
+                seen += 1
+    assert seen >= 6

@@ -371,6 +371,20 @@ def test_symbolic_batch(dtype: DType) -> None:
         assert c.same(got, want)
 
 
+def test_a_matrix_read_backwards_in_the_other_shape() -> None:
+    """Rows of one length walked from the end as rows of another, where the lengths are not known: loops never run a negative number of times."""
+    b, t = Dim.symbol("b"), Dim.symbol("t")
+
+    def turned(x: Value, y: Value) -> Value:
+        lower = nd.mul(ops.tanh(x) + y, nd.cast_to(ops.le(nd.iota((b, t), 1), nd.iota((b, t), 0)), f32))
+        back = nd.reshape(ops.flip(nd.reshape(lower, (b * t,)), axes=(0,)), (t, b))
+        return ops.concat(back, ops.slice(back, start=(0, b - 1), stop=(t, b), step=(1, 1)), axis=1)
+
+    symbolic = function_of(turned, TensorType(f32, (b, t)), TensorType(f32))
+    runs = [[*numbers((n, m), (), seed=n)] for n, m in ((3, 5), (5, 3), (2, 2), (17, 33))]
+    c.check(symbolic, *runs)
+
+
 def test_symbolic_everything() -> None:
     """Two named sizes through reductions of both axes, joins, reshapes and gathers."""
     b, t = Dim.symbol("b"), Dim.symbol("t")

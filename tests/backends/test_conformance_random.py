@@ -109,7 +109,12 @@ class Maker:
         names = ["add", "sub", "mul", "maximum"] + (
             [] if self.smooth else ["minimum", "floor_divide", "remainder", "lt", "eq", "div"]
         )
-        return getattr(nd, self.pick(names))(x, y if self.chance(0.9) else 3)
+        return getattr(nd, self.pick(names))(x, y if self.chance(0.9) else self.scalar(x))
+
+    def scalar(self, x: Value) -> Value | int:
+        """A number beside x: one of its sizes where that has a name."""
+        named = [d for d in x.type.shape if isinstance(d, Dim)]
+        return nd.size_of(named[0], x.type.dtype) if named else 3
 
     def where(self, x: Value) -> Value | None:
         y = self.partner(x)

@@ -9,26 +9,23 @@ to pack and how to cut are chosen in `gemm_plan.py`; none of it changes a bit (n
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
 from duo_backends.cpu.body import Emitter
 from duo_backends.cpu.code import SIGNATURE, KernelCode, Phase, Target
 from duo_backends.cpu.gemm_ahead import Block, ahead_offsets, emit_ahead_asks, piece_of
-from duo_backends.cpu.gemm_epilogue import ask_every, emit_asks, emit_epilogue, in_place, last_results, lines, pointers
+from duo_backends.cpu.gemm_epilogue import ask_every, in_place, last_results, lines, pointers
+from duo_backends.cpu.gemm_functions import GemmFunctions
 from duo_backends.cpu.gemm_line import blocks_at_once, emit_line
-from duo_backends.cpu.gemm_pack import emit_copy, emit_copy_tiles, emit_gather, emit_transpose, emit_turn
 from duo_backends.cpu.gemm_plan import CHUNK_BLOCKS, SEQUENTIAL_K, Plan, make_plan
-from duo_backends.cpu.gemm_rows import emit_rows_kernel
-from duo_backends.cpu.gemm_tile import BLOCK, LINE, Tile, emit_micro_kernel, transposed_lanes
+from duo_backends.cpu.gemm_tile import BLOCK, LINE, transposed_lanes
 from duo_backends.cpu.llvm import Function, Module, memory_type, register_type, vector
 from duo_backends.cpu.stream import with_streamed_stores
 from duo_ir.errors import ArgumentError
 from duo_ir.kernels.kernel import Access, ContractKernel
 from duo_ir.types import DimLike, DType, evaluate, product
-
-_FORESEEN_ROWS = 256  # rows of A from which on each tile asks for the next one's
 
 
 def compile_contract(kernel: ContractKernel, target: Target) -> KernelCode:
@@ -111,92 +108,7 @@ class _Driver:
         self.module, self.kernel, self.target, self.plan, self.name = module, kernel, target, plan, name
         self.a_type = kernel.args[kernel.a.buffer].dtype
         self.b_type = kernel.args[kernel.b.buffer].dtype
-        self.made: dict[object, str] = {}
-
-    # ---------------------------------------------------------------------------------------- functions on demand
-    def _function(self, key: object, kind: str, emit: Callable[[str], None]) -> str:
-        if key not in self.made:
-            self.made[key] = f"{self.name}_{kind}{len(self.made)}"
-            emit(self.made[key])
-        return self.made[key]
-
-    def micro_kernel(self, rows: int, vectors: int, packed_b: bool) -> str:
-        plan, a_row = self.plan, self.kernel.a.at.strides[-2]
-        if plan.pack_a:
-            a, row_bytes = plan.compute, plan.compute.itemsize
-        else:
-            a, row_bytes = self.a_type, a_row * self.a_type.itemsize if isinstance(a_row, int) else 0
-        b = plan.compute if packed_b else self.b_type
-        b_vector = plan.strip_bytes if packed_b else plan.lanes * b.itemsize
-        b_column = self.kernel.b.at.strides[-1]
-        spread: int | None = 0
-        if not packed_b and b_column != 1:
-            spread = b_column * b.itemsize if isinstance(b_column, int) else None
-        ahead = plan.b_ahead if spread == 0 and not packed_b else 0
-        asks = ask_every(plan, self.streams)
-        # packed tiles and few rows are near; in other tiles a row is too short for the hardware to foresee the next one
-        many = not isinstance(self.kernel.m, int) or self.kernel.m >= _FORESEEN_ROWS
-        a_ahead = many and spread == 0 and not plan.pack_a and self.kernel.a.at.strides[-1] == 1 and row_bytes > 0
-        tile = Tile(
-            rows, vectors, a, row_bytes, b, b_vector, plan.compute, spread, not plan.one_block, ahead, asks, plan.b_next, a_ahead
-        )  # fmt: skip
-        emit = emit_rows_kernel if spread != 0 else emit_micro_kernel
-        return self._function(tile, "tile", lambda name: emit(self.module, self.target, name, tile))
-
-    def packer(
-        self, dtype: DType, lane: DimLike, step: DimLike, lanes: int, vectors: int, apart: int, filled: bool
-    ) -> tuple[str, int]:
-        """(packing function for those strides, lanes it packs at once), with `vectors` vectors of `lanes` lanes, `apart` bytes from
-        each other, a k step. `filled`: it never meets fewer than all lanes of a vector."""
-        module, target, compute = self.module, self.target, self.plan.compute
-        if lane == 1:
-            copy = self._function(
-                ("copy", dtype, lanes, vectors, apart),
-                "copy",
-                lambda name: emit_copy(module, target, name, dtype, compute, lanes, vectors, apart),
-            )
-            return copy, lanes * vectors
-        k = self.kernel.k
-        gather = None
-        if step != 1 or not isinstance(k, int) or 0 < k % BLOCK < 4:
-            gather = self._function(
-                ("gather", dtype), "gather", lambda name: emit_gather(module, target, name, dtype, compute)
-            )
-        if gather is not None and step != 1:
-            return gather, lanes
-
-        def transpose() -> str:
-            return self._function(
-                ("transpose", dtype, lanes),
-                "transpose",
-                lambda name: emit_transpose(module, target, name, gather, dtype, compute, lanes),
-            )
-
-        if lanes < self.plan.lanes or not isinstance(lane, int):
-            return transpose(), lanes
-        whole = filled and isinstance(k, int) and not 0 < k % BLOCK < lanes
-        rest, apart = None if whole else transpose(), lane * dtype.itemsize
-        turn = self._function(
-            ("turn", dtype), "turn", lambda name: emit_turn(module, target, name, rest, dtype, compute, apart)
-        )
-        return turn, lanes
-
-    def tile_copier(self, rows: int) -> str:
-        """The function that packs tiles of `rows` rows of A that lie side by side."""
-        module, target, plan, dtype = self.module, self.target, self.plan, self.a_type
-        return self._function(
-            ("copy tiles", rows),
-            "copy",
-            lambda name: emit_copy_tiles(
-                module, target, name, dtype, plan.compute, rows, plan.a_stride, plan.a_tile_bytes
-            ),
-        )
-
-    def epilogue(self) -> str:
-        return self._function("epilogue", "epilogue", lambda name: emit_epilogue(self.module, self.target, self.plan, name, self.streams))
-
-    def asks(self) -> str:
-        return self._function("asks", "asks", lambda name: emit_asks(self.module, self.target, self.plan, name, self.streams))
+        self.functions = GemmFunctions(module, kernel, target, plan, name, streams)
 
     # -------------------------------------------------------------------------------------------------------- main
     def emit(self) -> None:
@@ -250,7 +162,10 @@ class _Driver:
         each = f.mul(self.row_units, self.column_units, f.top)
         entry, place = f.div(number, each), f.rem(number, each)
         group = f.mul(f.div(place, f.mul(self.column_units, str(plan.group), f.top)), str(plan.group))
-        rows, place = f.min(f.sub(self.row_units, group), str(plan.group)), f.sub(place, f.mul(group, self.column_units))
+        rows, place = (
+            f.min(f.sub(self.row_units, group), str(plan.group)),
+            f.sub(place, f.mul(group, self.column_units)),
+        )
         p0 = f.mul(f.div(place, rows), str(plan.unit_panels))
         row_unit = f.add(group, f.rem(place, rows))
         batch: list[str] = []
@@ -472,12 +387,12 @@ class _Driver:
             names = [
                 self._choose(
                     panel.tail,
-                    f"@{self.micro_kernel(s.rows, plan.tail_vectors, plan.pack_b or plan.pack_tail)}",
-                    f"@{self.micro_kernel(s.rows, plan.vectors, plan.pack_b)}",
+                    f"@{self.functions.micro_kernel(s.rows, plan.tail_vectors, plan.pack_b or plan.pack_tail)}",
+                    f"@{self.functions.micro_kernel(s.rows, plan.vectors, plan.pack_b)}",
                     "ptr",
                 )
                 if plan.has_tail
-                else f"@{self.micro_kernel(s.rows, plan.vectors, plan.pack_b)}"
+                else f"@{self.functions.micro_kernel(s.rows, plan.vectors, plan.pack_b)}"
                 for s in plan.segments
             ]
             name, place = self._select(tile.number, names, "ptr"), self._sums_of(tile, panel, sums)
@@ -494,7 +409,7 @@ class _Driver:
             if self.lines.most and finish is not None:
                 with f.when(finish):
                     table = f.gep("ptr", self.table, ahead)
-                    self._call_on_tile(self.asks(), tile, panel, f", ptr {table}")
+                    self._call_on_tile(self.functions.asks(), tile, panel, f", ptr {table}")
             f.emit(
                 f"call void {name}(i64 {k}, ptr {a_at}, i64 {a_step}, ptr {b_at}, i64 {b_step}, ptr {place}, i1 {add}{more})"
             )
@@ -523,7 +438,7 @@ class _Driver:
         plan, size = self.plan, self.plan.lanes * self.plan.compute.itemsize
         row_bytes = self._choose(panel.tail, str(plan.tail_vectors * size), str(plan.vectors * size))
         self._call_on_tile(
-            self.epilogue(), tile, panel, f", ptr {self._sums_of(tile, panel, sums)}, i64 {row_bytes}"
+            self.functions.epilogue(), tile, panel, f", ptr {self._sums_of(tile, panel, sums)}, i64 {row_bytes}"
         )  # fmt: skip
 
     def _call_on_tile(self, name: str, tile: _RowTile, panel: _Panel, more: str) -> None:
@@ -551,7 +466,7 @@ class _Driver:
         if not isinstance(lane, int) or (lane != 1 and isinstance(self.kernel.n, int) and self.kernel.n < lanes):
             lanes = transposed_lanes(self.target, plan.compute)
         filled = isinstance(self.kernel.n, int) and self.kernel.n % lanes == 0
-        name, at_once = self.packer(self.b_type, lane, step, lanes, plan.vectors, plan.strip_bytes, filled)
+        name, at_once = self.functions.packer(self.b_type, lane, step, lanes, plan.vectors, plan.strip_bytes, filled)
         lane_bytes, step_bytes = self._bytes(lane, self.b_type), self._bytes(step, self.b_type)
         size = plan.compute.itemsize
         last = f.sub(self.n, str(lanes) if filled else "1", f.top)
@@ -576,7 +491,7 @@ class _Driver:
         f, plan = self.f, self.plan
         lane, step = self.kernel.a.at.strides[-2:]
         filled = all(segment.rows % plan.a_vector == 0 for segment in plan.segments)
-        name, at_once = self.packer(self.a_type, lane, step, plan.a_vector, 1, 0, filled)
+        name, at_once = self.functions.packer(self.a_type, lane, step, plan.a_vector, 1, 0, filled)
         lane_bytes, step_bytes = self._bytes(lane, self.a_type), self._bytes(step, self.a_type)
         size = plan.compute.itemsize
         with self._each_tile(t0, t1) as tile:
@@ -596,7 +511,7 @@ class _Driver:
         step_bytes = self._bytes(self.kernel.a.at.strides[-1], self.a_type)
         for segment, (first, count, row) in zip(plan.segments, self.spans, strict=True):
             begin, end = f.call("smax", "i64", [("i64", t0), ("i64", first)]), f.min(t1, f.add(first, count))
-            name = self.tile_copier(segment.rows)
+            name = self.functions.tile_copier(segment.rows)
             with f.when(f.op(f"icmp slt i64 {begin}, {end}")):
                 at = f.add(row, f.mul(f.sub(begin, first), str(segment.rows)))
                 from_ = f.gep("i8", a, f.mul(at, str(self.a_type.itemsize)))
@@ -625,4 +540,3 @@ class _Driver:
                     x = f.op(f"load {type_}, ptr {to}, align {size}")
                     y = f.op(f"load {type_}, ptr {f.gep('i8', right, loop.index)}, align {size}")
                     f.emit(f"store {type_} {f.op(f'{operation} {type_} {x}, {y}')}, ptr {to}, align {size}")
-

@@ -54,6 +54,7 @@ class Hooks:
 
     def __init__(self) -> None:
         self._quiet = False
+        self._aside = False  # where hooks do not pause: nothing that begins is watched
         self._woke: set[Any] = set()  # frames of the user's that duo called
 
     def start(self) -> None:
@@ -61,6 +62,7 @@ class Hooks:
         self._quiet = _PAUSES
         if not _PAUSES:
             sys.setprofile(self.profile)
+            sys._getframe().f_trace_opcodes = True  # Python 3.12 tells of instructions if a frame wanted them before
         sys.settrace(self._enter)
 
     def stop(self) -> None:
@@ -71,7 +73,11 @@ class Hooks:
     def aside(self, work: Callable[..., Any], *arguments: Any) -> Any:
         """`work(*arguments)`, called while this watches, without the hooks: it runs no code but duo's."""
         if not _PAUSES:
-            return work(*arguments)
+            before, self._aside = self._aside, True
+            try:
+                return work(*arguments)
+            finally:
+                self._aside = before
         profile = sys.getprofile()
         sys.settrace(None)
         sys.setprofile(None)
@@ -85,7 +91,7 @@ class Hooks:
         code = frame.f_code
         if self._quiet and id(code) in _calm:
             return None
-        if event != "call":
+        if event != "call" or self._aside:
             return None
         name = frame.f_globals.get("__name__", "").split(".", 1)[0]
         if name in _DUO or code.co_filename.startswith("<frozen importlib"):
@@ -101,6 +107,7 @@ class Hooks:
             self._quiet = False
             self._woke.add(frame)
             sys.setprofile(self.profile)
+        frame.f_trace = self._step  # from Python 3.13 on instructions are told of only where this is set first
         frame.f_trace_opcodes = True
         frame.f_trace_lines = False
         self.begin(frame)

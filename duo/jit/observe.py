@@ -3,7 +3,7 @@
 The interpreter's trace hook reports each instruction of the code outside duo before it runs. A shadow of its value stack is kept, in which
 values are known where they can be (names, constants, attributes, results of Python calls); so every read of a global, a closure cell, an
 attribute or a container is known with the very object it was read from, and becomes a guard. What is not known makes the recording
-unfit for replay, never wrong: an instruction that is not understood empties the shadow, and reading from an unknown value is reported as a culprit.
+unfit for replay, never wrong: reading from an unknown value, or an instruction that is not understood, is reported as a culprit.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ from duo.jit.hooks import Hooks
 from duo.jit.purity import MUTATION, REFLECTION, callable_in_python, known_class, mutates, pure, stateful
 from duo.nn.module import Module
 from duo.optim.optimizer import Optimizer
+
+NEWEST = (3, 13)  # Python whose instructions `opcodes.py` knows
 
 
 class _Mark:
@@ -65,7 +67,7 @@ class _Frame:
         self.inner = inner  # made by code that is being recorded
         self.stack: list[Any] = []
         self.after: Callable[[int], None] | None = None
-        self.last = -1
+        self.last: int | None = None  # the instruction after the one that runs
         self.returned: Any = UNKNOWN
         self.called = False
         self.fresh: set[str] = set()
@@ -95,6 +97,7 @@ class Observer(Hooks):
         self.frames: dict[Any, _Frame] = {}
         self.fresh: dict[int, Any] = {}  # containers and instances made here
         self.made_codes: set[types.CodeType] = set()
+        self.lent: set[str] = set()  # names of enclosing functions that functions made here use
         self.calling: Any = None  # the function that the next frame runs, where known
         self.seen: set[tuple] = set()
 
@@ -103,6 +106,9 @@ class Observer(Hooks):
         """`start`. False when someone else is tracing (a debugger, coverage, a profiler): nothing is observed then."""
         if sys.gettrace() is not None or sys.getprofile() is not None:
             self.culprits["a debugger, profiler or coverage tool is tracing this thread"] = None
+            return False
+        if not (3, 11) <= sys.version_info[:2] <= NEWEST:
+            self.culprits[f"what the instructions of Python {sys.version.split()[0]} read is not known to duo"] = None
             return False
         self.start()
         return True
@@ -219,7 +225,11 @@ class Observer(Hooks):
             if caller is not None:
                 caller.returned = arg
             mine = self.frames.get(frame)
-            if mine is not None and mine.stack and mine.stack[-1] is FRESH and arg is not None:
+            if mine is None:
+                return
+            if mine.last is None:
+                self.culprit(f"the interpreter does not tell of the instructions of {frame.f_code.co_name}", frame)
+            if mine.stack and mine.stack[-1] is FRESH and arg is not None:
                 self.fresh[id(arg)] = arg
         elif event == "call":
             caller = self.frames.get(frame.f_back)
@@ -258,6 +268,7 @@ class Observer(Hooks):
             handler = _HANDLERS.get(instruction.opname)
             if handler is None:
                 shadow.stack.clear()
+                self.culprit(f"the instruction {instruction.opname} cannot be followed", frame)
             else:
                 handler(self, shadow, frame, instruction)
         except Exception as error:  # never the user's concern: what is not understood is not replayed

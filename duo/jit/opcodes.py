@@ -1,6 +1,9 @@
 """What each instruction of CPython does to the shadow stack of `observe.py`.
 
-An instruction without a handler empties the shadow, which is always right: below the known part of the stack everything is unknown.
+An instruction of `_OPAQUE` empties the shadow, which is always right: below the known part of the stack everything is unknown. One that has
+no line here may read or change the world outside without a guard: it makes a recording unfit for replay.
+
+Sources: the `dis` module's documentation of each version, and `dis.stack_effect`, with which a test compares the shadow.
 """
 
 from __future__ import annotations
@@ -16,8 +19,10 @@ from duo.jit.observe import _HANDLERS, FRESH, MADE, NULL, PLAIN, UNKNOWN, Observ
 from duo.nn.module import Module
 
 Handler = Callable[[Observer, _Frame, Any, Any], None]
+# What the versions of CPython do differently under one name. The others differ in the names of their instructions.
 _FUSED = sys.version_info >= (3, 12)  # LOAD_ATTR also loads methods
-_FUSED_CALL = sys.version_info >= (3, 13)  # CALL finds the callable below, self or NULL above it
+_CALLABLE_BELOW = sys.version_info >= (3, 13)  # calls find the callable below, self or NULL above it
+_PLAIN_FUNCTIONS = sys.version_info >= (3, 13)  # MAKE_FUNCTION takes only code; SET_FUNCTION_ATTRIBUTE gives the rest
 
 
 def handles(*names: str) -> Callable[[Handler], Handler]:
@@ -30,7 +35,7 @@ def handles(*names: str) -> Callable[[Handler], Handler]:
 
 
 @handles("RESUME", "NOP", "PRECALL", "CACHE", "EXTENDED_ARG", "COPY_FREE_VARS", "MAKE_CELL", "KW_NAMES", "JUMP_FORWARD", "JUMP_BACKWARD",
-         "DELETE_FAST", "JUMP_BACKWARD_NO_INTERRUPT", "SETUP_ANNOTATIONS", "GEN_START", "NOT_TAKEN")  # fmt: skip
+         "DELETE_FAST", "JUMP_BACKWARD_NO_INTERRUPT", "SETUP_ANNOTATIONS")  # fmt: skip
 def _nothing(o: Observer, f: _Frame, frame: Any, i: Any) -> None:
     pass
 
@@ -59,7 +64,7 @@ def _swap(o: Observer, f: _Frame, frame: Any, i: Any) -> None:
     f.stack[-1], f.stack[-i.arg] = f.stack[-i.arg], f.stack[-1]
 
 
-@handles("LOAD_CONST", "LOAD_SMALL_INT")
+@handles("LOAD_CONST")
 def _const(o: Observer, f: _Frame, frame: Any, i: Any) -> None:
     f.push(i.argval)
 
@@ -74,15 +79,22 @@ def _return(o: Observer, f: _Frame, frame: Any, i: Any) -> None:
     f.stack[:] = f.stack[-1:]
 
 
-@handles("LOAD_FAST", "LOAD_FAST_CHECK", "LOAD_FAST_BORROW")
+@handles("LOAD_FAST", "LOAD_FAST_CHECK")
 def _fast(o: Observer, f: _Frame, frame: Any, i: Any) -> None:
-    f.push(o.local(f, frame, i.argval))
+    f.push(_local(o, f, frame, i.argval))
 
 
-@handles("LOAD_FAST_LOAD_FAST", "LOAD_FAST_BORROW_LOAD_FAST_BORROW")
+@handles("LOAD_FAST_LOAD_FAST")
 def _fast_fast(o: Observer, f: _Frame, frame: Any, i: Any) -> None:
     for name in i.argval:
-        f.push(o.local(f, frame, name))
+        f.push(_local(o, f, frame, name))
+
+
+@handles("LOAD_FAST_AND_CLEAR")
+def _set_aside(o: Observer, f: _Frame, frame: Any, i: Any) -> None:
+    """A comprehension uses the name of a local, which is stored again after it."""
+    f.push(FRESH if i.argval in f.fresh else UNKNOWN)
+    f.fresh.discard(i.argval)
 
 
 @handles("STORE_FAST")
@@ -99,7 +111,7 @@ def _store_store(o: Observer, f: _Frame, frame: Any, i: Any) -> None:
 @handles("STORE_FAST_LOAD_FAST")
 def _store_load(o: Observer, f: _Frame, frame: Any, i: Any) -> None:
     _stored(f, i.argval[0], f.pop())
-    f.push(UNKNOWN if i.argval[0] == i.argval[1] else o.local(f, frame, i.argval[1]))
+    f.push(UNKNOWN if i.argval[0] == i.argval[1] else _local(o, f, frame, i.argval[1]))
 
 
 def _stored(f: _Frame, name: str, value: Any) -> None:
@@ -109,9 +121,24 @@ def _stored(f: _Frame, name: str, value: Any) -> None:
         f.fresh.discard(name)
 
 
+def _local(o: Observer, f: _Frame, frame: Any, name: str) -> Any:
+    code = frame.f_code
+    if name in code.co_freevars or name in code.co_cellvars:  # a cell: Python 3.13 has no LOAD_CLOSURE of its own
+        return _cell(o, f, frame, name)
+    return o.local(f, frame, name)
+
+
+def _cell(o: Observer, f: _Frame, frame: Any, name: str) -> Any:
+    """A cell for a function that is made here. One of the enclosing function is read by that function: a guard for what it holds."""
+    if name in frame.f_code.co_freevars and not f.inner:
+        o.deref(f, frame, name)
+        o.lent.add(name)
+    return UNKNOWN
+
+
 @handles("LOAD_CLOSURE")
 def _closure(o: Observer, f: _Frame, frame: Any, i: Any) -> None:
-    f.push(UNKNOWN)
+    f.push(_cell(o, f, frame, i.argval))
 
 
 @handles("LOAD_DEREF", "LOAD_CLASSDEREF")
@@ -122,10 +149,27 @@ def _deref(o: Observer, f: _Frame, frame: Any, i: Any) -> None:
     f.push(value)
 
 
+@handles("LOAD_FROM_DICT_OR_DEREF")
+def _deref_in_class(o: Observer, f: _Frame, frame: Any, i: Any) -> None:
+    f.pop()
+    _deref(o, f, frame, i)
+
+
+@handles("DELETE_DEREF")
+def _delete_deref(o: Observer, f: _Frame, frame: Any, i: Any) -> None:
+    if _from_outside(o, f, frame, i.argval):
+        o.culprit(f"{i.argval!r} of the enclosing function is deleted", frame)
+
+
+def _from_outside(o: Observer, f: _Frame, frame: Any, name: str) -> bool:
+    """Whether a cell may be one that was there before."""
+    return name in frame.f_code.co_freevars and (not f.inner or name in o.lent)
+
+
 @handles("STORE_DEREF")
 def _store_deref(o: Observer, f: _Frame, frame: Any, i: Any) -> None:
     _stored(f, i.argval, f.pop())
-    if i.argval in frame.f_code.co_freevars and not f.inner:
+    if _from_outside(o, f, frame, i.argval):
         o.culprit(f"{i.argval!r} of the enclosing function is assigned", frame)
 
 
@@ -139,8 +183,22 @@ def _store_global(o: Observer, f: _Frame, frame: Any, i: Any) -> None:
 
 @handles("LOAD_GLOBAL")
 def _global(o: Observer, f: _Frame, frame: Any, i: Any) -> None:
+    value = o.global_(frame, i.argval)
     if i.arg & 1:
-        f.push(NULL)
+        _push_callable(f, value)
+    else:
+        f.push(value)
+
+
+def _push_callable(f: _Frame, value: Any) -> None:
+    """For a call without self."""
+    for x in (value, NULL) if _CALLABLE_BELOW else (NULL, value):
+        f.push(x)
+
+
+@handles("LOAD_FROM_DICT_OR_GLOBALS")
+def _global_in_class(o: Observer, f: _Frame, frame: Any, i: Any) -> None:
+    f.pop()
     f.push(o.global_(frame, i.argval))
 
 
@@ -157,23 +215,28 @@ def _attr(o: Observer, f: _Frame, frame: Any, i: Any) -> None:
 
 
 def _loaded(o: Observer, f: _Frame, owner: Any, value: Any, method: bool) -> None:
-    """Pushes what an attribute read gives: (NULL, value), or the value; a property's value is known when its code has returned."""
+    """Pushes what an attribute read gives, as a callable for methods; a property's value is known when its code has returned."""
+    push = (lambda x: _push_callable(f, x)) if method else f.push
     if value is UNKNOWN and (owner.__class__ is not _Mark):
 
         def after(offset: int) -> None:
-            got = f.returned
-            if method:
-                f.push(NULL)
-            f.push(got)
+            push(f.returned)
 
         f.after = after
         return
-    if method:
-        f.push(NULL)
     bound = isinstance(value, FunctionType) and not isinstance(owner, (type, ModuleType, _Mark))
     if bound and not any(v is value for v in getattr(owner, "__dict__", {}).values()):
         value = MethodType(value, owner)
-    f.push(value)
+    push(value)
+
+
+@handles("LOAD_SUPER_ATTR")
+def _super_attr(o: Observer, f: _Frame, frame: Any, i: Any) -> None:
+    f.drop(3)
+    if i.arg & 1:
+        _push_callable(f, UNKNOWN)
+    else:
+        f.push(UNKNOWN)
 
 
 @handles("LOAD_METHOD")
@@ -203,15 +266,20 @@ def _delete_attr(o: Observer, f: _Frame, frame: Any, i: Any) -> None:
 @handles("CALL")
 def _call(o: Observer, f: _Frame, frame: Any, i: Any) -> None:
     arguments = f.drop(i.arg)
-    second, first = f.pop(), f.pop()
-    if _FUSED_CALL:
-        first, second = second, first
-        function, arguments = (first, arguments) if second is NULL else (first, [second, *arguments])
-    elif first is NULL:
-        function = second
+    upper, lower = f.pop(), f.pop()
+    if _CALLABLE_BELOW:
+        function, me = lower, upper
+    elif lower is NULL:
+        function, me = upper, NULL
     else:
-        function, arguments = (UNKNOWN, arguments) if first is UNKNOWN else (first, [second, *arguments])
-    o.call(f, frame, function, arguments)
+        function, me = lower, upper
+    o.call(f, frame, function, arguments if me is NULL else [me, *arguments])
+
+
+@handles("CALL_KW")
+def _call_keywords(o: Observer, f: _Frame, frame: Any, i: Any) -> None:
+    f.pop()  # the names
+    _call(o, f, frame, i)
 
 
 @handles("CALL_FUNCTION_EX")
@@ -219,9 +287,8 @@ def _call_ex(o: Observer, f: _Frame, frame: Any, i: Any) -> None:
     if i.arg & 1:
         f.pop()
     f.pop()
-    function = f.pop()
-    f.pop()
-    o.call(f, frame, function, [UNKNOWN])
+    upper, lower = f.pop(), f.pop()
+    o.call(f, frame, lower if _CALLABLE_BELOW else upper, [UNKNOWN])
 
 
 @handles("BINARY_OP")
@@ -261,11 +328,24 @@ def _subscript(o: Observer, f: _Frame, frame: Any, i: Any) -> None:
         except Exception:
             f.push(UNKNOWN)
         return
-    o.result(
-        f,
-        isinstance(container, (EagerTensor, Module))
-        or hasattr(getattr(type(container), "__getitem__", None), "__code__"),
+    o.result(f, _subscripted_in_python(container))
+
+
+def _subscripted_in_python(container: Any) -> bool:
+    return isinstance(container, (EagerTensor, Module)) or hasattr(
+        getattr(type(container), "__getitem__", None), "__code__"
     )
+
+
+@handles("BINARY_SLICE")
+def _slice(o: Observer, f: _Frame, frame: Any, i: Any) -> None:
+    container = f.drop(3)[0]
+    o.result(f, _subscripted_in_python(container))
+
+
+@handles("STORE_SLICE")
+def _store_slice(o: Observer, f: _Frame, frame: Any, i: Any) -> None:
+    _changed(o, f.drop(4)[1], frame)
 
 
 @handles("STORE_SUBSCR")
@@ -311,7 +391,8 @@ _HANDLERS.update(
         "BUILD_SLICE": _makes(PLAIN, lambda i: i.arg),
         "FORMAT_VALUE": _makes(PLAIN, lambda i: 2 if i.arg & 4 else 1),
         "FORMAT_SIMPLE": _makes(PLAIN, lambda i: 1),
-        "LIST_APPEND": _makes(FRESH, lambda i: 1),
+        "FORMAT_WITH_SPEC": _makes(PLAIN, lambda i: 2),
+        "CONVERT_VALUE": _makes(PLAIN, lambda i: 1),
         "GET_LEN": _makes(PLAIN, lambda i: 0),
     }
 )
@@ -385,9 +466,24 @@ def _function(o: Observer, f: _Frame, frame: Any, i: Any) -> None:
     code = f.pop()
     if hasattr(code, "co_code"):
         o.made_codes.add(code)
-    if sys.version_info < (3, 13):
+    if not _PLAIN_FUNCTIONS:
         f.drop(bin(i.arg).count("1"))
     f.push(MADE)
+
+
+@handles("SET_FUNCTION_ATTRIBUTE")
+def _function_attribute(o: Observer, f: _Frame, frame: Any, i: Any) -> None:
+    function, _ = f.pop(), f.pop()
+    f.push(function)
+
+
+@handles("CALL_INTRINSIC_1")
+def _intrinsic(o: Observer, f: _Frame, frame: Any, i: Any) -> None:
+    operand = f.pop()
+    if i.argrepr == "INTRINSIC_UNARY_POSITIVE" and (isinstance(operand, EagerTensor) or operand is UNKNOWN):
+        o.result(f)
+    else:
+        f.push(PLAIN if i.argrepr == "INTRINSIC_UNARY_POSITIVE" else UNKNOWN)
 
 
 @handles("IMPORT_NAME")
@@ -405,3 +501,22 @@ def _import_from(o: Observer, f: _Frame, frame: Any, i: Any) -> None:
 @handles("LOAD_ASSERTION_ERROR", "LOAD_BUILD_CLASS")
 def _constant(o: Observer, f: _Frame, frame: Any, i: Any) -> None:
     f.push(UNKNOWN)
+
+
+@handles("MATCH_CLASS")
+def _match_class(o: Observer, f: _Frame, frame: Any, i: Any) -> None:
+    o.culprit("a class pattern of a match statement reads attributes", frame)
+    f.stack.clear()
+
+
+# They read nothing that has no guard by then, and change nothing that was there before.
+_OPAQUE = (
+    "BEFORE_WITH", "WITH_EXCEPT_START", "PUSH_EXC_INFO", "CHECK_EXC_MATCH", "CHECK_EG_MATCH", "PREP_RERAISE_STAR", "POP_EXCEPT", "RAISE_VARARGS",
+    "RERAISE", "CLEANUP_THROW", "CALL_INTRINSIC_2", "MATCH_KEYS", "MATCH_MAPPING", "MATCH_SEQUENCE", "UNPACK_EX", "SEND", "END_SEND", "END_FOR",
+    "GET_YIELD_FROM_ITER", "LOAD_LOCALS",
+)  # fmt: skip
+
+
+@handles(*_OPAQUE)
+def _opaque(o: Observer, f: _Frame, frame: Any, i: Any) -> None:
+    f.stack.clear()

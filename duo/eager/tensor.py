@@ -66,7 +66,11 @@ DETACHED = ((DETACH, ()),)
 
 
 def _through_data(chain: tuple) -> bool:
-    return chain is not DETACHED and any(view is DATA for view, _ in chain)
+    if chain is not DETACHED:
+        for view, _ in chain:  # a generator would take most of the time
+            if view is DATA:
+                return True
+    return False
 
 
 def _whole(chain: tuple) -> bool:

@@ -23,7 +23,10 @@ def type_of(x: Any) -> TensorType:
     """The type of a tensor of any kind."""
     if x.__class__ is Value:
         return x.type
-    found = getattr(x, "_type", None)
+    try:
+        found = x._type
+    except AttributeError:
+        found = None
     if found is None:
         raise DTypeError(f"expected a tensor, got {x!r:.60} ({type(x).__name__}); make one with duo.tensor")
     return found
@@ -49,7 +52,7 @@ def integer(name: str, what: str, value: Any) -> int:
 
 def one_axis(name: str, dim: Any, rank: int) -> int:
     """`dim` counted from the front. A 0-d tensor takes 0 and -1."""
-    d = integer(name, "dim", dim)
+    d = dim if dim.__class__ is int else integer(name, "dim", dim)
     limit = rank or 1
     if not -limit <= d < limit:
         raise DimensionError(f"{name}: dim {d} is out of range for {rank} dimensions; it takes {-limit} to {limit - 1}")

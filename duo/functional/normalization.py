@@ -75,6 +75,8 @@ def _trailing(name: str, input: Any, normalized_shape: Any, *tensors: Any) -> in
 def layer_norm(input: Any, normalized_shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5) -> Any:
     """(input - mean) / sqrt(var + eps) * weight + bias, over the last dims, whose sizes are normalized_shape."""
     k = _trailing("layer_norm", input, normalized_shape, weight, bias)
+    if weight is not None and bias is not None:
+        return apply(_layer_norm, (input, weight, bias), (k, float(eps), True, True))
     tensors, flags = _present(weight, bias)
     return apply(_layer_norm, (input, *tensors), (k, float(eps), *flags))
 

@@ -24,6 +24,7 @@ from duo_ir.errors import ArgumentError, DuoError, ShapeError
 from duo_ir.types import dtype as as_dtype
 
 _TABLES = ("_parameters", "_buffers", "_modules")
+_LIKELY = ("_parameters", "_modules", "_buffers")  # the order in which attributes are looked for
 
 
 class IncompatibleKeys(NamedTuple):
@@ -109,13 +110,11 @@ class Module:
 
     def __getattr__(self, name: str) -> Any:
         tables = self.__dict__
-        try:
-            return tables["_parameters"][name]
-        except KeyError:
-            pass
-        for table in _TABLES:
-            if table in tables and name in tables[table]:
-                return tables[table][name]
+        for table in _LIKELY:
+            if table in tables:
+                found = tables[table].get(name, _MISSING)
+                if found is not _MISSING:
+                    return found
         raise ModuleError(f"{type(self).__name__} has no attribute {name!r}")
 
     def __delattr__(self, name: str) -> None:

@@ -65,6 +65,11 @@ def use_quick(kind: Any, quick: Any) -> None:
     _quick, _quick_apply = kind, quick
 
 
+def quick_for(kind: Any) -> Any:
+    """What `use_quick` was given for tensors of exactly this class, or None."""
+    return _quick_apply if kind is _quick else None
+
+
 def apply(body: Callable[..., Any], tensors: tuple[Any, ...], attrs: tuple[Any, ...] = ()) -> Any:
     """The result(s) of `body` on tensors of any one kind, Python numbers among them. `attrs` are static and hashable."""
     try:

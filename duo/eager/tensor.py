@@ -15,7 +15,7 @@ import numpy as np
 
 from duo import runtime
 from duo.devices import CPU, Device
-from duo.dispatch import View
+from duo.dispatch import View, quick_for
 from duo.eager.autograd import GradLeaf, Inner, check_device_of
 from duo.eager.flush import flush
 from duo.eager.gradients import backward
@@ -115,12 +115,14 @@ class EagerTensor(Tensor):
         val = None
         if storage.shared is not None and state.capture is None and readable(storage):
             val = read_now(storage, chain, most=False)
-        if val is None:
-            val = _record_one(view.read, (tensor,), attrs)
-        out = _new(EagerTensor)
-        out._val = val
+        if val is None and (quick := quick_for(tensor.__class__)) is not None:
+            out = quick(view.read, (tensor,), attrs)
+            val = out._val
+        else:
+            out = _new(EagerTensor)
+            out._val = val = _record_one(view.read, (tensor,), attrs) if val is None else val
+            out._leaf = None
         out._storage, out._chain, out._seen = storage, chain, storage.version
-        out._leaf = None
         if not _through_data(chain):
             alias(storage.val, val)
         return out

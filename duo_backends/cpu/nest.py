@@ -10,7 +10,7 @@ from duo_backends.cpu.body import Emitter
 from duo_backends.cpu.code import SIGNATURE, Target
 from duo_backends.cpu.llvm import Function, Module, is_literal
 from duo_ir.kernels.collapse import accesses
-from duo_ir.kernels.kernel import Body, Kernel, Stage
+from duo_ir.kernels.kernel import Body, Instr, Kernel, Stage
 from duo_ir.types import DimLike, evaluate
 
 BLOCK = 1024  # elements of a flat map in one work unit
@@ -130,13 +130,25 @@ def lanes_for(bodies: Sequence[Body], target: Target) -> int:
 def together(stage: Stage, axis: int, points: DimLike) -> int:
     """How many vectors along `axis` to compute as one, instruction by instruction: a long body is a chain of instructions that wait for each other,
     and a processor that meets the chains one after the other sees only as many as its queues hold. `points`: of the stage."""
-    timed = [i for i in stage.body if i.op not in _UNTIMED]
-    if not isinstance(points, int) or points < _MANY or len(timed) < _HEAVY:
-        return 1
-    size = max(i.dtype.itemsize for i in timed)
-    plain = all(i.op not in ("check", "convert") and i.dtype.itemsize in (1, size) for i in timed)
+    large = isinstance(points, int) and points >= _MANY
+    return _TOGETHER if large and is_long(stage) and is_plain(stage, axis) else 1
+
+
+def _timed(stage: Stage) -> list[Instr]:
+    return [i for i in stage.body if i.op not in _UNTIMED]
+
+
+def is_long(stage: Stage) -> bool:
+    """Whether its body is a long chain."""
+    return len(_timed(stage)) >= _HEAVY
+
+
+def is_plain(stage: Stage, axis: int) -> bool:
+    """Whether several vectors along `axis` are as good as one: elements of one size, side by side."""
+    timed = _timed(stage)
+    size = max((i.dtype.itemsize for i in timed), default=1)
     near = all(a.at.strides[axis] in (0, 1) and not a.index_strides and not a.guards for a, _ in accesses(stage))
-    return _TOGETHER if plain and near else 1
+    return near and all(i.op not in ("check", "convert") and i.dtype.itemsize in (1, size) for i in timed)
 
 
 def ceil_div(a: int, b: int) -> int:

@@ -34,6 +34,7 @@ from duo_backends.cpu.reductions import (
     typed,
 )
 from duo_backends.cpu.reuse import Reuse, find_reuse
+from duo_backends.cpu.row_waves import Waves, runs_in_waves
 from duo_backends.cpu.stream import with_streams
 from duo_ir.kernels.kernel import Access, LoopKernel, Stage
 from duo_ir.types import DimLike, evaluate, product
@@ -58,7 +59,7 @@ def compile_rows(kernel: LoopKernel, target: Target, name: str, cost: Any) -> Ke
     reuse = find_reuse(kernel.stages)
     if reuse is not None:
         kernel = replace(kernel, stages=reuse.stages)
-    with_streams(module, name, kernel, target, lambda phase: _Rows(phase, kernel, reuse).emit(None))
+    with_streams(module, name, kernel, target, lambda phase: _emit(phase, kernel, reuse))
     phase = PhaseCode(name, lambda sizes: points(kernel.axes, sizes))
     if reuse is None:
         return KernelCode(module.text(), (phase,), no_scratch, cost)
@@ -68,6 +69,15 @@ def compile_rows(kernel: LoopKernel, target: Target, name: str, cost: Any) -> Ke
         return threads * each * ((evaluate(length, sizes) + 2 * _PAD - 1) // _PAD * _PAD)
 
     return KernelCode(module.text(), (phase,), scratch, cost)
+
+
+def _emit(phase: Phase, kernel: LoopKernel, reuse: Reuse | None) -> None:
+    rows = Rows(phase, kernel, reuse)
+    if runs_in_waves(kernel, reuse):
+        rows.fetching = None  # rows are asked for by the wave that reads them first
+        Waves(rows).emit()
+    else:
+        rows.emit(None)
 
 
 def _splits(kernel: LoopKernel) -> bool:
@@ -86,8 +96,8 @@ def _compile_split(kernel: LoopKernel, target: Target, module: Module, name: str
     def groups(sizes: Mapping[str, int]) -> int:
         return max(1, ceil_div(evaluate(n, sizes), _GROUP * CHUNK))
 
-    _Rows(Phase(module, f"{name}_1", kernel, target), kernel).emit_groups(each)
-    _Rows(Phase(module, f"{name}_2", kernel, target), kernel).emit(each)
+    Rows(Phase(module, f"{name}_1", kernel, target), kernel).emit_groups(each)
+    Rows(Phase(module, f"{name}_2", kernel, target), kernel).emit(each)
     phases = (
         PhaseCode(f"{name}_1", lambda sizes: points(kernel.axes, sizes) * groups(sizes)),
         PhaseCode(f"{name}_2", lambda sizes: points(kernel.axes, sizes)),
@@ -107,7 +117,9 @@ def _reducers(stage: Stage, target: Target) -> list[Reducer]:
     return [(BitReducer if by_bits else Reducer)(r, d) for r, d in zip(stage.reduces, values)]
 
 
-class _Rows:
+class Rows:
+    """Emits the stages of rows."""
+
     def __init__(self, phase: Phase, kernel: LoopKernel, reuse: Reuse | None = None) -> None:
         self.phase, self.kernel, self.f, self.e, self.reuse = phase, kernel, phase.f, phase.e, reuse
         self.number = 0  # of the stage being emitted
@@ -223,16 +235,19 @@ class _Rows:
         if stage.reduces:
             reducers = _reducers(stage, self.phase.target)
             if len(stage.axes) == 1:
-                state = self._whole(stage, reducers, start)
+                state = self.whole(stage, reducers, start)
             else:
                 state = self._segments(stage, reducers, start)
             self._finish(number, reducers, state)
             return
         if not stage.axes:
-            self._point(stage, self._scope(start, [], None, 1, None))
+            self._point(stage, self.scope(start, [], None, 1, None))
             return
-        width = lanes_for([stage.body], self.phase.target)
-        self._nest(stage, [], [start], width)
+        self.store_stage(stage, start)
+
+    def store_stage(self, stage: Stage, start: Region) -> None:
+        """A stage with axes that only stores."""
+        self._nest(stage, [], [start], lanes_for([stage.body], self.phase.target))
 
     def _nest(self, stage: Stage, inner: list[str], sections: list[Region], width: int) -> None:
         """The remaining axes of a stage that only stores."""
@@ -249,7 +264,7 @@ class _Rows:
         with f.loop("0", size) as loop:
             self._nest(stage, [*inner, loop.index], [*sections, f.section()], width)
 
-    def _scope(self, start: Region, inner: Sequence[str], vector: int | None, width: int, mask: str | None) -> Scope:
+    def scope(self, start: Region, inner: Sequence[str], vector: int | None, width: int, mask: str | None) -> Scope:
         return self._nested_scope(inner, [start], vector, width, mask)
 
     def _nested_scope(
@@ -272,8 +287,19 @@ class _Rows:
         return values
 
     def _finish(self, number: int, reducers: Sequence[Reducer], state: Sequence[str]) -> None:
-        for n, (r, s) in enumerate(zip(reducers, split_states(reducers, state), strict=True)):
-            self.results[number, n] = Value(r.result(self.f, r.halve(self.f, s), 1), r.result_dtype, False, 2)
+        for n, value in enumerate(self.reduced_values(reducers, state)):
+            self.results[number, n] = value
+
+    def reduced_values(self, reducers: Sequence[Reducer], state: Sequence[str]) -> list[Value]:
+        """What the state of a whole row comes to."""
+        return [
+            Value(r.result(self.f, r.halve(self.f, s), 1), r.result_dtype, False, 2)
+            for r, s in zip(reducers, split_states(reducers, state), strict=True)
+        ]
+
+    def reducers(self, stage: Stage) -> list[Reducer]:
+        """Those of a stage."""
+        return _reducers(stage, self.phase.target)
 
     # --------------------------------------------------------------------------------------------- reductions
     def _together(self, stage: Stage, reducers: Sequence[Reducer]) -> int:
@@ -282,7 +308,7 @@ class _Rows:
             return 1
         return together(stage, len(self.outer), self._elements(stage))
 
-    def _steps(
+    def steps(
         self, stage: Stage, reducers: Sequence[Reducer], scope: Scope, count: int, state: Sequence[str]
     ) -> list[str]:
         """`count` vectors of 16 elements, in order, their values computed together."""
@@ -342,7 +368,7 @@ class _Rows:
         middle = f.add(begin, f.pure(f"and i64 {count}, {-step}") if not is_literal(count) else str(int(count) & -step))
         if middle != begin:
             with f.loop(begin, middle, step, typed(reducers, LANES, state)) as loop:
-                scope = self._scope(start, [loop.index], 0, LANES, None)
+                scope = self.scope(start, [loop.index], 0, LANES, None)
                 loop.next = self._step(stage, reducers, scope, loop.index, loop.values)
             state = loop.results
         if middle == end:
@@ -350,7 +376,7 @@ class _Rows:
         # runs once or not at all; a loop, so that the state flows through
         with f.loop(middle, end, LANES, typed(reducers, LANES, state)) as loop:
             mask = self.phase.lane_mask(f.sub(end, loop.index), LANES)
-            scope = self._scope(start, [loop.index], 0, LANES, mask)
+            scope = self.scope(start, [loop.index], 0, LANES, mask)
             loop.next = self._step(stage, reducers, scope, loop.index, loop.values)
         return loop.results
 
@@ -370,9 +396,9 @@ class _Rows:
         whole = str(int(count) & -step) if is_literal(count) else f.pure(f"and i64 {count}, {-step}")
         middle = f.add(begin, whole)
         with f.loop(begin, middle, step, typed(reducers, LANES, state)) as loop:
-            scope = self._scope(start, [loop.index], 0, step, None)
+            scope = self.scope(start, [loop.index], 0, step, None)
             self._ask(stage, scope)
-            loop.next = self._steps(stage, reducers, scope, wide, loop.values)
+            loop.next = self.steps(stage, reducers, scope, wide, loop.values)
         return middle, list(loop.results)
 
     def _unrolled(
@@ -398,7 +424,7 @@ class _Rows:
             states = [loop.values[k : k + size] for k in range(0, len(carried), size)]
             for k in range(unroll):
                 index = f.add(loop.index, str(LANES * k))
-                scope = self._scope(start, [index], 0, LANES, None)
+                scope = self.scope(start, [index], 0, LANES, None)
                 self._ask(stage, scope)
                 which = k if free else 0
                 states[which] = self._step(stage, reducers, scope, index, states[which])
@@ -408,7 +434,7 @@ class _Rows:
             total = merge_all(f, reducers, LANES, total, loop.results[k : k + size])
         return middle, list(total)
 
-    def _whole(self, stage: Stage, reducers: Sequence[Reducer], start: Region) -> list[str]:
+    def whole(self, stage: Stage, reducers: Sequence[Reducer], start: Region) -> list[str]:
         n = self.e.dim(stage.axes[0])
         levels = tree_levels(ceil_div(int(n), CHUNK)) if is_literal(n) else _MANY_LEVELS
         return self._chunks(stage, reducers, start, "0", n, levels)
@@ -447,10 +473,10 @@ class _Rows:
                 base, state = f.add(first, lanes.index), lanes.values
                 for k in range(unroll):
                     index = f.add(base, str(k * LANES))
-                    scope = self._scope(start, [index], 0, LANES * wide, None)
+                    scope = self.scope(start, [index], 0, LANES * wide, None)
                     self._ask(stage, scope)
                     if wide > 1:
-                        state = self._steps(stage, reducers, scope, wide, state)
+                        state = self.steps(stage, reducers, scope, wide, state)
                     else:
                         state = self._step(stage, reducers, scope, index, state)
                 lanes.next = state

@@ -10,7 +10,7 @@ from functools import cache
 import numpy as np
 import pytest
 
-from duo_backends.cpu import loops, nest, stream, turn
+from duo_backends.cpu import loops, nest, row_waves, stream, turn
 from duo_backends.cpu.code import Target
 from duo_backends.cpu.emit import compile_kernel
 from duo_backends.cpu.jit import build, machine
@@ -766,6 +766,23 @@ def test_stages(rows, columns, along):
     check(kernel, [data(f32, rows * columns), *blank], {"r": rows, "c": columns}, machines=MACHINES[:2])
 
 
+def softmax_of(r, c, dims=(), d=f32):
+    """softmax along c as it is fused: exp(x - max) in the sum and again in the quotient."""
+    at = Access(0, Affine(0, (c, 1)))
+    builders = []
+    for last in (False, True):
+        b = BodyBuilder()
+        top = recipes.exp(b, b.sub(b.load(at, d), b.reduced(0, 0, d)))
+        builders.append((b, b.div(top, b.reduced(1, 0, d)) if last else top))
+    (b1, top), (b2, quotient) = builders
+    stages = (
+        Stage((c,), body(("load", (), d, at)), (), (Reduce("max", (0,), d),)),
+        Stage((c,), tuple(Instr(*row) for row in b1.rows), (), (Reduce("sum", (top,), d),)),
+        Stage((c,), tuple(Instr(*row) for row in b2.rows), (Store(Access(1, Affine(0, (c, 1))), quotient),)),
+    )
+    return LoopKernel((Arg(d, r * c), Arg(d, r * c, True)), (r,), stages, dims)
+
+
 @pytest.mark.parametrize("many", [None, 0])
 @pytest.mark.parametrize("rows,columns", [(3, 1), (2, 16), (5, 37), (3, 129), (3, 1029), (2, 3000)])
 def test_softmax_keeps_the_exponentials(rows, columns, many, monkeypatch):
@@ -774,28 +791,42 @@ def test_softmax_keeps_the_exponentials(rows, columns, many, monkeypatch):
         monkeypatch.setattr(nest, "_MANY", many)
     compiled.cache_clear()
 
-    def kernel_of(r, c, dims):
-        at = Access(0, Affine(0, (c, 1)))
-        builders = []
-        for last in (False, True):
-            b = BodyBuilder()
-            top = recipes.exp(b, b.sub(b.load(at, f32), b.reduced(0, 0, f32)))
-            builders.append((b, b.div(top, b.reduced(1, 0, f32)) if last else top))
-        (b1, top), (b2, quotient) = builders
-        stages = (
-            Stage((c,), body(("load", (), f32, at)), (), (Reduce("max", (0,), f32),)),
-            Stage((c,), tuple(Instr(*row) for row in b1.rows), (), (Reduce("sum", (top,), f32),)),
-            Stage((c,), tuple(Instr(*row) for row in b2.rows), (Store(Access(1, Affine(0, (c, 1))), quotient),)),
-        )
-        return LoopKernel((Arg(f32, r * c), Arg(f32, r * c, True)), (r,), stages, dims)
-
     buffers = [data(f32, rows * columns, 0, 0.001), np.zeros(rows * columns, np.float32)]
-    kernel = kernel_of(rows, columns, ())
+    kernel = softmax_of(rows, columns)
     check(kernel, buffers)
     if columns > 1:
         assert compile_kernel(kernel, machine().target).scratch({}, 1) > 0
     r, c = Dim.symbol("r"), Dim.symbol("c")
-    check(kernel_of(r, c, ("r", "c")), buffers, {"r": rows, "c": columns}, machines=MACHINES[:2])
+    check(softmax_of(r, c, ("r", "c")), buffers, {"r": rows, "c": columns}, machines=MACHINES[:2])
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize(
+    "rows,columns,d", [(1, 512, f32), (2, 1024, f32), (3, 960, f32), (9, 4096, f32), (7, 2048, f64)]
+)
+def test_softmax_in_waves(rows, columns, d, streamed, monkeypatch):
+    """Stages of consecutive rows side by side: whatever rows a thread gets, the bits of one stage after the other; also in place."""
+    monkeypatch.setattr(row_waves, "_MANY", 0)
+    if streamed:
+        monkeypatch.setattr(stream, "_BEYOND", 0)
+    compiled.cache_clear()
+    kernel = softmax_of(rows, columns, (), d)
+    assert row_waves.runs_in_waves(kernel, None)
+    buffers = [data(d, rows * columns, 0, 0.001), np.zeros(rows * columns, d.numpy)]
+    check(kernel, buffers)
+    plain = softmax_of(rows, columns - 1, (), d)  # not whole vectors
+    assert not row_waves.runs_in_waves(plain, None)
+
+    code, library = compiled(kernel, MACHINES[0])
+    x = buffers[0].copy()
+    (expected, _), scratch = reference(kernel, buffers, {}), np.zeros(code.scratch({}, 1) + 64, np.uint8)
+    args = (ctypes.c_void_p * 2)(x.ctypes.data, x.ctypes.data)
+    function = ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * 2, *[ctypes.c_int64] * 3, *[ctypes.c_void_p] * 2)(
+        library.addresses[code.phases[0].symbol]
+    )
+    function(args, None, 0, rows, 0, scratch.ctypes.data, None)
+    assert same(x, expected[1])
+    compiled.cache_clear()
 
 
 def test_in_place_map():

@@ -299,13 +299,25 @@ class Step:
 
 def _runner(function: Function, scalars: Sequence[int]) -> Run:
     """The compiled function, or a choice among its arguments when that is all it is."""
-    if not function.ops and not scalars:
-        chosen = [function.params.index(r) for r in function.results]
+    chosen = None if scalars else _choice(function)
+    if chosen is not None:
         return lambda inputs: [inputs[k] for k in chosen]
     if any(op.regions for op in function.ops):
         # Nested Functions are attributes by identity, so the same entry may come back as another: those are found by what they say.
         return runtime.runnable(function, False, scalars).run  # type: ignore[no-any-return]
     return runtime.compile_alone(function, scalars).run  # type: ignore[no-any-return]
+
+
+def _choice(function: Function) -> list[int] | None:
+    """Which parameter each result is, where every op gives an operand back (what detaches, a cast to the same dtype)."""
+    given = {p: k for k, p in enumerate(function.params)}
+    with Builder("aside"):
+        for op in function.ops:
+            found = op.definition.canonicalize(op) if op.definition.canonicalize is not None else None
+            if found is None or not all(v in given for v in found):
+                return None
+            given.update({r: given[v] for r, v in zip(op.results, found)})
+    return [given[r] for r in function.results]
 
 
 _made: list[Applied] = []

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from duo_backends.cpu.attention import compile_attention
+import functools
+import importlib
+from collections.abc import Callable
+from typing import Any
+
 from duo_backends.cpu.code import KernelCode, Target
-from duo_backends.cpu.conv import compile_conv
-from duo_backends.cpu.conv_plan import panel_columns as columns_for
-from duo_backends.cpu.gemm import compile_contract
-from duo_backends.cpu.loops import compile_loop
-from duo_backends.cpu.scan import compile_scan
-from duo_backends.cpu.scatter import compile_scatter
-from duo_backends.cpu.sort import compile_sort
 from duo_ir.core import Op
 from duo_ir.kernels.kernel import (
     AttentionKernel,
@@ -19,25 +16,27 @@ from duo_ir.kernels.kernel import (
     Kernel,
     LoopKernel,
     ScanKernel,
+    ScatterKernel,
     SortKernel,
 )
+
+# Kind of kernel -> module and function that emit it; a program loads those it needs.
+_EMITTERS: dict[Any, tuple[str, str]] = {
+    LoopKernel: ("loops", "compile_loop"), ContractKernel: ("gemm", "compile_contract"), ConvKernel: ("conv", "compile_conv"),
+    AttentionKernel: ("attention", "compile_attention"), ScanKernel: ("scan", "compile_scan"), SortKernel: ("sort", "compile_sort"),
+    ScatterKernel: ("scatter", "compile_scatter"),
+}  # fmt: skip
+
+
+@functools.cache
+def _emitter(kind: Any) -> Callable[[Kernel, Target], KernelCode]:
+    module, name = _EMITTERS[kind]
+    return getattr(importlib.import_module(f"duo_backends.cpu.{module}"), name)  # type: ignore[no-any-return]
 
 
 def compile_kernel(kernel: Kernel, target: Target) -> KernelCode:
     """LLVM text of `kernel` for `target`, its phases, scratch and cost. Deterministic: equal kernels give equal text."""
-    if isinstance(kernel, LoopKernel):
-        return compile_loop(kernel, target)
-    if isinstance(kernel, ContractKernel):
-        return compile_contract(kernel, target)
-    if isinstance(kernel, ConvKernel):
-        return compile_conv(kernel, target)
-    if isinstance(kernel, AttentionKernel):
-        return compile_attention(kernel, target)
-    if isinstance(kernel, ScanKernel):
-        return compile_scan(kernel, target)
-    if isinstance(kernel, SortKernel):
-        return compile_sort(kernel, target)
-    return compile_scatter(kernel, target)
+    return _emitter(type(kernel))(kernel, target)
 
 
 def panel_columns(op: Op, target: Target) -> int | None:
@@ -46,4 +45,5 @@ def panel_columns(op: Op, target: Target) -> int | None:
     if not all(isinstance(d, int) for d in (*places, n)):
         return None
     high, wide = (1, *places)[-2:]
+    columns_for = importlib.import_module("duo_backends.cpu.conv_plan").panel_columns
     return columns_for(high, wide, n, op.result.type.dtype, target)  # type: ignore[arg-type]

@@ -15,12 +15,6 @@ SLOTS = ("node.memo", "plan.address", "buffer.ptr", "buffer.nbytes", "buffer._ho
 
 LANE = """
 
-; Whether only one reference to the object exists.
-define internal i1 @duo.alone(ptr %object) alwaysinline nounwind {
-  %count = load i32, ptr %object
-  %one = icmp eq i32 %count, 1
-  ret i1 %one
-}
 define internal i64 @duo.word(ptr %words, i64 %k) alwaysinline nounwind {
   %at = getelementptr i64, ptr %words, i64 %k
   %word = load i64, ptr %at
@@ -315,6 +309,7 @@ finish:
   swap trace.program %trace %program
   swap trace.done %trace %true
   swap trace.entries %trace %closed.entries
+  call void @duo.unstamp(ptr %trace)
   %leaves = get trace.leaves %trace
   call void @PyDict_Clear(ptr %leaves)
   %leaf.numbers = get trace.leaf_numbers %trace

@@ -83,6 +83,12 @@ drop:
 end:
   ret void
 }
+; Whether only one reference to the object exists.
+define internal i1 @duo.alone(ptr %object) alwaysinline nounwind {
+  %count = load i32, ptr %object
+  %one = icmp eq i32 %count, 1
+  ret i1 %one
+}
 ; What native code made, or if it made nothing and there is no error, what Python's function gives.
 define internal ptr @duo.or.python(ptr %made, ptr %function, ptr %args, i64 %nargs) nounwind {
 entry:

@@ -179,14 +179,17 @@ open:
   %device = get trace.device %current
   %cpu = const cpu
   %on.cpu = icmp eq ptr %device, %cpu
-  call void @Py_DecRef(ptr %current)
-  br i1 %on.cpu, label %open.new, label %never
+  br i1 %on.cpu, label %open.again, label %foreign
+open.again:
+  %again = call i1 @duo.reopen(ptr %current)
+  br i1 %again, label %opened, label %open.new
 open.new:
+  call void @Py_DecRef(ptr %current)
   %fresh = call ptr @duo.open()
   %unopened = icmp eq ptr %fresh, null
   br i1 %unopened, label %never, label %opened
 opened:
-  %trace = phi ptr [ %current, %is.open.still ], [ %fresh, %open.new ]
+  %trace = phi ptr [ %current, %is.open.still ], [ %current, %open.again ], [ %fresh, %open.new ]
   %float = const float
   %int = const int
   %bool = const bool

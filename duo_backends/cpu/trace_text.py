@@ -96,7 +96,17 @@ add:
   %index = call ptr @PyLong_FromLongLong(i64 %number)
   %home = get stamp.trace %stamp
   %here = icmp eq ptr %home, %trace
-  br i1 %here, label %append, label %begin
+  br i1 %here, label %append, label %other
+other:
+  %kept = get stamp.numbers %stamp
+  %kept.count = call i64 @PyList_Size(ptr %kept)
+  %is.empty = icmp eq i64 %kept.count, 0
+  %is.private = call i1 @duo.alone(ptr %kept)
+  %is.free = and i1 %is.empty, %is.private
+  br i1 %is.free, label %take, label %begin
+take:
+  swap stamp.trace %stamp %trace
+  br label %append
 append:
   %numbers = get stamp.numbers %stamp
   %appended = call i32 @PyList_Append(ptr %numbers, ptr %index)
@@ -125,13 +135,59 @@ added:
 end:
   ret void
 }
+; Stamps of values from outside forget a trace that has run, whose numbers mean nothing any more.
+define internal void @duo.unstamp(ptr %trace) nounwind {
+entry:
+  %position = alloca i64
+  %key = alloca ptr
+  %value = alloca ptr
+  %none = const none
+  store i64 0, ptr %position
+  %leaves = get trace.leaves %trace
+  br label %next
+next:
+  %found = call i32 @PyDict_Next(ptr %leaves, ptr %position, ptr %key, ptr %value)
+  %any = icmp ne i32 %found, 0
+  br i1 %any, label %leaf, label %end
+leaf:
+  %val = load ptr, ptr %key
+  %stamp = get value.stamp %val
+  %unstamped = icmp eq ptr %stamp, %none
+  br i1 %unstamped, label %next, label %stamped
+stamped:
+  %home = get stamp.trace %stamp
+  %mine = icmp eq ptr %home, %trace
+  br i1 %mine, label %forget, label %next
+forget:
+  %numbers = get stamp.numbers %stamp
+  %count = call i64 @PyList_Size(ptr %numbers)
+  %cut = call i32 @PyList_SetSlice(ptr %numbers, i64 0, i64 %count, ptr null)
+  swap stamp.trace %stamp %none
+  br label %next
+end:
+  ret void
+}
 
-; `open_trace` of a thread whose trace, on the CPU, has been closed; null where that is to be left to Python.
-define internal ptr @duo.open() nounwind {
+; Makes a new value the root of a trace.
+define internal void @duo.root(ptr %root, ptr %trace, ptr %node) nounwind {
 entry:
   %none = const none
+  %nothing = const NOTHING
+  %zero = const zero
+  set value.trace %root %trace
+  set value.index %root %zero
+  set value.node %root %node
+  set value.info %root %nothing
+  set value.buf %root %none
+  set value.scalars %root %none
+  set value.extra %root %none
+  set value.stamp %root %none
+  ret void
+}
+; The node that this thread's next trace on the CPU begins at; null where that is to be left to Python.
+define internal ptr @duo.start() nounwind {
+entry:
   %true = const true
-  %false = const false
   %full.list = const full
   %full = call ptr @PyList_GetItem(ptr %full.list, i64 0)
   %is.full = icmp eq ptr %full, %true
@@ -139,17 +195,111 @@ entry:
 mode:
   %state = call ptr @duo.state()
   %no.state = icmp eq ptr %state, null
-  br i1 %no.state, label %unset, label %look
+  br i1 %no.state, label %clear, label %look
+clear:
+  call void @PyErr_Clear()
+  br label %refuse
 look:
   %grad.name = const grad_name
   %grad = call ptr @PyDict_GetItem(ptr %state, ptr %grad.name)
   %no.grad = icmp eq ptr %grad, null
-  br i1 %no.grad, label %refuse, label %make
-make:
+  br i1 %no.grad, label %refuse, label %found
+found:
   %is.grad = icmp eq ptr %grad, %true
   %root.grad = const root_grad
   %root.plain = const root_plain
   %node = select i1 %is.grad, ptr %root.grad, ptr %root.plain
+  ret ptr %node
+refuse:
+  ret ptr null
+}
+; Opens a closed trace of this thread anew, in which nothing is left and which only the thread and the caller hold; false: it is as it was.
+define internal i1 @duo.reopen(ptr %trace) nounwind {
+entry:
+  %none = const none
+  %true = const true
+  %false = const false
+  %end = const END
+  %class = const Val
+  %holders.before = load i32, ptr %trace
+  %unheld.before = icmp eq i32 %holders.before, 2
+  br i1 %unheld.before, label %make, label %no
+make:
+  %root = call ptr @PyType_GenericAlloc(ptr %class, i64 0)
+  %failed = icmp eq ptr %root, null
+  br i1 %failed, label %clear, label %look
+clear:
+  call void @PyErr_Clear()
+  br label %no
+look: ; what was allocated may have run code; from here on nothing does
+  %node = call ptr @duo.start()
+  %refused = icmp eq ptr %node, null
+  br i1 %refused, label %drop, label %mine
+mine:
+  %state = call ptr @duo.state()
+  %trace.name = const trace_name
+  %current = call ptr @PyDict_GetItem(ptr %state, ptr %trace.name)
+  %is.current = icmp eq ptr %current, %trace
+  %holders = load i32, ptr %trace
+  %unheld = icmp eq i32 %holders, 2
+  %entries = get trace.entries %trace
+  %list.holders = load i32, ptr %entries
+  %private = icmp eq i32 %list.holders, 1
+  %count = call i64 @PyList_Size(ptr %entries)
+  %one = icmp eq i64 %count, 1
+  %last = call ptr @duo.last(ptr %entries)
+  %closed = icmp eq ptr %last, %end
+  %done = get trace.done %trace
+  %is.done = icmp eq ptr %done, %true
+  %hooked = get trace.hooked %trace
+  %hooks = call i64 @PyList_Size(ptr %hooked)
+  %unhooked = icmp eq i64 %hooks, 0
+  %forks = const forks
+  %fork = call ptr @PyList_GetItem(ptr %forks, i64 0)
+  %born = get trace.born %trace
+  %here = icmp eq ptr %born, %fork
+  %call = get trace.call %trace
+  %uncalled = icmp eq ptr %call, %none
+  %y1 = and i1 %is.current, %unheld
+  %y2 = and i1 %private, %one
+  %y3 = and i1 %closed, %is.done
+  %y4 = and i1 %unhooked, %here
+  %y12 = and i1 %y1, %y2
+  %y34 = and i1 %y3, %y4
+  %y14 = and i1 %y12, %y34
+  %y = and i1 %y14, %uncalled
+  br i1 %y, label %open, label %drop
+open:
+  call void @duo.root(ptr %root, ptr %trace, ptr %node)
+  %links = get trace.links %trace
+  %old.node = get trace.node %trace
+  %old.program = get trace.program %trace
+  set trace.node %trace %none
+  set trace.program %trace %none
+  swap trace.done %trace %false
+  swap trace.placed %trace %false
+  %put = call i32 @PyList_SetItem(ptr %entries, i64 0, ptr %root)
+  call void @Py_IncRef(ptr %links)
+  call void @PyDict_Clear(ptr %links)
+  call void @Py_DecRef(ptr %links)
+  drop %old.node %old.program
+  ret i1 true
+drop:
+  drop %root
+  br label %no
+no:
+  ret i1 false
+}
+
+; `open_trace` of a thread whose trace, on the CPU, has been closed; null where that is to be left to Python.
+define internal ptr @duo.open() nounwind {
+entry:
+  %none = const none
+  %false = const false
+  %node = call ptr @duo.start()
+  %refused = icmp eq ptr %node, null
+  br i1 %refused, label %refuse, label %make
+make:
   %trace.class = const Trace
   %value.class = const Val
   %lock.class = const RLock
@@ -164,16 +314,7 @@ make:
   %x = missing %trace %root %entries %hooked %leaves %numbers %links %lock
   br i1 %x, label %failed, label %fill
 fill:
-  %nothing = const NOTHING
-  %zero = const zero
-  set value.trace %root %trace
-  set value.index %root %zero
-  set value.node %root %node
-  set value.info %root %nothing
-  set value.buf %root %none
-  set value.scalars %root %none
-  set value.extra %root %none
-  set value.stamp %root %none
+  call void @duo.root(ptr %root, ptr %trace, ptr %node)
   %put = call i32 @PyList_SetItem(ptr %entries, i64 0, ptr %root)
   %forks = const forks
   %born = call ptr @PyList_GetItem(ptr %forks, i64 0)

@@ -15,7 +15,7 @@ from duo import nn, runtime
 from duo.eager import cells, native
 from duo.eager.flush import flush
 from duo.eager.tensor import EagerTensor
-from duo.eager.trace import hooks, state
+from duo.eager.trace import END, hooks, state
 from duo.eager.trie import Info
 from duo_ir.errors import GradientError
 from tests.frontends.disturbances import TRIALS, interrupts
@@ -124,7 +124,30 @@ def shapes():
     return out
 
 
-@pytest.mark.parametrize("program", [chain, attributes, branches, storages, gradients, training, shapes])
+def writes():
+    """Programs of a few steps, whose traces are used again, on tensors that views and writes give new versions."""
+    x = duo.tensor(A)
+    row, block = x[0], x[1:3]
+    out = []
+    for k in range(6):
+        out.append((x * 2.0 + row).numpy().copy())
+        out.append((block * row).numpy().copy())
+        (block if k % 2 else x).mul_(0.5)
+        row.add_(1.0)
+    w = nn.Parameter(duo.tensor(A))
+    for write in (None, row, x):
+        y = (x.tanh() * w + row).sum()
+        if write is not None:
+            write.add_(1.0)
+        try:
+            y.backward()
+            out.append(w.grad.numpy().copy())
+        except GradientError as error:
+            out.append(np.array(len(str(error).split(chr(10))[0])))
+    return out
+
+
+@pytest.mark.parametrize("program", [chain, attributes, branches, storages, gradients, training, shapes, writes])
 def test_the_same_bits_as_python(program):
     first, *others = with_and_without(program)
     for other in others:
@@ -185,6 +208,39 @@ def test_installed_when_programs_come_again(monkeypatch):
         (x * 3.0).numpy()
     assert hooks.flush is not flush
     assert type(EagerTensor.__dict__["__mul__"]).__name__ == "method_descriptor"
+
+
+def test_a_trace_that_nobody_holds_is_used_again():
+    x, shared = duo.tensor(A), duo.from_numpy(A.copy())
+    view = shared[0]
+
+    def program():
+        return np.asarray((x @ shared + view * 1.0).detach())
+
+    for _ in range(2 * TIMES):
+        first = program()
+    trace, held = state.trace, []
+    assert trace.done and not trace.leaves and not trace.links
+    for _ in range(3):  # while it is held it stays as it is, for whoever holds it
+        held.append(state.trace)
+        assert np.array_equal(program(), first)
+        assert all(t is not state.trace and t.done and t.entries[-1] is END and len(t.entries) == 1 for t in held)
+    del trace
+    held.clear()
+    numbers = set()
+    for k in range(8):
+        now = program()
+        numbers.add(id(state.trace))
+        assert np.array_equal(now, first)
+        with duo.no_grad() if k % 2 else duo.enable_grad():
+            assert (x * 2.0).requires_grad is False
+    assert len(numbers) <= 4
+    w = nn.Parameter(duo.tensor(A))
+    for _ in range(TIMES):
+        with duo.no_grad():
+            (x * w).numpy()
+        assert (x * w).requires_grad  # the mode is that of the next trace, not the last
+        duo.synchronize()
 
 
 def test_nothing_is_leaked():

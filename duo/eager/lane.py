@@ -20,7 +20,7 @@ from duo.eager.stepwise import may_live
 from duo.eager.trace import END, Trace, Val
 from duo.eager.trie import NOTHING
 
-MAX_ENTRIES = 16  # longer paths take long enough for the general way not to matter
+MAX_ENTRIES = 64  # longer paths take long enough for the general way not to matter
 AFTER = 4  # flushes by which a program has shown that it comes again
 
 _count = sys.getrefcount

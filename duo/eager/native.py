@@ -38,11 +38,11 @@ def _recorder() -> Any:
     }  # fmt: skip
     objects: dict[str, Any] = {
         "none": None, "true": True, "false": False, "empty": (), "zero": 0, "minus_one": -1, "float": float, "int": int, "bool": bool, "tuple": tuple,
-        "RLock": type(threading.RLock()), "tensor": EagerTensor, "Val": Val, "Node": Node, "Trace": Trace, "Storage": Storage, "Sharers": Sharers,
+        "RLock": _RLock, "tensor": EagerTensor, "Val": Val, "Node": Node, "Trace": Trace, "Storage": Storage, "Sharers": Sharers,
         "FlushPlan": FlushPlan, "END": END, "LEAF": LEAF, "NOTHING": NOTHING, "detached": DETACHED, "root_grad": ROOTS[True, CPU],
         "root_plain": ROOTS[False, CPU], "cpu": CPU, "state": state, "hooks": hooks, "forks": forks, "full": full, "record": apply_generally, "flush": flush,
         "elsewhere": recorded_elsewhere, "dict_name": "__dict__", "trace_name": "trace", "grad_name": "grad", "capture_name": "capture",
-        "acquire_name": "acquire", "release_name": "release",
+        "acquire": _RLock.acquire, "release": _RLock.release,
     }  # fmt: skip
     for name in _LOOKS:
         objects[f"python.{name}"] = _python[name]
@@ -57,6 +57,7 @@ def _end_buffers(end: Any) -> None:
 
 
 _lock = threading.RLock()
+_RLock: Any = type(threading.RLock())
 _wanted = False
 _paused = 0
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
 from collections.abc import Callable
 from typing import Any
@@ -28,7 +27,6 @@ _EMITTERS: dict[Any, tuple[str, str]] = {
 }  # fmt: skip
 
 
-@functools.cache
 def _emitter(kind: Any) -> Callable[[Kernel, Target], KernelCode]:
     module, name = _EMITTERS[kind]
     return getattr(importlib.import_module(f"duo_backends.cpu.{module}"), name)  # type: ignore[no-any-return]

@@ -10,7 +10,7 @@ there; the trace's lock is held, as other threads may run during a long program.
 """
 
 LANE_WORDS = 7
-OBJECTS = ("FlushPlan", "Buffer", "capture_name", "acquire_name", "release_name", "flush")
+OBJECTS = ("FlushPlan", "Buffer", "capture_name", "acquire", "release", "flush")
 SLOTS = ("node.memo", "plan.address", "buffer.ptr", "buffer.nbytes", "buffer._home")
 
 LANE = """
@@ -135,8 +135,8 @@ acquire:
   store ptr %lock, ptr %pair
   %second = getelementptr ptr, ptr %pair, i64 1
   store ptr %false, ptr %second
-  %acquire.name = const acquire_name
-  %acquired = call ptr @PyObject_VectorcallMethod(ptr %acquire.name, ptr %pair, i64 2, ptr null)
+  %acquire.function = const acquire
+  %acquired = call ptr @PyObject_Vectorcall(ptr %acquire.function, ptr %pair, i64 2, ptr null)
   %unheld = icmp ne ptr %acquired, %true
   drop %acquired
   br i1 %unheld, label %clear, label %fit
@@ -148,12 +148,41 @@ run:
   br label %leave
 leave:
   %result = phi i1 [ false, %fit ], [ %ran, %run ]
-  %release.name = const release_name
-  %released = call ptr @PyObject_VectorcallMethod(ptr %release.name, ptr %pair, i64 1, ptr null)
+  %release = const release
+  %released = call ptr @PyObject_Vectorcall(ptr %release, ptr %pair, i64 1, ptr null)
   drop %released
   ret i1 %result
 no:
   ret i1 false
+}
+
+; Leaves END alone among the entries of a trace that has run, which the caller holds: they refer to the trace. Whoever else holds their list keeps it.
+define internal void @duo.empty(ptr %trace, ptr %entries) nounwind {
+entry:
+  %holders = load i32, ptr %entries
+  %private = icmp eq i32 %holders, 2
+  br i1 %private, label %cut, label %replace
+cut:
+  %count = call i64 @PyList_Size(ptr %entries)
+  %last = sub i64 %count, 1
+  %done = call i32 @PyList_SetSlice(ptr %entries, i64 0, i64 %last, ptr null)
+  br label %clear
+replace:
+  %end = const END
+  %list = call ptr @PyList_New(i64 1)
+  %failed = icmp eq ptr %list, null
+  br i1 %failed, label %clear, label %put
+put:
+  call void @Py_IncRef(ptr %end)
+  %set = call i32 @PyList_SetItem(ptr %list, i64 0, ptr %end)
+  swap trace.entries %trace %list
+  call void @Py_DecRef(ptr %list)
+  br label %end.it
+clear: ; without memory they stay
+  call void @PyErr_Clear()
+  br label %end.it
+end.it:
+  ret void
 }
 
 ; Runs a lane's program and publishes; false: it has not run.
@@ -174,7 +203,6 @@ entry:
   %args = alloca ptr, i64 %nargs
   %made = alloca ptr, i64 %nargs
   %buffer.class = const Buffer
-  %closed.entries = call ptr @PyList_New(i64 0)
   br label %next.new
 next.new:
   %n = phi i64 [ 0, %entry ], [ %n2, %new ]
@@ -190,9 +218,7 @@ new:
   %bad2 = or i1 %bad, %no.buffer
   br label %next.new
 allocated:
-  %unlisted = icmp eq ptr %closed.entries, null
-  %y = or i1 %unlisted, %bad
-  br i1 %y, label %drop, label %still
+  br i1 %bad, label %drop, label %still
 still: ; from here to the run nothing executes Python code
   %entries = get trace.entries %trace
   %last = call ptr @duo.last(ptr %entries)
@@ -262,11 +288,8 @@ input.done:
   br label %next.input
 call:
   %closing = call i32 @PyList_Append(ptr %entries, ptr %end)
-  %end.first = call i32 @PyList_Append(ptr %closed.entries, ptr %end)
   %unclosed = icmp ne i32 %closing, 0
-  %unready = icmp ne i32 %end.first, 0
-  %un = or i1 %unclosed, %unready
-  br i1 %un, label %give.back, label %go
+  br i1 %unclosed, label %give.back, label %go
 go:
   call void @Py_IncRef(ptr %entries)
   %frame.ptr = get buffer.ptr %frame.now
@@ -308,13 +331,12 @@ finish:
   %program = call ptr @duo.held(ptr %words, i64 0)
   swap trace.program %trace %program
   swap trace.done %trace %true
-  swap trace.entries %trace %closed.entries
   call void @duo.unstamp(ptr %trace)
   %leaves = get trace.leaves %trace
   call void @PyDict_Clear(ptr %leaves)
   %leaf.numbers = get trace.leaf_numbers %trace
   call void @PyDict_Clear(ptr %leaf.numbers)
-  call void @Py_DecRef(ptr %closed.entries)
+  call void @duo.empty(ptr %trace, ptr %entries)
   call void @Py_DecRef(ptr %entries)
   ret i1 true
 give.back:
@@ -323,7 +345,6 @@ give.back:
   br label %drop
 drop:
   call void @PyErr_Clear()
-  drop %closed.entries
   br label %next.drop
 next.drop:
   %d = phi i64 [ 0, %drop ], [ %d2, %dropped ]

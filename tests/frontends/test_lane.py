@@ -66,6 +66,23 @@ def test_a_path_that_comes_again_takes_its_lane(taken):
     assert not plain() or taken.count(True) > TIMES
 
 
+@pytest.mark.parametrize("steps", [lane.MAX_ENTRIES - 4, lane.MAX_ENTRIES + 1])
+def test_long_paths(taken, steps):
+    a = duo.tensor(A)
+    found = []
+    for k in range(TIMES):
+        y = a
+        for _ in range(steps):
+            y = y * 0.5 + 0.25 * k if y is a else y * 0.5
+        found.append(y.numpy())
+    expected = A.copy()
+    for j in range(steps):
+        expected = expected * np.float32(0.5) + np.float32(0.25 * (TIMES - 1) if j == 0 else 0)
+    assert np.array_equal(found[-1], expected) and not np.array_equal(found[0], found[-1])
+    if plain():
+        assert all(taken) and bool(taken) == (steps < lane.MAX_ENTRIES)
+
+
 def test_values_alive_in_turns(taken):
     """A value between is kept or not: each has its own program, and a lane for the one refuses the other."""
     x = duo.tensor(A)

@@ -211,6 +211,8 @@ def test_installed_when_programs_come_again(monkeypatch):
 
 
 def test_a_trace_that_nobody_holds_is_used_again():
+    if not plain():
+        pytest.skip("flushes go another way")
     x, shared = duo.tensor(A), duo.from_numpy(A.copy())
     view = shared[0]
 
@@ -227,14 +229,15 @@ def test_a_trace_that_nobody_holds_is_used_again():
         assert all(t is not state.trace and t.done and t.entries[-1] is END and len(t.entries) == 1 for t in held)
     del trace
     held.clear()
-    numbers = set()
+    program()
+    for _ in range(8):
+        lock = state.trace.lock
+        assert np.array_equal(program(), first)
+        assert state.trace.lock is lock
     for k in range(8):
-        now = program()
-        numbers.add(id(state.trace))
-        assert np.array_equal(now, first)
+        assert np.array_equal(program(), first)
         with duo.no_grad() if k % 2 else duo.enable_grad():
             assert (x * 2.0).requires_grad is False
-    assert len(numbers) <= 4
     w = nn.Parameter(duo.tensor(A))
     for _ in range(TIMES):
         with duo.no_grad():

@@ -25,6 +25,7 @@ from duo_ir.scalar import explog
 from duo_ir.types import DimLike, bool_, evaluate
 
 _QUERIES, _BLOCK, _STRIDE = 32, 64, 68  # HALF, SLAB and STRIDE of attention.cuh
+_DEPTHS = (64, 32, 16)
 _STORED = {"f32": "StoredF32", "f64": "StoredF64", "f16": "StoredF16", "bf16": "StoredBF16"}
 
 
@@ -46,15 +47,23 @@ class _Attention:
         with self.w.block(f"struct {self.name}_math", "};"):
             self._function("exp", explog.exp)
             self._function("log", explog.log)
-        size = kernel.acc.itemsize
+        width, value_width = ceil_div(kernel.width, _BLOCK), ceil_div(kernel.value_width, _BLOCK)
         if not kernel.backward:
-            shared = (3 * _BLOCK * _STRIDE + 2 * _QUERIES) * size
-            self._launch("duo_attention", kernel.queries, _QUERIES, 128, shared, (*kernel.writes, kernel.sums))
+            self._depth(1, 2 * _QUERIES)
+            for part in self._parts(value_width, 128):
+                self._launch("duo_attention", kernel.queries, _QUERIES, 128, part, (*kernel.writes, kernel.sums))
         else:
-            shared = 4 * _BLOCK * _STRIDE * size
+            self._depth(2, 0)
             dq, dk, dv = kernel.writes
-            self._launch("duo_attention_keys", kernel.keys, _BLOCK, 256, shared, (dk, dv))
-            self._launch("duo_attention_queries", kernel.queries, _BLOCK, 256, shared, (dq,))
+            whole = self._parts(width + value_width, 128)
+            cut = [(0, width, 0, value_width)] if len(whole) == 1 else [
+                *[(*part, 0, 0) for part in self._parts(width, 128)],
+                *[(0, 0, *part) for part in self._parts(value_width, 128)],
+            ]  # fmt: skip
+            for slabs in cut:
+                self._launch("duo_attention_keys", kernel.keys, _BLOCK, 256, slabs, (dk, dv))
+            for part in self._parts(width, 96):
+                self._launch("duo_attention_queries", kernel.queries, _BLOCK, 256, part, (dq,))
         return KernelCode(self.w.text(), tuple(self.launches), headers=("attention.cuh",))
 
     def _function(self, name: str, recipe: Callable[..., Any]) -> None:
@@ -68,17 +77,31 @@ class _Attention:
             values = self.e.emit(body, Scope((), acc=Value("x", dtype)))
             self.w.put(f"return {values[result].name};")
 
+    def _depth(self, squares: int, numbers: int) -> None:
+        """Chooses how much of what is summed over lies in shared memory: the most that fits beside `squares` blocks and `numbers`."""
+        kernel = self.kernel
+        for self.depth in _DEPTHS:
+            self.shared = ((2 * self.depth + squares * _BLOCK) * _STRIDE + numbers) * kernel.acc.itemsize
+            if self.shared <= self.target.shared:
+                return
+        raise DeviceError(
+            f"attention in {kernel.acc.name} takes {self.shared >> 10} KB of shared memory, and this GPU has {self.target.shared >> 10} for a "
+            "block; compute it in float32, or from matmul and softmax"
+        )
+
+    def _parts(self, slabs: int, registers: int) -> list[tuple[int, int]]:
+        """First and last of the slabs of columns that one launch has `registers` for."""
+        most = registers * 4 // (16 * self.kernel.acc.itemsize)
+        return [(n, min(n + most, slabs)) for n in range(0, slabs, most)]
+
     def _launch(
-        self, what: str, rows: DimLike, block: int, threads: int, shared: int, results: tuple[Access | None, ...]
+        self, what: str, rows: DimLike, block: int, threads: int, slabs: tuple[int, ...], results: tuple[Access | None, ...]
     ) -> None:
-        w, kernel = self.w, self.kernel
-        if shared > self.target.shared:
-            raise DeviceError(
-                f"attention in {kernel.acc.name} takes {shared >> 10} KB of shared memory, and this GPU has {self.target.shared >> 10} for a "
-                "block; compute it in float32, or from matmul and softmax"
-            )
+        w, kernel, shared = self.w, self.kernel, self.shared
         name = f"{self.name}_{len(self.launches)}"
-        with w.block(f'extern "C" __global__ void __launch_bounds__({threads}) {name}({parameters(kernel)})'):
+        # without a word of blocks a multiprocessor ptxas spills for the sake of more
+        bounds = f"{threads}, 1" if not kernel.backward else threads
+        with w.block(f'extern "C" __global__ void __launch_bounds__({bounds}) {name}({parameters(kernel)})'):
             w.put("extern __shared__ __align__(16) unsigned char duo_shared[];")
             w.put(f"const long long blocks = (({polynomial(rows)}) + {block - 1}) / {block};")
             w.put("const long long first = blockIdx.x % blocks, rest = blockIdx.x / blocks;")
@@ -87,7 +110,7 @@ class _Attention:
             views.append(self._mask(batch))
             views += [self._view(a, batch) for a in results if a is not None]
             options = [_STORED[self.dtype.name], f"{self.name}_math", str(kernel.width), str(kernel.value_width)]
-            options += ["true" if kernel.causal else "false", self._mask_kind()]
+            options += ["true" if kernel.causal else "false", self._mask_kind(), str(self.depth), *map(str, slabs)]
             numbers = [f"first*{block}", polynomial(kernel.queries), polynomial(kernel.keys)]
             numbers.append(literal(kernel.scale, kernel.acc))
             w.put(f"{what}<{', '.join(options)}>(")

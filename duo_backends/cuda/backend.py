@@ -19,7 +19,7 @@ from duo_backends.binding import kernels_of
 from duo_backends.cache import DiskCache, disk_cache
 from duo_backends.cuda.blas import Blas, Plan, Problem, find_blas
 from duo_backends.cuda.code import GpuTarget, KernelCode
-from duo_backends.cuda.compiler import Compiler, compile_cached, disassembled, find_compiler
+from duo_backends.cuda.compiler import Compiler, balanced, compile_cached, disassembled, find_compiler
 from duo_backends.cuda.driver import Driver, PycudaDriver
 from duo_backends.cuda.emit import compile_kernel, has_fast_form, source
 from duo_backends.cuda.executable import CudaExecutable
@@ -140,17 +140,16 @@ class CudaBackend:
         return code.text if listing is None else f"{code.text}\n{listing}"
 
     def _load(self, codes: Sequence[KernelCode]) -> list[LoadedKernel]:
-        unit = self.compiler.unit
-        groups = [codes[n : n + unit] for n in range(0, len(codes), unit)]
-        modules = self.load_text([source(group) for group in groups])
+        groups = balanced([len(code.text) for code in codes], self.compiler.unit)
+        modules = self.load_text([source(codes[n] for n in group) for group in groups])
         most = self.driver.properties.shared  # bytes that a launch may ask for
-        loaded = []
+        loaded: dict[int, LoadedKernel] = {}
         with self.driver:
             for module, group in zip(modules, groups):
-                for code in group:
-                    functions = [self.driver.function(module, launch.symbol, most) for launch in code.launches]
-                    loaded.append(LoadedKernel(code, tuple(functions), module))
-        return loaded
+                for n in group:
+                    functions = [self.driver.function(module, launch.symbol, most) for launch in codes[n].launches]
+                    loaded[n] = LoadedKernel(codes[n], tuple(functions), module)
+        return [loaded[n] for n in range(len(codes))]
 
     def load_text(self, sources: Sequence[str]) -> list[Any]:
         """Modules of CUDA C, compiled or found on disk."""

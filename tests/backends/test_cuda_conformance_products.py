@@ -208,6 +208,18 @@ def test_attention(backward: bool) -> None:
     assert sum(isinstance(k, AttentionKernel) for k in tally.kernels) == len(cases)
 
 
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "gradient"])
+def test_attention_where_a_block_has_little(backward: bool) -> None:
+    """Less shared memory, so shorter runs of what is summed over; and results of several launches, as threads have registers for some."""
+    little = GpuTarget(86, shared=99 << 10)
+    check = [attention_cases(f64, 33, 70, 40, 66, causal, mask, backward) for causal, mask in ((True, "bool"), (False, "number"))]
+    check.append(attention_cases(f64, 66, 65, 18, 8, True, "", backward))
+    assert cuda.check([case for cases in check for case in cases], little).kernels
+    wide = [attention_cases(d, 33, 35, w, v, True, "", backward) for d, w, v in ((f64, 200, 300), (f32, 330, 264))]
+    tally = cuda.check([case for cases in wide for case in cases])
+    assert sorted(len(compile_kernel(k, GpuTarget()).launches) for k in tally.kernels) == ([3, 5] if backward else [1, 2])
+
+
 def test_attention_of_named_sizes() -> None:
     t, s = Dim.symbol("t"), Dim.symbol("s")
     types = [TensorType(f32, (n, 1, 8)) for n in (t, s, s)]

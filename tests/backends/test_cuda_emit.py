@@ -21,9 +21,9 @@ from duo_ir.core import Value, function_of
 from duo_ir.errors import DeviceError
 from duo_ir.kernels.kernel import Kernel
 from duo_ir.ops import broadcasting as nd
-from duo_ir.ops.attention import attention
+from duo_ir.ops.attention import attention, attention_gradient
 from duo_ir.pipeline import lower
-from duo_ir.types import Dim, DType, TensorType, bf16, f32, f64
+from duo_ir.types import Dim, DType, TensorType, bf16, bool_, f32, f64
 
 assert conformance
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
@@ -86,7 +86,7 @@ def test_equal_kernels_give_equal_text() -> None:
 def test_every_launch_has_its_function() -> None:
     for kernel in dict.fromkeys(_table_kernels()):
         code = compile_kernel(kernel, GpuTarget())
-        defined = re.findall(r"__global__ void __launch_bounds__\((\d+)\) (\w+)\(", code.text)
+        defined = re.findall(r"__global__ void __launch_bounds__\((\d+)(?:, 1)?\) (\w+)\(", code.text)
         assert len(set(defined)) == len(defined)  # some are launched more than once
         assert {(str(launch.threads), launch.symbol) for launch in code.launches} == set(defined)
 
@@ -136,12 +136,34 @@ def _reductions() -> list[Kernel]:
     return list(dict.fromkeys(found))
 
 
+def _attentions(dtype: DType, width: int, causal: bool, *mask: DType) -> list[Kernel]:
+    """Forward and backward."""
+    q, masks = TensorType(dtype, (256, 2, width)), [TensorType(d, (2, 256, 256)) for d in mask]
+    options = {"causal": causal, "scale": 0.125}
+    forward = function_of(lambda *x: attention(*x, **options), q, q, q, *masks)
+    out, row = forward.result_types
+    backward = function_of(lambda *x: attention_gradient(*x, **options), q, q, q, row, row, out, *masks)
+    return [*kernels_of(lower(forward)), *kernels_of(lower(backward))]
+
+
 def test_attention_that_does_not_fit_says_so() -> None:
-    q = TensorType(f64, (64, 2, 8))
-    (kernel,) = kernels_of(lower(function_of(lambda q: attention(q, q, q, causal=True, scale=1.0), q)))
-    assert compile_kernel(kernel, GpuTarget(shared=163 << 10)).text
-    with pytest.raises(DeviceError, match=r"attention in f64 takes 102 KB of shared memory, and this GPU has 99 .* float32"):
-        compile_kernel(kernel, GpuTarget(86, shared=99 << 10))
+    for kernel in _attentions(f64, 64, True):
+        need = [launch.shared({}) for launch in compile_kernel(kernel, GpuTarget(86, shared=99 << 10)).launches]
+        assert max(need) <= 99 << 10 < compile_kernel(kernel, GpuTarget(shared=227 << 10)).launches[0].shared({})
+        with pytest.raises(DeviceError, match=r"attention in f64 takes \d+ KB of shared memory, and this GPU has 48 .* float32"):
+            compile_kernel(kernel, GpuTarget(75, shared=48 << 10))
+
+
+@needs_nvcc
+@pytest.mark.parametrize("arch", [80, 86, 90])
+def test_attention_does_not_spill(arch: int, tmp_path: Path) -> None:
+    kernels = [k for d in (f32, bf16) for causal in (False, True) for k in _attentions(d, 64, causal)]
+    kernels += [*_attentions(f32, 128, True, bool_), *_attentions(f32, 256, True), *_attentions(f64, 64, True), *_attentions(f64, 256, False)]
+    target = GpuTarget(arch, shared={80: 163, 86: 99, 90: 227}[arch] << 10)
+    codes = [compile_kernel(kernel, target) for kernel in kernels]
+    said = _nvcc(tmp_path, source(codes), arch)
+    spilled = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", said)
+    assert len(spilled) == sum(len(code.launches) for code in codes) and set(spilled) == {("0", "0", "0")}
 
 
 @needs_nvcc

@@ -114,7 +114,7 @@ def _placed(order: Sequence[int], size: np.ndarray, first: np.ndarray, last: np.
 
 @dataclass
 class Layout:
-    """Arena of one program, relative to its own start: temporaries, blocks of nested items, total."""
+    """Arena of one program, relative to its own start: temporaries and then extras, blocks of nested items, total."""
 
     temps: list[int]
     nested: dict[int, int]
@@ -134,6 +134,14 @@ class Flattener(ABC):
     @abstractmethod
     def step(self, step: Step, places: list[int]) -> None:
         """Runs a kernel; `places` are those of all slots."""
+
+    def step_at(self, program: Program, number: int, step: Step, places: list[int]) -> None:
+        """Item `number` of the program. `places` go on with those of its extras."""
+        self.step(step, places)
+
+    def extras(self, program: Program) -> Sequence[tuple[int, int, int]]:
+        """Buffers that a backend wants beside the program's temporaries: bytes, first and last item."""
+        return ()
 
     @abstractmethod
     def copy_bytes(self, source: int, target: int, nbytes: int) -> None: ...
@@ -166,12 +174,12 @@ class Flattener(ABC):
         found = self.layouts.get(id(program))
         if found is not None:
             return found
-        spans = [(evaluate(t.nbytes, self.sizes), t.first, t.last) for t in program.temps]
+        spans = [(evaluate(t.nbytes, self.sizes), t.first, t.last) for t in program.temps] + [*self.extras(program)]
+        count = len(spans)
         nested = [i for i, item in enumerate(program.items) if isinstance(item, Cond | While)]
         for i in nested:
             spans.append((self.nested_bytes(program.items[i]), i, i))
         offsets, total = pack(spans, self.share)
-        count = len(program.temps)
         made = Layout(offsets[:count], dict(zip(nested, offsets[count:])), total)
         self.layouts[id(program)] = made
         return made
@@ -204,11 +212,12 @@ class Flattener(ABC):
         nbytes = [evaluate(t.nbytes, self.sizes) for t in types] + [
             evaluate(t.nbytes, self.sizes) for t in program.temps
         ]
+        nbytes += [extra[0] for extra in self.extras(program)]
         for place, n in zip(places[len(arguments) :], nbytes[len(arguments) :]):
             self.claim(place, n)
         for number, item in enumerate(program.items):
             if isinstance(item, Step):
-                self.step(item, places)
+                self.step_at(program, number, item, places)
             elif isinstance(item, Copy):
                 self.copy_bytes(places[item.source], places[item.target], nbytes[item.source])
             elif isinstance(item, Cond):

@@ -24,7 +24,11 @@ _BATCH_COUNT, _BATCH_STRIDE = 5, 6  # of a layout
 _WORKSPACE, _LEAST_ALIGNMENT = 1, (5, 6, 7, 8)  # of a preference
 _ALIGNMENT = 16  # bytes that every operand's address is a multiple of
 _HEURISTIC = 96  # bytes of cublasLtMatmulHeuristicResult_t: the algorithm, then its workspace at byte 64
-EPILOGUES = {"none": 1, "relu": 2, "bias": 4, "relu bias": 6, "gelu": 32, "gelu bias": 36, "gelu slope": 192}
+EPILOGUES = {
+    "none": 1, "relu": 2, "bias": 4, "relu bias": 6, "gelu": 32, "gelu bias": 36, "relu mask": 130, "relu bias mask": 134,
+    "relu slope": 136, "relu slope sums": 152, "gelu slope": 192, "gelu slope sums": 208, "b sums": 256, "a sums": 512,
+}  # fmt: skip
+MASK_LINE = 128  # bits that a row of a mask is a multiple of
 MOST_WORKSPACE = {8: 4 << 20, 9: 32 << 20}  # bytes by compute capability, as NVIDIA recommends
 
 
@@ -39,8 +43,11 @@ class Layout:
 
 @dataclass(frozen=True)
 class Problem:
-    """d[batch, m, n] = epilogue(a[batch, m, k] b[batch, k, n] + c), operands of `dtype`, d and c of `result`. `epilogue`: see EPILOGUES; a bias has n
-    elements, `aux` is the matrix of which "gelu slope" takes the slopes that it multiplies by. f32 is computed as tf32."""
+    """d[batch, m, n] = epilogue(a[batch, m, k] b[batch, k, n] + c), operands of `dtype`, d and c of `result`. f32 is computed as tf32.
+
+    `epilogue`: see EPILOGUES. A bias has n elements. `aux` is the matrix of which "gelu slope" takes the slopes that it multiplies by; or the mask, a bit
+    for each result (`ld`: bits), that a "relu" with "mask" writes, set where what goes into it is positive, and that "relu slope" multiplies by. "slope sums"
+    also adds up the rows of d, "a sums" a[m, k] over k, "b sums" b[k, n] over k, into vectors of `result`."""
 
     dtype: DType
     result: DType
@@ -148,20 +155,21 @@ class Plan:
             self._layout(p.result, p.n, p.m, d),
         )
         # the heuristics look whether there are addresses
-        self._pointers(product, {"bias": 256, "aux": 256})
+        self._pointers(product, {"bias": 256, "sums": 256, "aux": 256})
 
     @property
     def workspace(self) -> int:
         return c_uint64.from_buffer(self.found, 64).value
 
     def run(self, pointers: Mapping[str, int], workspace: int, stream: int) -> None:
-        """Gives the stream the product. pointers: of a, b, d, and those of c, bias, aux that the problem has. One thread at a time."""
+        """Gives the stream the product. pointers: of a, b, d, and those of c, bias, sums, aux that the problem has. One thread at a time."""
         self._pointers(self.descriptors[0], pointers)
         self._blas.multiply(self, pointers, workspace, stream)
 
     def _pointers(self, product: c_void_p, pointers: Mapping[str, int]) -> None:
-        if "bias" in self.problem.epilogue:
-            self._set(product, _BIAS, c_uint64(pointers["bias"]))
+        vector = next((role for role in ("bias", "sums") if role in self.problem.epilogue), None)
+        if vector is not None:
+            self._set(product, _BIAS, c_uint64(pointers[vector]))
         if self.problem.aux is not None:
             self._set(product, _AUX, c_uint64(pointers["aux"]))
 

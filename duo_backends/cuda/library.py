@@ -29,7 +29,8 @@ _COMMUTE = ("add", "mul")
 
 @dataclass(frozen=True)
 class LibraryCall:
-    """A kernel as the library computes it: its epilogue, and the accesses of a, b, d, c (added), bias, aux."""
+    """A kernel as the library computes it: its epilogue, and the accesses of a, b, d, c (added), bias, aux. Of "relu slope" aux is the activation, in
+    whose place the library wants a mask: only together with the product that writes it (`together.py`)."""
 
     kernel: ContractKernel
     epilogue: str
@@ -141,6 +142,7 @@ _FORMS: tuple[tuple[str, tuple[str, ...], Callable[..., Value]], ...] = (
     ("gelu", (), _gelu),
     ("gelu bias", ("bias",), lambda z, b: _gelu(z + b)),
     ("gelu slope", ("aux",), lambda z, x: z * _slope(x)),
+    ("relu slope", ("aux",), lambda z, y: ops.where(ops.le(y, nd.zeros_like(y)), nd.zeros_like(z), z)),
 )
 
 

@@ -7,7 +7,7 @@ addresses, each a base of the call plus an offset, and sizes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -17,6 +17,7 @@ from duo_backends.calls import Site
 from duo_backends.cuda.blas import Plan, Problem
 from duo_backends.cuda.code import STATUS_WORDS, KernelCode
 from duo_backends.cuda.library import LibraryCall
+from duo_backends.cuda.together import Joined, Together, together
 from duo_backends.flat import Flattener, StepNote, argument, round_up
 from duo_ir.kernels.checks import failing
 from duo_ir.kernels.kernel import Kernel
@@ -174,11 +175,16 @@ class _Coder(Flattener):
         self.offsets: list[int] = []
         self.notes: list[Site] = []
         self.own: dict[int, int] = {}  # place -> its base
+        self.joined: dict[int, Together] = {}
         self.scratch = 0
 
     def step(self, step: Step, places: list[int]) -> None:
         loaded, sizes = self.kernels[step.kernel], step.bind(self.sizes)
-        if loaded.library is not None and self.multiply(loaded.library, step, sizes, places):
+        found = loaded.library.problem(sizes) if loaded.library is not None and loaded.library.epilogue != "relu slope" else None
+        plan = self.plan(found[0]) if found else None
+        if found is not None and plan is not None:
+            operands = {role: (step.slots[arg], start) for role, (arg, start) in found[1].items()}
+            self.multiply(plan, operands, step, places)
             return
         launches = [(f, launch, launch.blocks(sizes)) for f, launch in zip(loaded.functions, loaded.code.launches)]
         launches = [entry for entry in launches if entry[2] > 0]
@@ -199,16 +205,30 @@ class _Coder(Flattener):
         for function, launch, blocks in launches:
             self.actions.append(Launch(function, blocks, launch.threads, launch.shared(sizes), first, last, note))
 
-    def multiply(self, library: LibraryCall, step: Step, sizes: Mapping[str, int], places: list[int]) -> bool:
-        """The step by cuBLASLt, where that is expected to be quicker than its kernel; whether it is."""
-        found = library.problem(sizes)
-        plan = self.plan(found[0]) if found else None
-        if found is None or plan is None:
-            return False
-        operands = {role: self.address(places[step.slots[arg]], start) for role, (arg, start) in found[1].items()}
+    def multiply(self, plan: Plan, operands: Mapping[str, tuple[int, int]], step: Step, places: list[int]) -> None:
+        """A product by cuBLASLt. operands: slots, and where in them these start in bytes."""
+        words = {role: self.address(places[slot], start) for role, (slot, start) in operands.items()}
         self.scratch = max(self.scratch, plan.workspace)
-        self.actions.append(Multiply(plan, operands, self.word(SCRATCH, 0), StepNote(step, sizes)))
-        return True
+        self.actions.append(Multiply(plan, words, self.word(SCRATCH, 0), StepNote(step, step.bind(self.sizes))))
+
+    def step_at(self, program: Program, number: int, step: Step, places: list[int]) -> None:
+        what = self.together(program).items.get(number)
+        if what is None:
+            self.step(step, places)
+        elif isinstance(what, Joined):
+            self.multiply(what.plan, what.operands, step, places)
+        elif what.source is not None:
+            self.copy_bytes(places[what.source], places[what.target], what.nbytes)
+
+    def extras(self, program: Program) -> Sequence[tuple[int, int, int]]:
+        return self.together(program).buffers
+
+    def together(self, program: Program) -> Together:
+        found = self.joined.get(id(program))
+        if found is None:
+            calls = {kernel: x.library for kernel, x in self.kernels.items() if x.library is not None}
+            found = self.joined[id(program)] = together(program, calls, self.sizes, self.plan)
+        return found
 
     def copy_bytes(self, source: int, target: int, nbytes: int) -> None:
         if source != target and nbytes:

@@ -101,6 +101,95 @@ def test_gelu_and_its_gradient(gpu, dtype: DType) -> None:
         np.testing.assert_allclose(got.astype("f8"), want.astype("f8"), rtol=last, atol=last / 4)
 
 
+def masked(z: Value, g: Value) -> Value:
+    """g where z is positive."""
+    return ops.where(ops.le(z, nd.zeros_like(z)), nd.zeros_like(g), g)
+
+
+def layers(x: Value, v: Value, b: Value, w: Value, c: Value, g: Value, turned: bool = False) -> tuple[Value, ...]:
+    """Of g relu(x v + b) w + c the values and the gradients of all that goes in. turned: weights lie as [output, input]."""
+
+    def turn(x: Value, when: bool = True) -> Value:
+        return nd.swap_last(x) if when else x
+
+    h = relu(nd.matmul(x, turn(v, turned)) + b)
+    dh = masked(h, nd.matmul(g, turn(w, not turned)))
+    slopes = [nd.matmul(turn(d), a) if turned else nd.matmul(turn(a), d) for a, d in ((h, g), (x, dh))]
+    return nd.matmul(h, turn(w, turned)) + c, *slopes, nd.sum(g, (0,)), nd.matmul(dh, turn(v, not turned)), nd.sum(dh, (0,))
+
+
+class Noting(Blas):
+    """The emulator's library, and what it was asked to compute. `without`: words of epilogues that it has not."""
+
+    def __init__(self, without: tuple[str, ...] = ()) -> None:
+        super().__init__(str(build.blas_library()), 90)
+        self.ran: list[str] = []
+        self.without = without
+
+    def plan(self, problem: Problem) -> Any:
+        return None if any(word in problem.epilogue for word in self.without) else super().plan(problem)
+
+    def multiply(self, plan: Any, *rest: Any) -> None:
+        self.ran.append(plan.problem.epilogue)
+        super().multiply(plan, *rest)
+
+
+@pytest.mark.parametrize("without", ["", "slope sums", "mask", "slope", "sums"])
+@pytest.mark.parametrize(("dtype", "turned"), [(bf16, True), (f16, False), (f32, True)], ids=["bf16", "f16", "f32"])
+def test_gradients_of_relu_and_of_biases(dtype: DType, turned: bool, without: str) -> None:
+    """A product of the forward pass leaves a mask for one of the backward pass; sums come with products that read or write what is added up. A library
+    that has no such epilogue computes what it has."""
+    shapes = [(8, 24), (24, 144), (144,), (144, 16), (16,), (8, 16)]
+    arrays = numbers(dtype, *[s[::-1] if turned and n in (1, 3) else s for n, s in enumerate(shapes)])
+    arrays = [np.sign(a.astype("f4")).astype(dtype.numpy) for a in arrays]  # no sum has more digits than bf16
+    of_operand = "a sums" if turned else "b sums"
+    wanted = {
+        "": {"relu bias mask", "relu slope sums", of_operand}, "slope sums": {"relu bias mask", "relu slope", of_operand},
+        "mask": {"relu bias", of_operand}, "slope": {"relu bias", of_operand}, "sums": {"relu bias mask", "relu slope"},
+    }[without]  # fmt: skip
+    blas = Noting((without,) if without else ())
+    gpu = CudaBackend(driver=driver(), compiler=build.EmulatorCompiler(), exact=dtype is f16, blas=lambda arch: blas)
+    got, want, count = run(gpu, lambda *a: layers(*a, turned), *arrays, dtype=dtype, times=3)
+    assert set(blas.ran) == wanted | {"bias", "none"}
+    assert count == (6 if "relu bias mask" in wanted else 5)
+    for a, b in zip(got, want):
+        assert (a == b).all()
+
+
+def test_sums_that_somebody_reads_too_early_or_that_others_make() -> None:
+    """What is not joined: sums that are wanted before the product, rows of another matrix, a mask of a ReLU that the library has not computed."""
+
+    def early(x: Value, v: Value, g: Value) -> tuple[Value, ...]:
+        s = nd.sum(g, (0,))
+        return nd.matmul(x, v) + s, nd.matmul(nd.swap_last(x), g)
+
+    def others(x: Value, v: Value, g: Value) -> tuple[Value, ...]:
+        part = ops.slice(g, start=(0, 0), stop=(4, 16), step=(1, 1))
+        return nd.sum(part, (0,)), nd.sum(g, (1,)), nd.matmul(nd.swap_last(x), g), masked(g, nd.matmul(x, v))
+
+    for f in (early, others):
+        arrays = numbers(f32, (8, 24), (24, 16), (8, 16))
+        blas = Noting()
+        gpu = CudaBackend(driver=driver(), compiler=build.EmulatorCompiler(), blas=lambda arch: blas)  # noqa: B023
+        got, want, _ = run(gpu, f, *arrays, dtype=f32, times=2)
+        assert set(blas.ran) <= {"none", "bias"}
+        for a, b in zip(got, want):
+            assert (a == b).all()
+
+
+def test_gelu_slopes_come_with_their_sums() -> None:
+    def f(g: Value, w: Value, z: Value) -> tuple[Value, ...]:
+        d = nd.matmul(g, w) * gelu(z, 1)
+        return d, nd.sum(d, (0,))
+
+    blas = Noting()
+    gpu = CudaBackend(driver=driver(), compiler=build.EmulatorCompiler(), blas=lambda arch: blas)
+    got, want, _ = run(gpu, f, *[a / 4 for a in numbers(f32, (8, 24), (24, 16), (8, 16))], dtype=f32, times=3)
+    assert set(blas.ran) == {"gelu slope sums"}
+    for a, b in zip(got, want):
+        np.testing.assert_allclose(a, b, rtol=2.0**-15, atol=2.0**-16)
+
+
 def test_layouts_and_batches(gpu) -> None:
     turn = nd.swap_last
     shapes = {"": ((2, 3, 8, 24), (2, 3, 24, 16)), "a": ((2, 3, 24, 8), (2, 3, 24, 16)), "b": ((2, 3, 8, 24), (2, 3, 16, 24)), "one b": ((3, 8, 24), (24, 16))}

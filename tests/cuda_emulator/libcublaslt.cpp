@@ -8,6 +8,7 @@
 #include <string.h>
 
 #include <initializer_list>
+#include <vector>
 
 #define API extern "C" __attribute__((visibility("default"))) int
 enum { OK = 0, NOT_INITIALIZED = 1, INVALID_VALUE = 7, NOT_SUPPORTED = 15 };
@@ -21,6 +22,7 @@ struct Product { int compute, scale, trans_a, trans_b, epilogue; uint64_t bias, 
 struct Layout { int type; uint64_t rows, columns; int64_t ld; int batch; int64_t stride; };
 struct Preference { size_t workspace; unsigned alignment[4]; };
 static const size_t WORKSPACE = 1000;
+enum { VECTOR = 4 | 16 | 256 | 512 };  // epilogues with a bias or its gradient
 
 API cublasLtCreate(Handle **h) { *h = new Handle{0x1357}; return OK; }
 API cublasLtMatmulDescCreate(Product **p, int compute, int scale) {
@@ -73,8 +75,13 @@ static int check(const Product *p, const Layout *a, const Layout *b, const Layou
   if (a->type != b->type || c->type != d->type) return refuse(NOT_SUPPORTED, "mixed types");
   if (d->type != a->type && d->type != 0) return refuse(NOT_SUPPORTED, "the result's type");
   if ((p->compute == 77) != (a->type == 0)) return refuse(NOT_SUPPORTED, "the compute type");
-  if ((p->epilogue & 4) && !p->bias) return refuse(INVALID_VALUE, "no bias");
-  if (p->epilogue & 128 && (!p->aux || p->aux_ld < (int64_t)d->rows || p->aux_ld % 8)) return refuse(INVALID_VALUE, "the auxiliary matrix");
+  bool known = false;
+  for (int e : {1, 2, 4, 6, 32, 36, 130, 134, 136, 152, 192, 208, 256, 512}) known = known || p->epilogue == e;
+  if (!known) return refuse(NOT_SUPPORTED, "the epilogue");
+  if ((p->epilogue & VECTOR) && !p->bias) return refuse(INVALID_VALUE, "no bias, or nowhere for its gradient");
+  const int unit = p->epilogue & (2 | 8) ? 128 : 8;  // a mask is counted in bits
+  if (p->epilogue & 128 && (!p->aux || p->aux_ld < (int64_t)d->rows || p->aux_ld % unit)) return refuse(INVALID_VALUE, "the auxiliary matrix");
+  if (p->epilogue & (128 | 256 | 512) && p->epilogue != 192 && d->batch > 1) return refuse(NOT_SUPPORTED, "a batch with that epilogue");
   return OK;
 }
 API cublasLtMatmulAlgoGetHeuristic(Handle *h, const Product *p, const Layout *a, const Layout *b, const Layout *c, const Layout *d,
@@ -123,6 +130,9 @@ static void run(void *given) {  // kept: a graph may run it again
   auto bytes = [](const Layout &l) { return l.type == 0 ? 4 : 2; };
   const int64_t m = (int64_t)j.d.rows, n = (int64_t)j.d.columns, k = (int64_t)(j.p.trans_a ? j.a.rows : j.a.columns);
   const bool tf32 = j.p.compute == 77;
+  auto at_a = [&](const char *a, int64_t row, int64_t i) { return widen(j.a.type, a, j.p.trans_a ? i + row * j.a.ld : row + i * j.a.ld, tf32); };
+  auto at_b = [&](const char *b, int64_t i, int64_t col) { return widen(j.b.type, b, j.p.trans_b ? col + i * j.b.ld : i + col * j.b.ld, tf32); };
+  std::vector<float> sums(j.p.epilogue & 512 ? n : m);
   for (int g = 0; g < j.d.batch; g++) {
     const char *a = j.from_a + g * j.a.stride * bytes(j.a), *b = j.from_b + g * j.b.stride * bytes(j.b), *c = j.from_c + g * j.c.stride * bytes(j.c);
     char *d = j.to + g * j.d.stride * bytes(j.d);
@@ -131,23 +141,32 @@ static void run(void *given) {  // kept: a graph may run it again
       for (int64_t row = 0; row < m; row++) {
         float sum = 0;
         for (int64_t i = 0; i < k; i++)
-          sum += widen(j.a.type, a, j.p.trans_a ? i + row * j.a.ld : row + i * j.a.ld, tf32) *
-                 widen(j.b.type, b, j.p.trans_b ? col + i * j.b.ld : i + col * j.b.ld, tf32);
+          sum += at_a(a, row, i) * at_b(b, i, col);
         float x = j.alpha * sum;
         if (j.beta != 0) x += j.beta * widen(j.c.type, c, row + col * j.c.ld, false);
         if (j.p.epilogue & 4) x += widen(j.d.type, (const void *)j.p.bias, row, false);
-        if (j.p.epilogue == 192) x *= gelu_slope(widen(j.d.type, aux, row + col * j.p.aux_ld, false));
+        unsigned char *const byte = (unsigned char *)j.p.aux + (row + col * j.p.aux_ld) / 8, bit = 1u << row % 8;
+        if ((j.p.epilogue & 130) == 130) *byte = x > 0 ? *byte | bit : *byte & ~bit;
+        if (j.p.epilogue & 8) x = *byte & bit ? x : 0;
+        else if (j.p.epilogue & 64) x *= gelu_slope(widen(j.d.type, aux, row + col * j.p.aux_ld, false));
         else if (j.p.epilogue & 32) x = gelu(x);
         else if (j.p.epilogue & 2) x = x > 0 ? x : 0;
         narrow(j.d.type, d, row + col * j.d.ld, x);
+        if (j.p.epilogue & 16) sums[row] += widen(j.d.type, d, row + col * j.d.ld, false);
       }
+    for (int64_t i = 0; i < k; i++) {
+      if (j.p.epilogue & 256) for (int64_t row = 0; row < m; row++) sums[row] += at_a(a, row, i);
+      if (j.p.epilogue & 512) for (int64_t col = 0; col < n; col++) sums[col] += at_b(b, i, col);
+    }
+    if (j.p.epilogue & (16 | 256 | 512))
+      for (size_t i = 0; i < sums.size(); i++) narrow(j.d.type, (void *)j.p.bias, i, sums[i]);
   }
 }
 API cublasLtMatmul(Handle *h, const Product *p, const float *alpha, const void *a, const Layout *la, const void *b, const Layout *lb, const float *beta,
                    const void *c, const Layout *lc, void *d, const Layout *ld, const char *algo, void *workspace, size_t nbytes, void *stream) {
   if (!h || memcmp(algo, "algo", 4)) return refuse(INVALID_VALUE, "no handle, or no algorithm of the heuristics");
   if (int code = check(p, la, lb, lc, ld)) return code;
-  for (uint64_t at : {(uint64_t)a, (uint64_t)b, (uint64_t)c, (uint64_t)d, p->epilogue & 4 ? p->bias : 0, p->epilogue & 128 ? p->aux : 0})
+  for (uint64_t at : {(uint64_t)a, (uint64_t)b, (uint64_t)c, (uint64_t)d, p->epilogue & VECTOR ? p->bias : 0, p->epilogue & 128 ? p->aux : 0})
     if (at % 16) return refuse(INVALID_VALUE, "a misaligned operand");
   if (nbytes < WORKSPACE || !workspace) return refuse(INVALID_VALUE, "too little workspace");
   typedef int (*Launch)(void *, void (*)(void *), void *);

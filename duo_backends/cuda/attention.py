@@ -99,9 +99,8 @@ class _Attention:
     ) -> None:
         w, kernel, shared = self.w, self.kernel, self.shared
         name = f"{self.name}_{len(self.launches)}"
-        # without a word of blocks a multiprocessor ptxas spills for the sake of more
-        bounds = f"{threads}, 1" if not kernel.backward else threads
-        with w.block(f'extern "C" __global__ void __launch_bounds__({bounds}) {name}({parameters(kernel)})'):
+        # one block a multiprocessor will do: without a word of it ptxas spills for the sake of more
+        with w.block(f'extern "C" __global__ void __launch_bounds__({threads}, 1) {name}({parameters(kernel)})'):
             w.put("extern __shared__ __align__(16) unsigned char duo_shared[];")
             w.put(f"const long long blocks = (({polynomial(rows)}) + {block - 1}) / {block};")
             w.put("const long long first = blockIdx.x % blocks, rest = blockIdx.x / blocks;")

@@ -2,7 +2,7 @@
 
 A run hands its work to the thread's current stream and returns; nothing waits, except to read a bool that decides what comes next. An index that is out of
 range is noticed when somebody waits (`Runtime.synchronize`, or reading a buffer), at once under DUO_SYNC=1, and before a result overwrites an
-input, which then stays whole. A block of work that comes a second time with the same addresses is captured as a CUDA graph and
+input, which then stays whole; a buffer that depends on it raises the error whenever somebody reads or uses it (`Fault`). A block of work that comes a second time with the same addresses is captured as a CUDA graph and
 replayed from then on. Numbers given as Python numbers go to the device as arguments of a launch before the program, so graphs keep.
 """
 
@@ -21,7 +21,7 @@ import numpy as np
 from duo_backends.base import Scalar
 from duo_backends.binding import Signature, byte_count
 from duo_backends.calls import choose_donors, rounded
-from duo_backends.cuda.memory import DeviceBuffer
+from duo_backends.cuda.memory import DeviceBuffer, Fault, Outcome
 from duo_backends.cuda.streams import SCALARS, Runtime, Stream
 from duo_backends.cuda.work import Launch, Multiply, Table, Work
 from duo_backends.flat import round_up
@@ -194,21 +194,44 @@ class CudaBound:
         self, inputs: Sequence[DeviceBuffer | Scalar], outputs: list[DeviceBuffer], donating: bool, stream: Stream
     ) -> None:
         """Gives all work to the stream. `donating`: outputs may be inputs, so checks come first. Raises IndexOutOfRange where it has
-        to wait, or under DUO_SYNC=1."""
+        to wait, or under DUO_SYNC=1, or an input depends on such an index."""
+        faults = self._faults(inputs)
         words = self._scalar_words(inputs)
         runtime = self.runtime
         with runtime.lock, runtime.driver:
             if not runtime.tracking:
-                self._give(inputs, outputs, words, donating, stream)
+                outcome = self._give(inputs, outputs, words, donating, stream)
             else:
                 overwritten = [x for x in outputs if any(x is y for y in inputs)] if donating else []
                 runtime.acquire(stream, inputs, overwritten)
                 try:
-                    self._give(inputs, outputs, words, donating, stream)
+                    outcome = self._give(inputs, outputs, words, donating, stream)
                 finally:  # where it raises, some of the work has been given all the same
                     runtime.release(stream, inputs, outputs)
+            if faults or outcome is not None or donating:
+                for buffer, (checks, read) in zip(outputs, self.table.reach):
+                    seen = tuple([faults[k] for k in read if k in faults])
+                    mine = outcome if checks else None
+                    buffer.fault = Fault(mine, checks, seen) if seen or mine is not None else None
         if os.environ.get("DUO_SYNC") == "1":
             runtime.synchronize(stream)
+
+    def _faults(self, inputs: Sequence[DeviceBuffer | Scalar]) -> dict[int, Fault]:
+        """What may be wrong with inputs, by number. Raises the error of one that is known."""
+        faults: dict[int, Fault] = {}
+        for k, x in enumerate(inputs):
+            if x.__class__ is DeviceBuffer and x.fault is not None:  # type: ignore[union-attr]
+                assert isinstance(x, DeviceBuffer)
+                fault = x.fault
+                assert fault is not None
+                error = fault.found()
+                if error is not None:
+                    raise error
+                if fault.open():
+                    faults[k] = fault
+                else:
+                    x.fault = None
+        return faults
 
     def _give(
         self,
@@ -217,7 +240,7 @@ class CudaBound:
         words: list[int],
         donating: bool,
         stream: Stream,
-    ) -> None:
+    ) -> Outcome | None:
         addresses = [x.ptr if isinstance(x, DeviceBuffer) else 0 for x in (*inputs, *outputs)]
         runtime, table = self.runtime, self.table
         # its blocks go back to the stream's at the end: what comes later comes later on the stream
@@ -240,8 +263,7 @@ class CudaBound:
                 runtime.check_now(frame.status, table, stream)
             if end.kind == "branch" and not runtime.read_bool(int(placement.words[end.word]), stream):
                 number = end.target
-        if table.status:
-            runtime.start_check(frame.status, table, stream)
+        return runtime.start_check(frame.status, table, stream) if table.status else None
 
     def _placement(self, frame: _Frame) -> _Placement:
         if self._generation != self.runtime.pool.generation:  # what graphs say of memory is no longer sure

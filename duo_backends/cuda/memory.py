@@ -47,15 +47,58 @@ class Uses:
         self.last: dict[Any, Mark] = {written.stream: written}
 
 
+class Outcome:
+    """Whether indices of a run were out of range: `pending` until the device has said so, then the checks that `failed` and the `error` they make."""
+
+    __slots__ = ("error", "failed", "pending")
+
+    def __init__(self) -> None:
+        self.pending = True
+        self.failed: frozenset[int] = frozenset()
+        self.error: Callable[[], Exception] | None = None
+
+
+class Fault:
+    """What may be wrong with what a run has written: `checks` of its own, and the faults of what it has read."""
+
+    __slots__ = ("checks", "outcome", "read")
+
+    def __init__(self, outcome: Outcome | None, checks: frozenset[int], read: tuple[Fault, ...]) -> None:
+        self.outcome, self.checks, self.read = outcome, checks, read
+
+    def found(self) -> Exception | None:
+        """The error to raise, as far as the device has told of one."""
+        waiting, seen = [self], set()
+        while waiting:
+            fault = waiting.pop()
+            if id(fault) in seen:
+                continue
+            seen.add(id(fault))
+            outcome = fault.outcome
+            if outcome is not None and outcome.error is not None and outcome.failed & fault.checks:
+                return outcome.error()
+            waiting += fault.read
+        return None
+
+    def open(self) -> bool:
+        """Whether it is one, or may still be. Forgets what has turned out well."""
+        self.read = tuple([fault for fault in self.read if fault.open()])
+        outcome = self.outcome
+        if outcome is not None and not outcome.pending and not outcome.failed & self.checks:
+            self.outcome = outcome = None
+        return outcome is not None or bool(self.read)
+
+
 class DeviceBuffer:
     """A block of device memory: `ptr` (address on the device), `nbytes`, and the device's name."""
 
-    __slots__ = ("__weakref__", "_home", "nbytes", "ptr", "shared", "uses")
+    __slots__ = ("__weakref__", "_home", "fault", "nbytes", "ptr", "shared", "uses")
 
     def __init__(self, ptr: int, nbytes: int, home: Any) -> None:
         self.ptr, self.nbytes, self._home = ptr, nbytes, home
         self.shared = False  # whether others see the memory
         self.uses: Uses | None = None  # None: by the stream that it is from, at most
+        self.fault: Fault | None = None  # what may be wrong with its contents
 
     def __del__(self, push: Callable[[list[int], int], None] = heappush) -> None:
         try:

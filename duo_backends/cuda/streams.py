@@ -20,7 +20,7 @@ import numpy as np
 
 from duo_backends.calls import index_error
 from duo_backends.cuda.driver import Driver, Pinned
-from duo_backends.cuda.memory import DeviceBuffer, Mark, Pool, Shelf, Transfers, Uses
+from duo_backends.cuda.memory import DeviceBuffer, Mark, Outcome, Pool, Shelf, Transfers, Uses
 from duo_backends.cuda.work import STATUS_STRIDE, Table
 from duo_ir.errors import IndexOutOfRange
 
@@ -39,12 +39,13 @@ Explain = Callable[[IndexOutOfRange], Exception]
 
 @dataclass(frozen=True)
 class _Check:
-    """The status words of a run, on their way to the host. `explain`: what makes the error to raise, if they tell of one."""
+    """The status words of a run, on their way to the host. `explain`: what makes the error to raise, if they tell of one; `outcome`: what they tell."""
 
     event: Any
     words: Pinned
     table: Table
     explain: Explain | None
+    outcome: Outcome
 
 
 class Stream:
@@ -78,7 +79,7 @@ class Runtime:
         self.tracking = False
         self.recording: Any = None
         self._scalars = scalars  # loads the function of SCALARS_TEXT
-        self._failed: tuple[IndexOutOfRange, Explain | None] | None = None
+        self._failed: Outcome | None = None
         self._idle: list[Pinned] = []
         with driver:
             self.default = Stream(driver, pool.main)
@@ -212,12 +213,16 @@ class Runtime:
         return buffer
 
     def download(self, array: np.ndarray, buffer: DeviceBuffer) -> None:
-        """Fills a C-contiguous array, when what writes the buffer has run. Raises IndexOutOfRange for a run whose check failed."""
+        """Fills a C-contiguous array, when what writes the buffer has run. Raises IndexOutOfRange for a run whose check failed and nobody has heard of
+        yet, and every time where the buffer depends on such an index."""
         stream = self.stream
         if self.tracking:
             with self.lock, self.driver:
                 self.acquire(stream, (buffer,))
         self.synchronize(stream)
+        error = buffer.fault.found() if buffer.fault is not None else None
+        if error is not None:
+            raise error
         with self.lock, self.driver:
             stream.transfers.download(array, buffer.ptr)
 
@@ -245,6 +250,7 @@ class Runtime:
         with self.lock, self.driver:
             if self.tracking:
                 self.acquire(stream, (source,), (target,))
+            target.fault = source.fault or target.fault
             if nbytes:
                 self.driver.copy(target.ptr, source.ptr, nbytes, stream.queue)
             if self.tracking:
@@ -291,45 +297,59 @@ class Runtime:
                 while stream.checks and self.driver.ready(stream.checks[0].event):
                     self._take(stream.checks.popleft())
             failed, self._failed = self._failed, None
-        if failed is not None:
-            error, explain = failed
-            raise error if explain is None else explain(error)
+        if failed is not None and failed.error is not None:
+            raise failed.error()
 
-    def start_check(self, ptr: int, table: Table, stream: Stream) -> None:
+    def start_check(self, ptr: int, table: Table, stream: Stream) -> Outcome:
         """Sends for a run's status words."""
         checks = stream.checks
         while checks and (len(checks) >= WAITING or self.driver.ready(checks[0].event)):
             self._take(checks.popleft())
         checks.append(self._fetch(ptr, table, stream))
+        return checks[-1].outcome
 
     def check_now(self, ptr: int, table: Table, stream: Stream) -> None:
         """Waits for a run's status words. Raises IndexOutOfRange."""
-        failed = self._error(self._fetch(ptr, table, stream))
-        if failed is not None:
-            raise failed
+        check = self._fetch(ptr, table, stream)
+        error = self._hear(check)
+        if error is not None:
+            raise error
 
     def _fetch(self, ptr: int, table: Table, stream: Stream) -> _Check:
         block = self._block(table.status)
         self.driver.to_host(block.ptr, ptr, table.status, stream.queue)
         event = self.driver.event()
         self.driver.record(event, stream.queue)
-        return _Check(event, block, table, self._current.explain)
+        return _Check(event, block, table, self._current.explain, Outcome())
 
     def _take(self, check: _Check) -> None:
-        failed = self._error(check)
-        if failed is not None and self._failed is None:
-            self._failed = failed, check.explain
+        error = self._hear(check)
+        if error is None:
+            return
+        explain = check.explain
+        made: list[Exception] = []
 
-    def _error(self, check: _Check) -> IndexOutOfRange | None:
+        def once() -> Exception:
+            if not made:
+                made.append(error if explain is None else explain(error))
+            return made[0].with_traceback(None)
+
+        check.outcome.error = once
+        if self._failed is None:
+            self._failed = check.outcome
+
+    def _hear(self, check: _Check) -> IndexOutOfRange | None:
+        """Waits for a run's status words, says in its outcome which checks failed, and returns the first one's error."""
         self.driver.wait(check.event)
-        found = None
+        errors: dict[int, IndexOutOfRange] = {}
         for n, note in enumerate(check.table.notes):
             _, point, site, index, bound = (ctypes.c_int64 * 5).from_address(check.words.ptr + STATUS_STRIDE * n)
             if point:
-                found = index_error(note, site, index, bound)
-                break
+                errors[n] = index_error(note, site, index, bound)
         self._idle.append(check.words)
-        return found
+        check.outcome.failed = frozenset(errors)
+        check.outcome.pending = False
+        return next(iter(errors.values()), None)
 
     def _block(self, nbytes: int) -> Pinned:
         for n, block in enumerate(self._idle):

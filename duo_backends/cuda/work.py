@@ -21,7 +21,7 @@ from duo_backends.cuda.together import Joined, Together, together
 from duo_backends.flat import Flattener, StepNote, argument, round_up
 from duo_ir.kernels.checks import failing
 from duo_ir.kernels.kernel import Kernel
-from duo_ir.kernels.program import Program, Step
+from duo_ir.kernels.program import Program, Step, reads_writes
 
 CONSTANT, ARENA, SCRATCH, STATUS, ARGUMENTS = range(
     5
@@ -94,7 +94,8 @@ class Block:
 @dataclass(frozen=True)
 class Table:
     """`blocks`, of which the first is the entry. Word k is base `bases[k]` of the call plus `offsets[k]`. Bytes of the arena, of scratch, and of
-    status words, one set for each of `notes`. `own`: bytes of what has an allocation of its own, instead of an arena."""
+    status words, one set for each of `notes`. `own`: bytes of what has an allocation of its own, instead of an arena. `reach`: for each output, the numbers
+    of the notes and of the inputs that it depends on."""
 
     blocks: tuple[Block, ...]
     bases: np.ndarray
@@ -104,6 +105,7 @@ class Table:
     status: int
     notes: tuple[Site, ...]
     own: tuple[int, ...]
+    reach: tuple[tuple[frozenset[int], tuple[int, ...]], ...]
 
 
 def build_table(
@@ -128,7 +130,26 @@ def build_table(
         STATUS_STRIDE * len(coder.notes),
         tuple(coder.notes),
         own,
+        _reach(program, coder.noted),
     )
+
+
+def _reach(program: Program, noted: Sequence[int]) -> tuple[tuple[frozenset[int], tuple[int, ...]], ...]:
+    """See `Table`. noted: how many notes there are after each item."""
+    first = len(program.inputs)
+    notes: dict[int, frozenset[int]] = {}
+    read: dict[int, frozenset[int]] = {k: frozenset([k]) for k in range(first)}
+    before = 0
+    for item, after in zip(program.items, noted):
+        sources, targets = reads_writes(item)
+        own = frozenset(range(before, after)).union(*[notes.get(slot, frozenset()) for slot in sources])
+        needs: frozenset[int] = frozenset().union(*[read.get(slot, frozenset()) for slot in sources])
+        for slot in targets:
+            notes[slot] = notes.get(slot, frozenset()) | own
+            read[slot] = read.get(slot, frozenset()) | needs
+        before = after
+    outputs = range(first, first + len(program.outputs))
+    return tuple([(notes.get(slot, frozenset()), tuple(sorted(read.get(slot, ())))) for slot in outputs])
 
 
 def _blocks(actions: list[Work | End]) -> tuple[Block, ...]:
@@ -174,6 +195,7 @@ class _Coder(Flattener):
         self.bases: list[int] = []
         self.offsets: list[int] = []
         self.notes: list[Site] = []
+        self.noted: list[int] = []  # how many notes there are after each item
         self.own: dict[int, int] = {}  # place -> its base
         self.joined: dict[int, Together] = {}
         self.scratch = 0
@@ -235,6 +257,8 @@ class _Coder(Flattener):
             self.actions.append(Copy(self.address(target), self.address(source), nbytes))
 
     def item_done(self, program: Program, number: int) -> None:
+        if program is self.program:
+            self.noted.append(len(self.notes))
         if program is self.program and number == self.last_check and program.donations:
             self.actions.append(End("check"))
 

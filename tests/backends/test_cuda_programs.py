@@ -250,6 +250,43 @@ def test_an_index_out_of_range_is_told_when_somebody_waits(gpu, order, monkeypat
     gpu.synchronize()
 
 
+def test_what_depends_on_a_bad_index_raises_every_time(gpu):
+    """A result, what is computed from it before anybody knows and after, and copies; nothing else of the run."""
+
+    def looked_up(x, index, y):
+        return ops.gather(x, index, axes=(0,)) * 2.0, y + 1.0
+
+    def joined(a, y, x):
+        return nd.sum(a) + y, x * 2.0
+
+    types = [TensorType(f32, (6,)), TensorType(i64, (3,)), TensorType(f32, (4,))]
+    first = gpu.compile(lower(function_of(looked_up, *types))).bind()
+    second = gpu.compile(lower(function_of(joined, TensorType(f32, (3,)), types[2], types[0]))).bind()
+    x, y = numbers((6,), (4,))
+    for index in ([0, 6, 2], [-1, 0, 0]):
+        bad, fine = first.run([gpu.from_numpy(a) for a in (x, np.array(index), y)])
+        later, also_fine = second.run([bad, fine, gpu.from_numpy(x)])
+        twice, _ = second.run([gpu.from_numpy(x[:3]), later, gpu.from_numpy(x)])
+        over, _ = second.begin([bad, later, gpu.from_numpy(x)], (1,)).run()
+        copied = gpu.runtime.duplicate(bad)
+        with pytest.raises(IndexOutOfRange, match="gather: index"):
+            gpu.synchronize()
+        for _ in range(2):
+            for buffer in (bad, later, twice, over, copied):
+                with pytest.raises(IndexOutOfRange, match="gather: index"):
+                    gpu.to_numpy(buffer, f32, (3,))
+            assert c.same(gpu.to_numpy(fine, f32, (4,)), y + np.float32(1))
+            assert c.same(gpu.to_numpy(also_fine, f32, (6,)), x * np.float32(2))
+        with pytest.raises(IndexOutOfRange, match="gather: index"):
+            second.run([bad, fine, also_fine])
+    good, fine = first.run([gpu.from_numpy(a) for a in (x, np.array([0, 5, 2]), y)])
+    third, _ = second.run([good, fine, also_fine])
+    assert third.fault is not None
+    assert gpu.to_numpy(third, f32, (4,)).shape == (4,)
+    second.run([good, third, also_fine])
+    assert good.fault is None and third.fault is None  # what has turned out well is forgotten
+
+
 def test_a_failed_run_leaves_what_was_given_away_as_it_was(gpu):
     x, w = numbers((6, 4), (40,))
     bound = gpu.compile(lower(gathering())).bind()

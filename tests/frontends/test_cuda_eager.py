@@ -131,6 +131,12 @@ def test_a_bad_index_is_told_at_its_line_when_somebody_waits():
     assert f"test_cuda_eager.py:{line}" in str(error.value)
     duo.synchronize()  # told once
     assert bad.shape == (2,)
+    for _ in range(2):  # and whenever it is used
+        with pytest.raises(IndexError, match=r"index 7 is out of range"):
+            bad.tolist()
+    with pytest.raises(IndexError, match=r"index 7 is out of range"):
+        (bad + 1).tolist()
+    assert picked(1, 4).tolist() == [2.0, 8.0]
 
 
 def test_at_once_with_sync(monkeypatch):

@@ -22,25 +22,33 @@ if TYPE_CHECKING:
     from duo_backends.cpu.reuse import Reuse
     from duo_backends.cpu.rows import Rows
 
-_MANY = 1 << 22  # elements from which rows come from memory
+_MANY = 1 << 18  # elements from which more code pays,
+_MANY_ROWS = 128  # and rows: at the ends of a thread's rows nothing runs side by side
 _ROW = 512, 1 << 14  # elements of a row: long enough to hide something, and a few of them fit into the first caches
 _TOGETHER = 4  # vectors of 16 elements in one go
 _AHEAD = 2048  # elements that the first stage's reads are asked for early
 
 
 def runs_in_waves(kernel: LoopKernel, reuse: Reuse | None) -> bool:
-    """Whether the kernel's stages can run so, and there is enough arithmetic for it to pay."""
+    """Whether the kernel's stages can run so, and there is enough arithmetic for it to pay (a layer norm of much memory takes half as long
+    again so)."""
     stages, outer, rows = kernel.stages, len(kernel.axes), product(kernel.axes)
     if len(stages) < 2 or not outer or any(len(s.axes) != 1 or s.axes != stages[0].axes for s in stages):
         return False
     n = stages[0].axes[0]
-    if not isinstance(n, int) or not isinstance(rows, int) or rows * n < _MANY or not _ROW[0] <= n <= _ROW[1]:
+    if (
+        not isinstance(n, int)
+        or not isinstance(rows, int)
+        or rows * n < _MANY
+        or rows < _MANY_ROWS
+        or not _ROW[0] <= n <= _ROW[1]
+    ):
         return False
     if n % (LANES * _TOGETHER) or (n > CHUNK and n % CHUNK):
         return False
     if any(r.kind in ("argmax", "argmin") for s in stages for r in s.reduces):
         return False
-    if not all(is_plain(s, outer) for s in stages) or not any(is_long(s) for s in stages):
+    if not all(is_plain(s, outer) for s in stages) or not any(s.reduces and is_long(s) for s in stages):
         return False
     # a row of saved values is overwritten a wave later
     return reuse is None or all(

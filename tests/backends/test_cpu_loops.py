@@ -807,6 +807,7 @@ def test_softmax_keeps_the_exponentials(rows, columns, many, monkeypatch):
 def test_softmax_in_waves(rows, columns, d, streamed, monkeypatch):
     """Stages of consecutive rows side by side: whatever rows a thread gets, the bits of one stage after the other; also in place."""
     monkeypatch.setattr(row_waves, "_MANY", 0)
+    monkeypatch.setattr(row_waves, "_MANY_ROWS", 0)
     if streamed:
         monkeypatch.setattr(stream, "_BEYOND", 0)
     compiled.cache_clear()

@@ -1,7 +1,7 @@
 """The command `duo`: `demo`, `info`, `cache`, and for artefacts `compile`, `run`, `inspect`, `bench` (aot/commands.py).
 
-An error that duo raises on purpose is one line on stderr and exit code 1; `DUO_DEBUG=1` shows the traceback. Wrong usage is exit
-code 2, as argparse has it.
+An error that duo raises on purpose, or a file that cannot be used, is one line on stderr and exit code 1; `DUO_DEBUG=1` shows the traceback.
+Wrong usage is exit code 2, as argparse has it.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 
 import duo
 from duo import runtime
+from duo.aot.progress import Progress
 from duo.demo.report import demo
 from duo_ir.errors import DuoError
 
@@ -26,7 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; gives the exit code."""
     options = _parser().parse_args(argv)
     try:
-        return options.run(options)
+        with Progress() as options.progress:
+            return options.run(options)
     except DuoError as error:
         if os.environ.get("DUO_DEBUG") == "1":
             raise
@@ -36,6 +38,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader has gone; say nothing at exit
+        return 1
+    except OSError as error:
+        if error.filename is None or os.environ.get("DUO_DEBUG") == "1":
+            raise
+        print(f"duo: {error.filename}: {error.strerror}", file=sys.stderr)
         return 1
 
 

@@ -228,6 +228,8 @@ def load_executable(
     manifest = read(content, where)
     number = choose(manifest, where, target)
     count = threads if threads is not None else get_num_threads()
+    if count < 1:
+        raise ArgumentError(f"load_executable({where!r}, threads={threads}): there must be one at least")
     if number is None:
         return _compiled(manifest, content, where, count)
     section = manifest.sections[number]

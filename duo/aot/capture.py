@@ -97,7 +97,7 @@ def graph_of(
             raise ArgumentError(f"{_called(function)} cannot be exported as it is{_line_of(error)}: {error}") from error
         except DuoError as error:
             line = _line_of(error)
-            if line not in str(error):
+            if line.removeprefix(" at ") not in str(error):
                 error.args = (f"{error}{line}",)
             raise
     _check_free(graph, given, inputs)
@@ -204,9 +204,17 @@ def _named(function: Any, specs: list[Spec]) -> list[Spec]:
     """The specs with names: their own, else those of the function's parameters, else x0, x1, ..."""
     call = function.forward if isinstance(function, Module) else function
     try:
-        params = list(inspect.signature(call).parameters.values())
+        signature = inspect.signature(call)
     except (TypeError, ValueError):
-        params = []
+        signature = inspect.Signature([inspect.Parameter("x", inspect.Parameter.VAR_POSITIONAL)])
+    try:
+        signature.bind(*specs)
+    except TypeError as error:
+        given = ", ".join(map(str, specs)) or "none"
+        raise ArgumentError(
+            f"{_called(function)}{signature} needs a spec for each input, such as 'x: f32[batch,784]'; given: {given} ({error})"
+        ) from None
+    params = list(signature.parameters.values())
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     known = [p.name for p in params if p.kind in kinds]
     out: list[Spec] = []

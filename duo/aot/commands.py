@@ -10,7 +10,7 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +146,7 @@ def _compile(options: argparse.Namespace) -> int:
             if form in rest:
                 put(f"{name}.{ending}", text(made))
     seconds = time.perf_counter() - started
+    options.progress.end()
     rows = [{"file": str(path), "bytes": path.stat().st_size} for path in written]
     if options.json:
         print(json.dumps({"name": name, "seconds": round(seconds, 3), "files": rows}, indent=2))
@@ -157,7 +158,11 @@ def _compile(options: argparse.Namespace) -> int:
 
 
 def _source(options: argparse.Namespace) -> Source:
+    _say(options, f"reading {options.model} ...")
     if options.model.endswith(".duo"):
+        refused = [f"--{name}" for name in ("input", "weights", "train", "lr") if getattr(options, name)]
+        if refused:
+            raise ArgumentError(f"{', '.join(refused)} is for a model in Python; {options.model} has its programs in it")
         return _again(options.model, options.name)
     found, name = _named(options.model)
     name = options.name or name
@@ -227,7 +232,7 @@ def _run(options: argparse.Namespace) -> int:
     for port in program.inputs:
         if port.name not in inputs:
             raise ArgumentError(f"{port} is missing: --input {port.name}=FILE.npy")
-        arrays.append(np.load(inputs[port.name], allow_pickle=False))
+        arrays.append(_array(inputs[port.name]))
     out = program(*arrays)
     outputs = out if isinstance(out, tuple) else (out,)
     names = _by_name(options.output, [p.name for p in program.outputs], "output")
@@ -237,6 +242,13 @@ def _run(options: argparse.Namespace) -> int:
         elif not names:
             print(f"{port.name} = {np.array2string(array, threshold=50)}")
     return 0
+
+
+def _array(file: str) -> np.ndarray:
+    try:
+        return np.load(file, allow_pickle=False)  # type: ignore[no-any-return]
+    except (ValueError, EOFError):
+        raise ArgumentError(f"{file} is not an array as numpy.save writes it") from None
 
 
 def _program(loaded: Executable, name: str | None) -> Any:
@@ -255,9 +267,11 @@ def _by_name(given: Sequence[str], names: Sequence[str], what: str) -> dict[str,
         if mark and name in names:
             out[name] = file
             continue
+        if mark and name.isidentifier():
+            raise ArgumentError(f"there is no {what} {name!r}; there are {', '.join(names)}")
         left = [n for n in names if n not in out]
         if not left:
-            raise ArgumentError(f"there are {len(names)} {what}s: {', '.join(names)}")
+            raise ArgumentError(f"{text} is one {what} too many; there are {', '.join(names)}")
         out[left[0]] = text
     return out
 
@@ -296,6 +310,7 @@ def _facts(options: argparse.Namespace, manifest: Manifest, content: bytes) -> d
     about = manifest.sections[number].about
     made = Artefact(unpack_source(manifest, content, options.file, number), target(about["target"]))
     rows = []
+    _check_sizes(options.size, [d for shown in manifest.programs for d in shown["dims"]])
     numbers = {p.name: k for k, p in enumerate(made.source.programs)}
     for shown in manifest.programs:
         entry = made.entries[numbers[shown["name"]]]
@@ -328,6 +343,14 @@ def _signature(row: Any) -> str:
     return f"{row['name']}({', '.join(ports['inputs'])}) -> {', '.join(ports['outputs'])}"
 
 
+def _check_sizes(given: Sequence[str], dims: Iterable[str]) -> None:
+    """Raises for a --size that none of the programs has."""
+    known = list(dict.fromkeys(dims))
+    for name in (text.partition("=")[0] for text in given):
+        if name not in known:
+            raise ArgumentError(f"there is no free size {name!r}; there are {', '.join(known) or 'none'}")
+
+
 def _sizes(given: Sequence[str], dims: Sequence[str]) -> dict[str, int]:
     sizes = dict.fromkeys(dims, 1)
     for text in given:
@@ -345,6 +368,7 @@ def _bench(options: argparse.Namespace) -> int:
     loaded = load_executable(options.file, threads=options.threads)
     load_seconds = time.perf_counter() - start
     program = _program(loaded, options.program)
+    _check_sizes(options.size, program.dims)
     sizes = _sizes(options.size, program.dims)
     arrays = [_random(p, sizes) for p in program.inputs]
     start = time.perf_counter()
@@ -391,5 +415,4 @@ def _random(port: Port, sizes: dict[str, int]) -> np.ndarray:
 
 
 def _say(options: argparse.Namespace, text: str) -> None:
-    if not options.json and sys.stderr.isatty():
-        print(text, file=sys.stderr)
+    options.progress.now(text)

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import ctypes
+import io
 import itertools
 import json
 import shutil
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
 
 import duo
+from duo.aot.progress import Progress
 from duo.cli import main
 from tests.aot.models import MODELS, floats
 
@@ -161,6 +164,16 @@ def test_an_object_links_into_a_program(folder):
         (["compile", "model.py:Net", "--input", "x: f32[batch,9]"], "needs as many elements"),
         (["compile", "model.py:Net", "--input", "f32[b,8]", "--train", "no_loss"], "no loss 'no_loss'"),
         (["compile", "model.py:scaled", "--train", "mse_loss", "--input", "f32[3]"], "is for a module"),
+        (["compile", "model.py:Net"], "Net(x) needs a spec for each input, such as 'x: f32[batch,784]'; given: none"),
+        (["compile", "model.py:scaled", "--input", "f32[3]"], "missing a required argument: 'factor'"),
+        (["compile", "model.py:Net", "--input", "f32[b,8]", "--input", "f32[b]"], "too many positional arguments"),
+        (["compile", "no.duo"], "no.duo: No such file"),
+        (["compile", "no.duo", "--train", "mse_loss", "--lr", "1"], "--train, --lr is for a model in Python"),
+        (["compile", "model.py:Net", "--input", "f32[b,8]", "--weights", "no.safetensors"], "no.safetensors: No such file"),
+        (["compile", "model.py:Net", "--input", "f32[b,8]", "-o", "model.py"], "model.py: File exists"),
+        (["inspect", "no.duo"], "no.duo: No such file"),
+        (["run", "no.duo"], "no.duo: No such file"),
+        (["bench", "no.duo"], "no.duo: No such file"),
         (["inspect", "model.py"], "not a .duo file"),
         (["run", "model.py"], "not a .duo file"),
     ],
@@ -168,3 +181,48 @@ def test_an_object_links_into_a_program(folder):
 def test_mistakes(folder, capsys, arguments, said):
     assert main(arguments) == 1
     assert said in capsys.readouterr().err
+
+
+def test_mistakes_with_a_file(folder, capsys):
+    duo.export(net(), "x: f32[batch,8]", path="net.duo")
+    np.save("x.npy", floats(0, 4, 8))
+    np.save("other.npy", floats(0, 4, 9))
+    for arguments, said in (
+        (["run", "net.duo"], "x: f32[batch,8] is missing: --input x=FILE.npy"),
+        (["run", "net.duo", "--input", "no.npy"], "no.npy: No such file"),
+        (["run", "net.duo", "--input", "model.py"], "model.py is not an array"),
+        (["run", "net.duo", "--input", "other.npy"], "given with shape [4, 9]"),
+        (["run", "net.duo", "--input", "y=x.npy"], "there is no input 'y'; there are x"),
+        (["run", "net.duo", "--input", "x.npy", "--input", "x.npy"], "x.npy is one input too many; there are x"),
+        (["run", "net.duo", "--input", "x.npy", "--output", "logits=y.npy"], "there is no output 'logits'; there are output"),
+        (["run", "net.duo", "--input", "x.npy", "--threads", "-3"], "there must be one at least"),
+        (["run", "net.duo", "--input", "x.npy", "--program", "back"], "there is no program 'back'; there are forward"),
+        (["inspect", "net.duo", "--size", "btch=3"], "there is no free size 'btch'; there are batch"),
+        (["bench", "net.duo", "--size", "batch=many"], "--size takes NAME=N, not 'batch=many'"),
+    ):
+        assert main(arguments) == 1
+        out, err = capsys.readouterr()
+        assert said in err and err.count("\n") == 1 and not out, (arguments, err)
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_progress_is_for_terminals_and_long_work(monkeypatch):
+    screen = Terminal()
+    monkeypatch.setattr(sys, "stderr", screen)
+    with Progress(after=60) as progress:
+        progress.now("compiling net ...")
+    assert screen.getvalue() == ""
+    with Progress(after=0.01) as progress:
+        progress.now("compiling net ...")
+        while "compiling net ... 0 s" not in screen.getvalue():
+            time.sleep(0.001)
+    assert screen.getvalue().endswith("\r" + " " * len("compiling net ... 0 s") + "\r")
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    with Progress(after=0.001) as progress:
+        progress.now("compiling net ...")
+        time.sleep(0.02)
+    assert sys.stderr.getvalue() == ""

@@ -2,7 +2,8 @@
 
 A row that fits a tile takes one launch. How long runs are, and in which half of the scratch memory they lie, is kept in its first words, which a
 launch between two merges moves on: so one function merges runs of any length. Records hold a key and a position, so that all are distinct and the order is the one stable order of
-`duo_ir/ops/order.py`; values are read again where they came from. Where only the first few are wanted, runs are cut to them on the way.
+`duo_ir/ops/order.py`; values are read again where they came from. Where only the first few are wanted, a tile keeps no more, and the next launch sorts what
+many tiles have kept as a tile.
 """
 
 from __future__ import annotations
@@ -13,12 +14,14 @@ from dataclasses import dataclass
 from duo_backends.cuda.body import Emitter, Scope, Writer, in_memory
 from duo_backends.cuda.code import GpuTarget, KernelCode, Launch, ceil_div, parameters, points, polynomial, symbol
 from duo_ir.kernels.kernel import Access, Affine, SortKernel
-from duo_ir.types import evaluate, i64, product
+from duo_ir.types import DimLike, evaluate, i64, product
 
 _TILE = 1024  # records that a block sorts at most
+_FEW = _TILE // 8  # results up to which tiles are gathered instead of merged
 _DOUBLINGS = 22  # merges that a kernel for any length may take: up to 2^32 records, all that positions tell apart
 _STATE = 16  # bytes of what is kept before the records: the length of runs, and whether they lie in the second half
 _EACH, _THREADS = 8, 128  # results that a thread merges
+_GATHERING = 256  # threads that sort what tiles have kept
 
 
 def compile_sort(kernel: SortKernel, target: GpuTarget) -> KernelCode:
@@ -41,6 +44,8 @@ class _Sort:
         n = kernel.length
         self.tile = min(_TILE, max(32, 1 << (n - 1).bit_length())) if isinstance(n, int) and n > 0 else _TILE
         self.n, self.count = polynomial(n), polynomial(kernel.count)
+        few = kernel.count if isinstance(kernel.count, int) and 0 < kernel.count <= _FEW else 0
+        self.together = self.tile // few if few else 0  # runs of results that are sorted as one tile; 0: runs are merged
         names = [f"a{k}" for k in range(len(kernel.args))] + ["scratch", "status"] + [f"d_{d}" for d in kernel.dims]
         self.arguments = ", ".join(names)
         self.launches: list[Launch] = []
@@ -51,7 +56,9 @@ class _Sort:
         self._tiles()
         n = self.kernel.length
         most = self._passes(n) if isinstance(n, int) else _DOUBLINGS
-        if most:
+        if most and self.together:
+            self._gather(n)
+        elif most:
             self._merges(most)
             self._write()
         return KernelCode(self.w.text(), tuple(self.launches), self._scratch, headers=("sort.cuh",))
@@ -69,7 +76,8 @@ class _Sort:
 
     def _scratch(self, sizes: Mapping[str, int]) -> int:
         n = self._length(sizes)
-        return _STATE + 2 * self.record_bytes * n * self._wanted(sizes) if self._passes(n) else 0
+        kept = ceil_div(n, self.tile) * evaluate(self.kernel.count, sizes) if self.together else n
+        return _STATE + 2 * self.record_bytes * kept * self._wanted(sizes) if self._passes(n) else 0
 
     # ------------------------------------------------------------------------------------------------------- functions
     def _load(self) -> None:
@@ -119,11 +127,12 @@ class _Sort:
             w.put(f"duo_sort_tile<{self.record}, {tile}>(s);")
             w.put(f"const long long count = {self.count};")
             with w.block(f"for (int t = threadIdx.x; t < {tile}; t += {threads})"):
-                w.put("if (first + t >= n || t >= count) continue;")
-                w.put(f"if (tiles == 1) {self.name}_store({self.arguments}, row, t, s[t]);")
-                w.put(f"else {self._records()}[row*n + first + t] = s[t];")
+                w.put(f"if ({'' if self.together else 'first + t >= n || '}t >= count) continue;")
+                with w.block("if (tiles == 1)"):
+                    w.put(f"if (t < n) {self.name}_store({self.arguments}, row, t, s[t]);")
+                w.put(f"else {self._records()}[{'blockIdx.x*count' if self.together else 'row*n + first'} + t] = s[t];")
             with w.block("if (tiles > 1 && blockIdx.x == 0 && threadIdx.x == 0)"):
-                w.put(f"((long long *)scratch)[0] = {tile};")
+                w.put(f"((long long *)scratch)[0] = {'tiles' if self.together else tile};")
                 w.put("((long long *)scratch)[1] = 0;")
 
         def blocks(sizes: Mapping[str, int]) -> int:
@@ -133,6 +142,52 @@ class _Sort:
 
     def _records(self) -> str:
         return f"(({self.record} *)(scratch + {_STATE}))"
+
+    def _runs(self, sizes: Mapping[str, int], number: int) -> int:
+        """How many runs of results a row has before gathering for the time `number`."""
+        runs = ceil_div(self._length(sizes), self.tile)
+        for _ in range(number):
+            runs = ceil_div(runs, self.together)
+        return runs
+
+    def _gather(self, n: DimLike) -> None:
+        """Sorts the runs of results that many tiles have kept as one tile, until a row has one run; says after each time how many there are now."""
+        w, gather, step, tile, together = self.w, f"{self.name}_1", f"{self.name}_2", self.tile, self.together
+        most, left = 0, ceil_div(n if isinstance(n, int) else 1 << 32, tile)
+        while left > 1:
+            most, left = most + 1, ceil_div(left, together)
+        with w.block(self._function(gather, _GATHERING)):
+            w.put("extern __shared__ __align__(16) unsigned char duo_shared[];")
+            w.put(f"{self.record} *s = ({self.record} *)duo_shared;")
+            w.put(f"const long long rows = {polynomial(product(self.kernel.axes))}, half = rows*(({self.n} + {tile - 1}) / {tile})*{self.count};")
+            w.put("const long long runs = ((long long *)scratch)[0], second = ((long long *)scratch)[1];")
+            w.put(f"const long long groups = (runs + {together - 1}) / {together}, row = blockIdx.x / groups, first = blockIdx.x % groups * {together};")
+            w.put(f"const long long count = {self.count}, many = (runs - first < {together} ? runs - first : {together})*count;")
+            w.put(f"{self.record} *const records = {self._records()};")
+            w.put(f"const {self.record} *const from = records + (second ? half : 0) + (row*runs + first)*count;")
+            with w.block(f"for (int t = threadIdx.x; t < {tile}; t += {_GATHERING})"):
+                w.put("if (t < many) s[t] = from[t];")
+                w.put("else duo_last(s[t]);")
+            w.put(f"duo_sort_tile<{self.record}, {tile}>(s);")
+            with w.block(f"for (int t = threadIdx.x; t < count; t += {_GATHERING})"):
+                w.put(f"if (groups == 1) {self.name}_store({self.arguments}, row, t, s[t]);")
+                w.put("else records[(second ? 0 : half) + blockIdx.x*count + t] = s[t];")
+        with w.block(self._function(step, 32)), w.block("if (threadIdx.x == 0)"):
+            w.put(f"((long long *)scratch)[0] = (((long long *)scratch)[0] + {together - 1}) / {together};")
+            w.put("((long long *)scratch)[1] ^= 1;")
+        for number in range(most):
+            self._launch_gather(gather, step, number)
+
+    def _launch_gather(self, gather: str, step: str, number: int) -> None:
+        def blocks(sizes: Mapping[str, int]) -> int:
+            runs = self._runs(sizes, number)
+            return self._wanted(sizes) * ceil_div(runs, self.together) if runs > 1 else 0
+
+        def again(sizes: Mapping[str, int]) -> int:
+            return min(1, blocks(sizes)) if self._runs(sizes, number + 1) > 1 else 0
+
+        self.launches.append(Launch(gather, _GATHERING, blocks, lambda sizes: self.tile * self.record_bytes))
+        self.launches.append(Launch(step, 32, again))
 
     def _merges(self, most: int) -> None:
         """Merges runs, and after each merge says that they are twice as long and in the other half."""

@@ -308,7 +308,7 @@ def _facts(options: argparse.Namespace, manifest: Manifest, content: bytes) -> d
         raise ArgumentError(f"{options.file} has no code")
     number = codes[-1]
     about = manifest.sections[number].about
-    made = Artefact(unpack_source(manifest, content, options.file, number), target(about["target"]))
+    made = Artefact.of(unpack_source(manifest, content, options.file, number), target(about["target"]))
     rows = []
     _check_sizes(options.size, [d for shown in manifest.programs for d in shown["dims"]])
     numbers = {p.name: k for k, p in enumerate(made.source.programs)}

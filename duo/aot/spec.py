@@ -34,6 +34,10 @@ class Spec:
 def spec(text: Any, name: str = "") -> Spec:
     """A Spec from `"f32[batch,784]"` or `"x: f32[batch,784]"`, or of a tensor or array (all sizes fixed).
 
+    A size that is a name is free: any number from 0 on for which the program is one, and the same wherever the name stands. In the program
+    `x.shape[0]` is a number then: beside a tensor what Python's int would be (`x / x.shape[0]`, `x * (1 / x.shape[1] ** 0.5)`), in a shape or slice a
+    size where it is a sum or product of sizes (`x.view(b * t, d)`, `table[:t]`, `duo.arange(t)`). A decision on it (`if x.shape[0] > 3`) is an error.
+
     Raises ArgumentError or ShapeError for what is neither, DTypeError for a dtype that duo does not have."""
     if isinstance(text, Spec):
         return text if not name else Spec(text.dtype, text.shape, name)

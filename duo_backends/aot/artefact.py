@@ -7,7 +7,7 @@ Python loads. Both run the same code.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -15,7 +15,7 @@ import numpy as np
 from duo_backends.aot import runtime
 from duo_backends.aot.entries import Entry, State, Trainer
 from duo_backends.aot.library import build_library, emit_kernels
-from duo_backends.aot.limits import least_sizes, signed_dims
+from duo_backends.aot.limits import signed_dims
 from duo_backends.aot.plan import make_plan
 from duo_backends.aot.source import ProgramSource, Source, hoisted
 from duo_backends.aot.special import free_columns, with_special
@@ -34,12 +34,12 @@ class Artefact:
     """A Source, hoisted for one target. Raises ArgumentError for programs that cannot go into an artefact."""
 
     source: Source
+    lowered: Mapping[str, Program]
     target: AotTarget
-    _lowered: dict[str, Program] = field(default_factory=dict)
 
     @classmethod
     def of(cls, source: Source, target: AotTarget) -> Artefact:
-        return cls(with_special(hoisted(source, lambda op: panel_columns(op, target.code), _run)), target)
+        return cls(*with_special(hoisted(source, lambda op: panel_columns(op, target.code), _run)), target)
 
     @cached_property
     def block(self) -> Block:
@@ -48,7 +48,7 @@ class Artefact:
 
     @cached_property
     def programs(self) -> list[Program]:
-        return [pipeline.lower(p.function) for p in self.source.programs]
+        return [self.lowered[p.name] for p in self.source.programs]
 
     @cached_property
     def states(self) -> list[State]:
@@ -155,7 +155,7 @@ class Artefact:
             p.name,
             make_plan(program, codes),
             p.dims,
-            dict.fromkeys(p.dims, 0) | least_sizes(p.function),
+            {**dict.fromkeys(p.dims, 0), **p.least},
             tuple(signed_dims(p.function)),
             free_columns(p.function),
             (*given, *outputs),

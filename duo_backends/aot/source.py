@@ -7,7 +7,7 @@ such values. `hoisted` computes what depends on weights alone once, here, so tha
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -38,13 +38,15 @@ class Special:
 
 @dataclass(frozen=True)
 class ProgramSource:
-    """`params[k]` and `results[k]` say what the Function's are. `special`: where it stands in for another (`special.py`)."""
+    """`params[k]` and `results[k]` say what the Function's are. `special`: where it stands in for another; `least`: the least values of its free sizes
+    (both by `special.py`)."""
 
     name: str
     function: Function
     params: tuple[Port, ...]
     results: tuple[Port, ...]
     special: Special | None = None
+    least: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def dims(self) -> tuple[str, ...]:

@@ -6,7 +6,9 @@ symbolic; a size is known to be positive only through `nonnegative`, which uses 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import lru_cache
 from typing import TypeAlias
 
@@ -16,6 +18,7 @@ from duo_ir.types import Dim, DimLike, Shape, exact_div, product, row_major, sub
 
 Position: TypeAlias = tuple[DimLike, tuple[DimLike, ...]]
 Index: TypeAlias = tuple[Position, ...]
+Noted: TypeAlias = dict[tuple[Dim, tuple[Dim, ...]], None]
 Bounds: TypeAlias = tuple[Position, DimLike, int]  # 0 <= position < bound, divisible by step
 
 
@@ -80,9 +83,37 @@ def through(view: View, index: Index, n: int) -> tuple[Index, tuple[Bounds, ...]
     return tuple(out), tuple(bounds)
 
 
-def nonnegative(d: DimLike) -> bool:
-    """True when d >= 0 for all sizes, named ones being at least 2 (sufficient, not necessary)."""
+def nonnegative(d: DimLike, loops: Sequence[DimLike] = ()) -> bool:
+    """True when d >= 0 for all sizes, named ones being at least 2 (sufficient, not necessary). That something leans on it within `loops` of these
+    sizes is noted (`assumptions`)."""
+    if isinstance(d, int):
+        return d >= 0
+    if not _nonnegative(d):
+        return False
+    noted = _noted.get()
+    if noted is not None:
+        noted[d, tuple([n for n in loops if isinstance(n, Dim)])] = None
+    return True
+
+
+def seems_nonnegative(d: DimLike) -> bool:
+    """`nonnegative`, of choices that are right either way."""
     return d >= 0 if isinstance(d, int) else _nonnegative(d)
+
+
+@contextmanager
+def assumptions() -> Iterator[Noted]:
+    """What `nonnegative` has said yes to meanwhile, each with the free sizes of the loops around it: kernels hold where these sizes are not negative, or
+    a loop is empty."""
+    noted: Noted = {}
+    token = _noted.set(noted)
+    try:
+        yield noted
+    finally:
+        _noted.reset(token)
+
+
+_noted: ContextVar[Noted | None] = ContextVar("noted", default=None)
 
 
 @lru_cache(4096)
@@ -106,7 +137,7 @@ def unravel(position: Position, shape: Shape, extents: Sequence[DimLike]) -> Ind
     for k, stride in enumerate(strides):
         if stride == 0 or extents[k] == 1:
             continue
-        if not nonnegative(stride):
+        if not nonnegative(stride, extents):
             low = low + stride * (extents[k] - 1)
         for j, step in enumerate(steps):
             q = divide(stride, step)
@@ -115,7 +146,7 @@ def unravel(position: Position, shape: Shape, extents: Sequence[DimLike]) -> Ind
                 break
         else:
             return None
-    starts = _digits(low, steps)
+    starts = _digits(low, steps, extents)
     if starts is None:
         return None
     out: list[Position] = [zero] * len(shape)
@@ -124,24 +155,24 @@ def unravel(position: Position, shape: Shape, extents: Sequence[DimLike]) -> Ind
         top, begin, coefficients = start, start, [*zero[1]]
         for k, q in terms:
             span = q * (extents[k] - 1)
-            if nonnegative(q):
+            if nonnegative(q, extents):
                 top = top + span
             else:
                 top, begin = top - span, begin - span
             coefficients[k] = q
-        if not nonnegative(size - 1 - top):
+        if not nonnegative(size - 1 - top, extents):
             for k, q in terms:
                 inner = divide(size, q)
                 if inner is None or inner == 1 or inner == extents[k]:
                     continue
-                if divide(extents[k], inner) is not None and nonnegative(inner):
+                if divide(extents[k], inner) is not None and nonnegative(inner, extents):
                     raise NeedSplit(k, inner)
             return None
         out[dims[j]] = (begin, tuple(coefficients))
     return tuple(out)
 
 
-def _digits(value: DimLike, steps: Sequence[DimLike]) -> list[DimLike] | None:
+def _digits(value: DimLike, steps: Sequence[DimLike], extents: Sequence[DimLike]) -> list[DimLike] | None:
     """`value` in the mixed radix with these place values, or None where that cannot be told."""
     out: list[DimLike] = []
     for step in steps:
@@ -155,7 +186,7 @@ def _digits(value: DimLike, steps: Sequence[DimLike]) -> list[DimLike] | None:
         else:
             q = divide(value, step)
             if q is None:
-                if not nonnegative(step - 1 - value):
+                if not nonnegative(step - 1 - value, extents):
                     return None
                 q = 0
         out.append(q)
@@ -282,6 +313,6 @@ def is_row_major(position: Position, axes: Sequence[DimLike], count: int) -> boo
 
 
 __all__ = [
-    "Bounds", "Index", "NeedSplit", "Position", "combine", "expand", "identity", "is_row_major", "linear", "merge", "mergeable",
-    "nonnegative", "product", "refine", "respread", "split_at", "through", "unravel",
+    "Bounds", "Index", "NeedSplit", "Noted", "Position", "assumptions", "combine", "expand", "identity", "is_row_major", "linear", "merge", "mergeable",
+    "nonnegative", "product", "refine", "respread", "seems_nonnegative", "split_at", "through", "unravel",
 ]  # fmt: skip

@@ -198,11 +198,11 @@ class Emitter:
         for stride, size in zip(strides, self.axes):
             if stride == 0:
                 continue
-            if nonnegative(stride):
+            if nonnegative(stride, self.axes):
                 high = high + stride * (size - 1)
             else:
                 low = low + stride * (size - 1)
-        return nonnegative(low) and nonnegative(bound - 1 - high)
+        return nonnegative(low, self.axes) and nonnegative(bound - 1 - high, self.axes)
 
     def _guarded_load(
         self, storage: Value, x: Value, index: Index, guards: tuple[Bounds, ...], bounds: tuple[Bounds, ...], fill: int

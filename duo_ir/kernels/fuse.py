@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from duo_ir.core import Function, Op, Value
-from duo_ir.kernels.access import nonnegative
+from duo_ir.kernels.access import seems_nonnegative
 from duo_ir.kernels.assemble import Built, build
 from duo_ir.kernels.draft import Draft, base
 from duo_ir.kernels.express import NeedMemory
@@ -214,7 +214,7 @@ class _Choice:
                     continue
                 if total >= MOST or deep + 1 >= DEEPEST or (total > 0 and self._read_in_several_places(r)):
                     viewed = op.operands[0] if isinstance(kind, Movement) else r
-                    if viewed is not r and nonnegative(r.type.size - viewed.type.size):
+                    if viewed is not r and seems_nonnegative(r.type.size - viewed.type.size):
                         cost[r], depth[r] = 0, 1  # what it views is not larger: the view itself costs nothing
                         self.need(viewed)
                     else:

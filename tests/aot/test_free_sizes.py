@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 
 import numpy as np
@@ -15,7 +16,7 @@ from duo.aot.capture import source_of
 from duo_backends.aot.special import with_special
 from duo_ir.errors import ArgumentError, DuoError, ShapeError
 from tests.aot.models import floats
-from tests.aot.programs import same_bits
+from tests.aot.programs import Library, same_bits
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="artefacts are for Linux")
 F = nn.functional
@@ -234,7 +235,7 @@ COLUMNS = {
 def test_sizes_at_which_a_product_has_one_column(tmp_path, monkeypatch, name):
     """They have a program of their own, whose bits are Python's, also where the file's code does not fit the CPU."""
     program, specs, sizes = COLUMNS[name]
-    made = with_special(source_of(program, specs, "p"))
+    made, _ = with_special(source_of(program, specs, "p"))
     assert {frozenset(p.special.sizes) for p in made.programs[1:]} == {frozenset(s.items()) for s in sizes}
     duo.export(program, *specs, path=tmp_path / "p.duo")
     for target in (None, "compiled here"):
@@ -246,6 +247,40 @@ def test_sizes_at_which_a_product_has_one_column(tmp_path, monkeypatch, name):
                 continue
             assert same(arrays(loaded(*given)), want), (target, n, m)
         monkeypatch.setattr("duo.executable.has_features", lambda needs: False)
+
+
+SMALL = {
+    "padded": (lambda x: F.pad(x, (0, 0, 0, 2))[:2], "f32[n,m]"),
+    "inside": (lambda x: F.pad(x.T.exp(), (1, 3))[:, 1:4] + 1, "f32[n,m]"),
+    "joined": (lambda x, y: duo.cat([x * 2, y])[1:3], "f32[n,3]", "f32[4,3]"),
+    "both": (lambda x: F.pad(x, (0, 2, 0, 2))[:2, :2], "f32[n,m]"),
+    "rolled": (lambda x: x.roll(1, 1).flip(0), "f32[n,m]"),
+    "taken": (lambda x: x[duo.tensor([1, 0])] * x.shape[1], "f32[n,m]"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="needs a C compiler")
+def test_kernels_that_lean_on_sizes_of_two(tmp_path, name):
+    """A mask that is always true for sizes of 2 and more is none for 0 and 1: nothing is read beyond an array."""
+    program, *specs = SMALL[name]
+    library = Library.of(source_of(program, specs, "p"), tmp_path)
+    duo.export(program, *specs, path=tmp_path / "p.duo")
+    loaded = duo.load_executable(tmp_path / "p.duo")
+    jobs = []
+    for n, m in ((4, 5), (2, 2), (1, 3), (3, 1), (1, 1), (0, 3), (3, 0), (0, 0), (1, 0)):
+        given = data(specs, n, m)
+        want = wanted(program, given)
+        try:
+            got = arrays(loaded(*given))
+        except (ShapeError, IndexError):
+            assert want is None or min(n, m) == 0, (n, m)
+            continue
+        assert same(got, want), (n, m)
+        jobs.append((1, {"n": n, "m": m}, given, want))
+    assert len(jobs) >= (3 if name == "taken" else 5)
+    for (_, sizes, _, want), got in zip(jobs, library.run([job[:3] for job in jobs])):
+        assert same(got, want), sizes
 
 
 def test_columns_of_too_many_sizes_are_refused(tmp_path):

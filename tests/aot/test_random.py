@@ -14,7 +14,7 @@ from ml_dtypes import bfloat16
 
 import duo
 from duo.aot.capture import source_of
-from duo_backends.aot.limits import least_sizes, signed_dims
+from duo_backends.aot.limits import signed_dims
 from duo_backends.aot.source import Source
 from duo_backends.aot.special import free_columns, with_special
 from duo_backends.cpu.backend import CpuBackend
@@ -45,7 +45,7 @@ def expected(function: Function, sizes: dict[str, int], arrays: list[np.ndarray]
 
 def refused(source: Source, sizes: dict[str, int]) -> bool:
     """Whether a product of floats has one column for these sizes, and there is no program for that."""
-    program, *special = with_special(source).programs
+    program, *special = with_special(source)[0].programs
     if any(dict(p.special.sizes).items() <= sizes.items() for p in special):
         return False
     return any(evaluate(d, sizes) == 1 for d in free_columns(program.function))
@@ -56,7 +56,8 @@ def test_random_programs(tmp_path, seed):
     maker = Maker(seed + 7000, sizes=NAMED)
     function = maker.function(8)
     target = ("native", "x86-64-v3")[seed % 2]
-    source, least, signed = source_of_function(function), least_sizes(function), signed_dims(function)
+    source, signed = source_of_function(function), signed_dims(function)
+    least = with_special(source)[0].programs[0].least
     jobs = []
     for k, sizes in enumerate(SIZES):
         possible = all(sizes[name] >= n for name, n in least.items())

@@ -90,16 +90,16 @@ def emit_epilogue(module: Module, target: Target, plan: Plan, name: str, streams
 
 
 def last_results(kernel: ContractKernel) -> frozenset[int]:
-    """Arguments that go past the caches, one by one where they lie apart from what is read; see `results.py`."""
+    """Arguments that go past the caches, one by one where they lie apart from what is read here alone; see `results.py`."""
     return last_stores(kernel.args, [(store, len(kernel.batch) + 1) for store in kernel.stores])
 
 
 def _lies_apart(f: Function, kernel: ContractKernel, pointers: Sequence[str], buffer: int) -> str:
-    """The i1 that says whether the argument is aligned and in no other's memory."""
+    """The i1 that says whether the argument is aligned and in the memory of no other that this kernel alone reads."""
     address = f.pure(f"ptrtoint ptr {pointers[buffer]} to i64", f.top)
     apart = f.pure(f"icmp eq i64 {f.pure(f'and i64 {address}, {LINE - 1}', f.top)}, 0", f.top)
     for other, arg in enumerate(kernel.args):
-        if not arg.output:
+        if not arg.output and not arg.shared:
             differs = f.pure(f"icmp ne ptr {pointers[buffer]}, {pointers[other]}", f.top)
             apart = f.pure(f"and i1 {apart}, {differs}", f.top)
     return apart

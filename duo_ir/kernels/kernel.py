@@ -109,12 +109,13 @@ class Stage:
 class Arg:
     """A buffer argument: dtype, number of elements, and whether the kernel writes it (then it never reads it, except at
     the very position it writes when the planner aliases an input to it). `last`: a backend knows that nothing reads what is written until long
-    after."""
+    after; `shared`, that other kernels read the input too."""
 
     dtype: DType
     size: DimLike
     output: bool = False
     last: bool = False
+    shared: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,6 +32,31 @@ def marked(program: Program) -> list[list[bool]]:
     return [[arg.last for arg in k.args if arg.output] for k in kernels if isinstance(k, ContractKernel)]
 
 
+def test_the_weight_that_others_read_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step with a moment: the weight is read by another product, the moment by its own alone."""
+    builder = Builder("step")
+    with builder:
+        w, m = (builder.parameter(TensorType(f32, (64, 96))) for _ in range(2))
+        x, y = (builder.parameter(TensorType(f32, (40, n))) for n in (64, 96))
+        moment = add(m, matmul(transpose(x, permutation=(1, 0)), y))
+        function = builder.build([add(w, moment), moment, matmul(x, w)])
+    monkeypatch.setattr(stream, "_BEYOND", 1)
+    program = results.mark_results(pipeline.lower(function))
+    steps = [item for item in program.items if isinstance(item, Step) and any(a.last for a in item.kernel.args)]
+    assert len(steps) == 1
+    inputs = {slot: arg.shared for slot, arg in zip(steps[0].slots, steps[0].kernel.args) if not arg.output}
+    assert inputs == {0: True, 1: False, 2: True, 3: False}
+    rng = np.random.default_rng(0)
+    arrays = [rng.standard_normal(p.type.static_shape()).astype("f4") for p in function.params]
+    expected = interpret(function, *arrays)
+    backend = CpuBackend()
+    bound = pipeline.compile(function, backend).bind()
+    for given in ((), (0, 1)):
+        outs = bound.begin([backend.from_numpy(a) for a in arrays], given).run()
+        for out, want in zip(outs, expected, strict=True):
+            assert (backend.to_numpy(out, f32, want.shape) == want).all()
+
+
 def test_what_nothing_reads_beside_an_update(monkeypatch: pytest.MonkeyPatch) -> None:
     program = pipeline.lower(update(64, 96))
     assert results.mark_results(program) is program  # small enough for the caches

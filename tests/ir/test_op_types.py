@@ -63,6 +63,8 @@ RESULTS = [
     (ops.gather, (T(f32, 9, t, 3), T(i64, b), T(i64, b)), {"axes": (2, 0)}, T(f32, b, t)),
     (ops.random_bits, (T(i64), T(i64)), {"shape": (b, 3)}, T(i32, b, 3)),
     (ops.size, (), {"dim": b * t}, T(i64)),
+    (ops.size, (), {"dim": b * t, "least": 1}, T(i64)),
+    (ops.size, (), {"dim": 1, "least": 1}, T(i64)),
     (ops.iota, (), {"shape": (b, 2), "axis": 0, "dtype": u8}, T(u8, b, 2)),
 ]  # fmt: skip
 
@@ -99,6 +101,7 @@ ERRORS = [
     (ops.sum, (T(f32, 2),), {"axes": (1,)}, ArgumentError, "outside 0..0"),
     (ops.sum, (T(f32, 2, 2),), {"axes": (1, 0)}, ArgumentError, "distinct and ascending"),
     (ops.sum, (T(f32, 2, 2),), {"axes": (-1,)}, ArgumentError, "outside 0..1"),
+    (ops.size, (), {"dim": 0, "least": 1}, ShapeError, "divides by a size that is 0; it needs 1 at least"),
     (ops.max, (T(f32, 3, 0),), {"axes": (1,)}, ShapeError, "axis 1 has no elements"),
     (ops.argmax, (T(f32, 0),), {"axes": (0,)}, ShapeError, "no elements"),
     (ops.argmax, (T(f32, 2, 2),), {"axes": (0, 1)}, ArgumentError, "one axis"),

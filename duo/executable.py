@@ -7,11 +7,12 @@ import importlib
 import mmap
 import os
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from duo.devices import CPU, canonical
 from duo.eager.tensor import EagerTensor, tensor_of
 from duo_backends.aot.container import Manifest, Section, read, section_bytes
 from duo_backends.aot.loaded import Code, Model, has_features
@@ -42,13 +43,17 @@ class Program:
     """One program of an executable: call it with its inputs in order. `dims`: its free sizes."""
 
     def __init__(self, model: Model, row: Any) -> None:
+        self.describe(row)
+        self._model = model
+        self._run = model.program(self.name, len(self.dims) + len(self.inputs) + len(self.outputs))
+        self._quick = _quick_call(self, model) if not self.dims else None
+
+    def describe(self, row: Any) -> None:
+        """Name, sizes, inputs and outputs, as the manifest has them."""
         self.name: str = row["name"]
         self.dims: tuple[str, ...] = row["dims"]
         self.inputs = tuple([Port(p["name"], dtype(p["dtype"]), p["shape"]) for p in row["inputs"]])
         self.outputs = tuple([Port(p["name"], dtype(p["dtype"]), p["shape"]) for p in row["outputs"]])
-        self._model = model
-        self._run = model.program(self.name, len(self.dims) + len(self.inputs) + len(self.outputs))
-        self._quick = _quick_call(self, model) if not self.dims else None
 
     def __repr__(self) -> str:
         return f"{self.name}({', '.join(map(str, self.inputs))}) -> {', '.join(map(str, self.outputs))}"
@@ -71,7 +76,7 @@ class Program:
                 x = x.detach()._array(share=True)
             arrays.append(self._array(x, port))
         sizes = self._sizes(arrays)
-        shapes = [[_size(d, sizes) for d in p.shape] for p in self.outputs]
+        shapes = [[size_of(d, sizes) for d in p.shape] for p in self.outputs]
         if any(n < 0 for shape in shapes for n in shape):
             known = ", ".join(f"{k}={v}" for k, v in sizes.items())
             raise ShapeError(f"{self!r}: with {known} an output would have a negative size")
@@ -86,13 +91,16 @@ class Program:
             if isinstance(x, np.ndarray) or array.dtype.kind not in "biuf":
                 raise ArgumentError(f"{self.name}: {port} is given as {array.dtype}; convert it")
             array = array.astype(port.dtype.numpy)
-        if array.ndim != len(port.shape):
-            raise ShapeError(
-                f"{self.name}: {port} is given with shape {list(array.shape)}, which has {array.ndim} axes, not {len(port.shape)}"
-            )
+        self._check_rank(array.shape, port)
         return array if array.flags.c_contiguous and array.flags.aligned else array.copy(order="C")
 
-    def _sizes(self, arrays: Sequence[np.ndarray]) -> dict[str, int]:
+    def _check_rank(self, shape: Sequence[int], port: Port) -> None:
+        if len(shape) != len(port.shape):
+            raise ShapeError(
+                f"{self.name}: {port} is given with shape {list(shape)}, which has {len(shape)} axes, not {len(port.shape)}"
+            )
+
+    def _sizes(self, arrays: Sequence[Any]) -> dict[str, int]:
         sizes: dict[str, int] = {}
         told: dict[str, str] = {}  # where a size comes from
         for array, port in zip(arrays, self.inputs):
@@ -104,11 +112,11 @@ class Program:
             raise ShapeError(f"{self.name}: {', '.join(missing)} cannot be told from the inputs' shapes")
         for array, port in zip(arrays, self.inputs):
             for axis, (n, d) in enumerate(zip(array.shape, port.shape)):
-                if n != _size(d, sizes):
+                if n != size_of(d, sizes):
                     names = [] if isinstance(d, int) else sorted({name for _, *names in d for name in names})
                     why = "".join([f"; {name}={sizes[name]}, as {told[name]} is" for name in names])
                     raise ShapeError(
-                        f"{self.name}: {port} is given with shape {list(array.shape)}: axis {axis} is {n}, not {_size(d, sizes)}{why}"
+                        f"{self.name}: {port} is given with shape {list(array.shape)}: axis {axis} is {n}, not {size_of(d, sizes)}{why}"
                     )
         return {name: sizes[name] for name in self.dims}
 
@@ -147,7 +155,8 @@ def _quick_call(program: Program, model: Model) -> Callable[[tuple], Any] | None
     return quick
 
 
-def _size(d: Any, sizes: dict[str, int]) -> int:
+def size_of(d: Any, sizes: Mapping[str, int]) -> int:
+    """A size of a Port, for these free sizes."""
     if isinstance(d, int):
         return d
     total = 0
@@ -161,13 +170,15 @@ def _size(d: Any, sizes: dict[str, int]) -> int:
 
 class Executable:
     """A loaded artefact. Calling it runs its first program; the others are attributes. `target`: what its code was made for, 'compiled here' where
-    none of the file's fits this CPU."""
+    none of the file's fits this CPU or GPU."""
 
-    def __init__(self, manifest: Manifest, target: str, model: Model) -> None:
+    def __init__(
+        self, manifest: Manifest, target: str, model: Any, program: Callable[[Any, Any], Program] = Program
+    ) -> None:
         self.states = {p["name"]: Port(p["name"], dtype(p["dtype"]), p["shape"]) for p in manifest.states}
         self.name, self.producer, self.target = manifest.name, manifest.producer, target
         self._model = model
-        self.programs = {row["name"]: Program(model, row) for row in manifest.programs}
+        self.programs = {row["name"]: program(model, row) for row in manifest.programs}
         self._first = next(iter(self.programs.values()))
 
     def __call__(self, *inputs: Any) -> Any:
@@ -214,18 +225,22 @@ class Executable:
 
 
 def load_executable(
-    path: Any, *, threads: int | None = None, target: str | None = None, verify: bool = False
+    path: Any, *, device: Any = None, threads: int | None = None, target: str | None = None, verify: bool = False
 ) -> Executable:
     """Loads a `.duo` file's code, which is native code: load files that you trust only.
 
-    threads: at most so many (default: `duo.get_num_threads()`). target: which code to take; by default the best that this CPU has what it
-    takes for; if there is none, the programs are compiled here. verify: weights are compared with their digest too (everything else always is).
+    device: where it runs, 'cpu' (the default) or a GPU such as 'cuda', whose tensors it takes and gives as well. threads: at most so many
+    (default: `duo.get_num_threads()`). target: which code to take; by default the best that this CPU or GPU has what it takes for; if there is none,
+    the programs are compiled here (for a GPU by NVRTC or nvcc). verify: weights are compared with their digest too (everything else always is).
     Weights stay in the file and are read when they are needed, so it must not be changed meanwhile. Raises FormatError, DeviceError."""
     where = os.fspath(path)
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         content: Any = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
     manifest = read(content, where)
+    place = canonical(device if device is not None else "cuda" if str(target).startswith("cuda:") else CPU)
+    if place != CPU:
+        return importlib.import_module("duo.gpu_executable").load(manifest, content, where, place, target, verify)  # type: ignore[no-any-return]
     number = choose(manifest, where, target)
     count = threads if threads is not None else get_num_threads()
     if count < 1:
@@ -265,7 +280,7 @@ def _weights_of(manifest: Manifest, section: Section, where: str) -> Section:
 
 def _compiled(manifest: Manifest, content: Any, where: str, threads: int) -> Executable:
     """The programs of a file that has no code for this machine, compiled from their text."""
-    numbers = [k for k, s in enumerate(manifest.sections) if s.kind == "code"]
+    numbers = [k for kind in ("code", "launch") for k, s in enumerate(manifest.sections) if s.kind == kind]
     if not numbers:
         raise FormatError(f"{where} is damaged: it has no code")
     unpack = importlib.import_module("duo_backends.aot.pack").unpack_source

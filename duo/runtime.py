@@ -362,6 +362,17 @@ def check_device(device: object) -> str:
     return name
 
 
+def gpu_backend(device: str) -> Any:
+    """The backend of a GPU, by its canonical name, for code that is compiled already. Raises DeviceError, which says what is missing."""
+    try:
+        found = backend(device)
+        _ = found.driver
+    except DeviceError as error:
+        _backends.pop(device, None)
+        raise DeviceError(f"device {device!r} cannot be used: {error}") from None
+    return found
+
+
 def gpu_count() -> int:
     """How many GPUs programs can run on, numbered from 0; none where anything is missing (`why_no_gpu`). Takes nothing of them."""
     return _gpus()[0]

@@ -18,15 +18,21 @@ import numpy as np
 
 from duo import nn, optim
 from duo.aot.capture import source_of
-from duo.aot.export import PRODUCER, identifier, write_duo, write_file
+from duo.aot.export import PRODUCER, identifier, library_target, write_duo, write_file
 from duo.aot.training import training_source
+from duo.devices import CPU, canonical
+from duo.eager.tensor import tensor_of
 from duo.executable import Executable, Port, load_executable
 from duo.io.checkpoint import load
+from duo.numeric_mode import MODES, numerics
 from duo.random import manual_seed
+from duo.runtime import synchronize
 from duo_backends.aot.artefact import Artefact
-from duo_backends.aot.container import Manifest, read
+from duo_backends.aot.container import Manifest, Section, read, section_bytes
 from duo_backends.aot.forms import assembly_text, ir_text, llvm_text, object_code
+from duo_backends.aot.gpu_targets import CUDA_NAMES
 from duo_backends.aot.header import header_text
+from duo_backends.aot.launches import read_launches
 from duo_backends.aot.pack import unpack_source
 from duo_backends.aot.source import Source
 from duo_backends.aot.targets import NAMES, target
@@ -55,8 +61,8 @@ def add_commands(commands: Any) -> None:
         "--target",
         action="append",
         default=[],
-        metavar="CPU",
-        help=f"{', '.join(NAMES)} (default: native); may be repeated",
+        metavar="TARGET",
+        help=f"{', '.join(NAMES)} (default: native), and for a .duo file GPUs: {', '.join(CUDA_NAMES)}; may be repeated",
     )
     c.add_argument(
         "--emit",
@@ -74,6 +80,7 @@ def add_commands(commands: Any) -> None:
         "--optimizer", default="adam", metavar="NAME", help=f"of {', '.join(sorted(_OPTIMIZERS))} (default: adam)"
     )
     c.add_argument("--lr", type=float, help="its learning rate (default: the optimizer's)")
+    c.add_argument("--numerics", choices=MODES, default="strict", help="of code for GPUs (default: strict, the CPU's bits)")
     c.add_argument("--json", action="store_true", help="say what was written as JSON")
     c.set_defaults(run=_compile)
 
@@ -85,6 +92,7 @@ def add_commands(commands: Any) -> None:
     )
     c.add_argument("--program", help="which program (default: the first)")
     c.add_argument("--threads", type=int)
+    c.add_argument("--device", default="cpu", help="cpu or a GPU such as cuda (default: %(default)s)")
     c.set_defaults(run=_run)
 
     c = commands.add_parser("inspect", help="show what is in a .duo file, without running it")
@@ -101,6 +109,7 @@ def add_commands(commands: Any) -> None:
     c.add_argument("--size", action="append", default=[], metavar="NAME=N", help="a free size (default: 1)")
     c.add_argument("--program", help="which program (default: the first)")
     c.add_argument("--threads", type=int)
+    c.add_argument("--device", default="cpu", help="cpu or a GPU such as cuda (default: %(default)s)")
     c.add_argument("--seconds", type=float, default=2.0, help="how long to measure (default: %(default)s)")
     c.add_argument("--json", action="store_true")
     c.set_defaults(run=_bench)
@@ -116,6 +125,8 @@ def _compile(options: argparse.Namespace) -> int:
     if unknown:
         raise ArgumentError(f"--emit does not know {', '.join(unknown)}; there are {', '.join(FORMS)}")
     targets = options.target or ["native"]
+    rest = [f for f in forms if f != "duo"]
+    machine = library_target(targets, f"--emit {','.join(rest)}") if rest else None
     started = time.perf_counter()
     source = _source(options)
     os.makedirs(options.output, exist_ok=True)
@@ -128,13 +139,12 @@ def _compile(options: argparse.Namespace) -> int:
 
     _say(options, f"compiling {name} for {', '.join(targets)} ...")
     if "duo" in forms:
-        write_duo(source, folder / f"{name}.duo", targets)
+        with numerics(options.numerics):
+            write_duo(source, folder / f"{name}.duo", targets)
         written.append(folder / f"{name}.duo")
-    rest = [f for f in forms if f != "duo"]
-    if rest and len(targets) > 1:
-        raise ArgumentError(f"{', '.join(rest)} are for one target, not {len(targets)}")
     if rest:
-        made = Artefact.of(source, target(targets[0]))
+        assert machine is not None
+        made = Artefact.of(source, machine)
         if "so" in rest:
             put(f"lib{name}.so", made.library())
         if "obj" in rest:
@@ -214,7 +224,7 @@ def _again(path: str, name: str | None) -> Source:
     """The programs of a `.duo` file, to be compiled for other targets or into other forms."""
     content = Path(path).read_bytes()
     manifest = read(content, path)
-    code = next((k for k, s in enumerate(manifest.sections) if s.kind == "code"), None)
+    code = next((k for kind in ("code", "launch") for k, s in enumerate(manifest.sections) if s.kind == kind), None)
     if code is None:
         raise ArgumentError(f"{path} has no programs")
     source = unpack_source(manifest, content, path, code)
@@ -225,7 +235,7 @@ def _again(path: str, name: str | None) -> Source:
 
 # --------------------------------------------------------------------------------------------------------------- run
 def _run(options: argparse.Namespace) -> int:
-    loaded = load_executable(options.file, threads=options.threads)
+    loaded = load_executable(options.file, device=options.device, threads=options.threads)
     program = _program(loaded, options.program)
     inputs = _by_name(options.input, [p.name for p in program.inputs], "input")
     arrays = []
@@ -296,6 +306,13 @@ def _inspect(options: argparse.Namespace) -> int:
             print(f"      {kernel}")
     for c in facts["code"]:
         print(f"  code for {c['target']}: {c['bytes']:,} bytes")
+    for g in facts["gpus"]:
+        print(
+            f"  code for {g['target']}, {g['numerics']} numerics, by {g['compiler']}: {g['bytes']:,} bytes, "
+            f"{len(g['launches'])} launches, {g['temporaries']:,} bytes of temporaries"
+        )
+        for launch in g["launches"]:
+            print(f"      {launch}")
     print(f"  weights: {facts['weights']['bytes']:,} bytes, {facts['weights']['count']} tensors")
     if facts["states"]:
         print(f"  states: {', '.join(facts['states'])}")
@@ -303,12 +320,13 @@ def _inspect(options: argparse.Namespace) -> int:
 
 
 def _facts(options: argparse.Namespace, manifest: Manifest, content: bytes) -> dict[str, Any]:
-    codes = [k for k, s in enumerate(manifest.sections) if s.kind == "code"]
+    codes = [k for kind in ("launch", "code") for k, s in enumerate(manifest.sections) if s.kind == kind]
     if not codes:
         raise ArgumentError(f"{options.file} has no code")
     number = codes[-1]
     about = manifest.sections[number].about
-    made = Artefact.of(unpack_source(manifest, content, options.file, number), target(about["target"]))
+    kind = about["target"] if manifest.sections[number].kind == "code" else "native"
+    made = Artefact.of(unpack_source(manifest, content, options.file, number), target(kind))
     rows = []
     _check_sizes(options.size, [d for shown in manifest.programs for d in shown["dims"]])
     numbers = {p.name: k for k, p in enumerate(made.source.programs)}
@@ -322,7 +340,7 @@ def _facts(options: argparse.Namespace, manifest: Manifest, content: bytes) -> d
         rows.append(
             {"signature": _signature(shown), "sizes": sizes, "kernels": kernels, "temporaries": nbytes, "threads": options.threads}
         )
-    weights = manifest.sections[about["weights"]]
+    weights = [s for s in manifest.sections if s.kind == "weights"]
     return {
         "name": manifest.name,
         "producer": manifest.producer,
@@ -333,8 +351,31 @@ def _facts(options: argparse.Namespace, manifest: Manifest, content: bytes) -> d
             for s in manifest.sections
             if s.kind == "code"
         ],
-        "weights": {"bytes": weights.size, "count": len(made.source.weights)},
+        "gpus": [_gpu_facts(options, manifest, content, s) for s in manifest.sections if s.kind == "launch"],
+        "weights": {"bytes": sum(s.size for s in weights), "count": len(made.source.weights)},
         "states": [str(Port(s["name"], dtype(s["dtype"]), s["shape"])) for s in manifest.states],
+    }
+
+
+def _gpu_facts(options: argparse.Namespace, manifest: Manifest, content: bytes, section: Section) -> dict[str, Any]:
+    """What the code for a GPU launches, for the sizes asked for."""
+    about = section.about
+    modules = [manifest.sections[n] for n in about["modules"]]
+    plans = read_launches(bytes(section_bytes(content, section, options.file)), len(modules))
+    shown = {m["name"] for m in manifest.programs}
+    launches, temporaries = [], 0
+    for plan in plans:
+        if plan.name in shown:
+            sizes = _sizes(options.size, plan.dims)
+            launches += plan.launched(sizes)
+            temporaries = max(temporaries, plan.temporaries(sizes))
+    return {
+        "target": about["target"],
+        "numerics": about["numerics"],
+        "compiler": about["compiler"],
+        "bytes": sum(m.size for m in modules),
+        "launches": launches,
+        "temporaries": temporaries,
     }
 
 
@@ -365,20 +406,26 @@ def _sizes(given: Sequence[str], dims: Sequence[str]) -> dict[str, int]:
 # ------------------------------------------------------------------------------------------------------------- bench
 def _bench(options: argparse.Namespace) -> int:
     start = time.perf_counter()
-    loaded = load_executable(options.file, threads=options.threads)
+    loaded = load_executable(options.file, device=options.device, threads=options.threads)
     load_seconds = time.perf_counter() - start
     program = _program(loaded, options.program)
     _check_sizes(options.size, program.dims)
     sizes = _sizes(options.size, program.dims)
-    arrays = [_random(p, sizes) for p in program.inputs]
+    arrays: list[Any] = [_random(p, sizes) for p in program.inputs]
+    device = canonical(options.device)
+    if device != CPU:  # copies to and from it are not timed
+        arrays = [tensor_of(a, device) for a in arrays]
     start = time.perf_counter()
     program(*arrays)
+    synchronize()
     first = time.perf_counter() - start
     times: list[float] = []
     end = time.perf_counter() + options.seconds
     while len(times) < 10 or time.perf_counter() < end:
         start = time.perf_counter()
         program(*arrays)
+        if device != CPU:
+            synchronize()
         times.append(time.perf_counter() - start)
     times.sort()
     facts = {

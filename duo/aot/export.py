@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from duo.aot.capture import session_source, source_of
+from duo.numeric_mode import current
 from duo_backends.aot.artefact import Artefact
+from duo_backends.aot.gpu_targets import cuda_target, is_cuda
 from duo_backends.aot.header import header_text
 from duo_backends.aot.pack import pack
 from duo_backends.aot.source import Source
@@ -26,7 +28,8 @@ def export(
     a shared library for C, with its header beside it.
 
     specs: `duo.spec`s, their text such as "f32[batch,784]" (a size that is a name is free), or example tensors, whose sizes are fixed. targets: of
-    'x86-64-v3', 'x86-64-v4', 'aarch64-linux', 'native'; a library has one. name: what C functions begin with (default: from the file's name).
+    'x86-64-v3', 'x86-64-v4', 'aarch64-linux', 'native', and for a `.duo` file GPUs, 'cuda:sm_80', 'cuda:sm_90' and others (which need NVRTC or nvcc here,
+    but no GPU; with the numerics of now, see `duo.set_numerics`); a library has one. name: what C functions begin with (default: from the file's name).
     Parameters and buffers go along with the values that they have now; a module in training mode is exported as it trains (`model.eval()` first for
     inference). Raises ArgumentError, ShapeError, and what `function` raises for such inputs."""
     write(source_of(function, specs, name or identifier(path)), path, targets)
@@ -42,11 +45,19 @@ def export_session(
 def write(source: Source, path: Any, targets: Sequence[str]) -> None:
     """Writes what the path's ending asks for."""
     if os.fspath(path).endswith(".so"):
-        if len(targets) != 1:
-            raise ArgumentError(f"a library is for one target, not {len(targets)}: {os.fspath(path)}")
-        write_library(source, path, target_of(targets[0]))
+        write_library(source, path, library_target(targets, os.fspath(path)))
     else:
         write_duo(source, path, targets)
+
+
+def library_target(targets: Sequence[str], what: str) -> AotTarget:
+    """The target of `what`, a library or another form for a CPU. Raises ArgumentError."""
+    for name in targets:
+        if is_cuda(name):
+            raise ArgumentError(f"{what} is code for a CPU; code for {name} goes into a .duo file, which duo.load_executable loads")
+    if len(targets) != 1:
+        raise ArgumentError(f"a library is for one target, not {len(targets)}: {what}")
+    return target_of(targets[0])
 
 
 def write_library(source: Source, path: Any, target: AotTarget) -> None:
@@ -61,7 +72,7 @@ def write_duo(source: Source, path: Any, targets: Sequence[str]) -> None:
     """Writes a `.duo` file, through a temporary one so that a crash leaves no half of it."""
     if not targets:
         raise ArgumentError("export needs a target, such as 'native'")
-    made = list(dict.fromkeys(target_of(t) for t in targets))
+    made = list(dict.fromkeys([cuda_target(t, current()) if is_cuda(t) else target_of(t) for t in targets]))
     content = pack(source, made, PRODUCER)
     write_file(path, content)
 

@@ -39,7 +39,7 @@ class Artefact:
 
     @classmethod
     def of(cls, source: Source, target: AotTarget) -> Artefact:
-        return cls(*with_special(hoisted(source, lambda op: panel_columns(op, target.code), _run)), target)
+        return cls(*with_special(hoisted(source, lambda op: panel_columns(op, target.code), run_here)), target)
 
     @cached_property
     def block(self) -> Block:
@@ -189,7 +189,8 @@ def _stays(p: ProgramSource, program: Program, k: int) -> bool:
     return (output, param) in program.donations and param not in program.results
 
 
-def _run(function: Function, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
+def run_here(function: Function, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """What a Function computes of these arrays."""
     backend = CpuBackend()
     bound = pipeline.compile(function, backend).bind({})
     out = bound.run([backend.from_numpy(a) for a in arrays])

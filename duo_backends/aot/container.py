@@ -5,8 +5,11 @@
     64  the manifest: JSON, UTF-8; then sections at multiples of 4096 bytes, zeros between
 
 Numbers are little-endian. The manifest names the artefact, its programs and its sections, each with kind, offset, size and sha256. Kinds: `code` (a shared
-library for a target, see `elf.py`), `weights` (safetensors) and `ir` (the programs' text, with what their parameters are, in JSON). `read` checks
-everything that it returns and executes nothing; it never takes more memory than the file has.
+library for a target, see `elf.py`), `weights` (safetensors) and `ir` (the programs' text, with what their parameters are, in JSON); from version 2 of
+the format, which is written where they are needed, `launch` (a GPU's launch plan, `launch_plan.py`, in JSON) and `cubin` (one of its modules). Of a
+`launch` the manifest says the target, its compute capability times ten (`arch`), the numerics, the compiler, and the numbers of its sections: `ir`,
+`modules`, and `weights`, in the first of which that has it a name is looked up. `read` checks everything that it returns and executes nothing; it
+never takes more memory than the file has.
 """
 
 from __future__ import annotations
@@ -22,11 +25,11 @@ from duo_ir.errors import FormatError
 from duo_ir.types import DTYPES
 
 MAGIC = b"\x89DUO\r\n\x1a\n"
-VERSION = 1
+VERSION = 2  # and 1, which has no code for GPUs
 _HEAD = struct.Struct("<8sIIQQ32s")
 _ALIGN = 4096
 _MOST_DIMS, _MOST_SIZE = 64, 1 << 48
-_KINDS = ("code", "weights", "ir")
+_KINDS = {1: ("code", "weights", "ir"), 2: ("code", "weights", "ir", "launch", "cubin")}
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,8 @@ def write(
         row["offset"] = at
         at = _up(at + row["size"])
     text = manifest()
-    out = bytearray(_HEAD.pack(MAGIC, VERSION, 0, len(text), 0, hashlib.sha256(text).digest()) + text)
+    version = 1 if all(kind in _KINDS[1] for kind, _, _ in sections) else VERSION
+    out = bytearray(_HEAD.pack(MAGIC, version, 0, len(text), 0, hashlib.sha256(text).digest()) + text)
     for row, (_, content, _) in zip(rows, sections):
         out += bytes(row["offset"] - len(out))
         out += content
@@ -111,8 +115,8 @@ class _Reader:
         if total < _HEAD.size or self.content[:8] != MAGIC:
             raise FormatError(f"{self.where} is not a .duo file")
         _, version, flags, length, size, digest = _HEAD.unpack(self.content[: _HEAD.size])
-        if version != VERSION or flags != 0:
-            raise FormatError(f"{self.where} has version {version} of the format; this duo reads version {VERSION}")
+        if version not in _KINDS or flags != 0:
+            raise FormatError(f"{self.where} has version {version} of the format; this duo reads versions up to {VERSION}")
         if size != total:
             raise self.fail(f"it has {total} bytes, and says {size}")
         if length > total - _HEAD.size:
@@ -121,7 +125,7 @@ class _Reader:
         if hashlib.sha256(text).digest() != digest:
             raise self.fail("its manifest is not what was written")
         found = json.loads(text.decode())
-        sections = [self.section(row) for row in _list(found["sections"])]
+        sections = [self.section(row, _KINDS[version]) for row in _list(found["sections"])]
         end = _HEAD.size + length
         for s in sorted(sections, key=lambda s: (s.offset, s.size)):
             if s.offset < end:
@@ -133,12 +137,12 @@ class _Reader:
             raise self.fail("it has no programs, or two of one name")
         return Manifest(_identifier(found["name"]), _text(found["producer"]), programs, states, tuple(sections))
 
-    def section(self, row: Mapping[str, Any]) -> Section:
+    def section(self, row: Mapping[str, Any], kinds: Sequence[str]) -> Section:
         offset, size = _size(row["offset"]), _size(row["size"])
         if offset + size > len(self.content) or offset % _ALIGN:
             raise self.fail("a section ends beyond the file, or begins at an odd place")
         kind = row["kind"]
-        if kind not in _KINDS:
+        if kind not in kinds:
             raise self.fail(f"it has a section of kind {kind!r}")
         known = ("kind", "offset", "size", "sha256")
         return Section(kind, offset, size, _text(row["sha256"]), {k: v for k, v in row.items() if k not in known})

@@ -5,46 +5,94 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, TypeAlias
+
+import numpy as np
 
 from duo_backends.aot.artefact import Artefact
 from duo_backends.aot.container import Manifest, section_bytes, write
+from duo_backends.aot.cuda_artefact import CudaArtefact
+from duo_backends.aot.gpu_targets import CudaTarget
 from duo_backends.aot.source import Port, ProgramSource, Source, Training
 from duo_backends.aot.targets import AotTarget
-from duo_backends.aot.weights import PAD, arrays_of
+from duo_backends.aot.weights import arrays_of, block_of
 from duo_ir.core import Function
 from duo_ir.errors import FormatError
 from duo_ir.text import parse, to_text
 from duo_ir.types import Dim, DimLike, TensorType, dtype
 from duo_ir.verify import verify
 
+Sections: TypeAlias = "list[tuple[str, bytes, dict[str, Any]]]"
 
-def pack(source: Source, targets: Sequence[AotTarget], producer: str) -> bytes:
-    """The bytes of a `.duo` file with code for these targets. Weights are laid out for each target; those that are the same are there once."""
-    sections: list[tuple[str, bytes, dict[str, Any]]] = []
+
+def pack(source: Source, targets: Sequence[AotTarget | CudaTarget], producer: str) -> bytes:
+    """The bytes of a `.duo` file with code for these targets. Weights are laid out for each CPU; those that are the same are there once. A GPU's are
+    there beside only where no CPU's has the same array."""
+    sections: Sections = []
     for target in targets:
-        made = Artefact.of(source, target)
-        rows = {
-            "programs": [_program_row(p) for p in made.source.programs if p.special is None],
-            "training": _training_row(made.source.training),
-        }
-        ir = json.dumps(rows, separators=(",", ":")).encode()
-        number = []
-        for kind, content in (("weights", made.block.content), ("ir", ir)):
-            same = [k for k, s in enumerate(sections) if s[0] == kind and s[1] == content]
-            if not same:
-                sections.append((kind, content, {}))
-                same = [len(sections) - 1]
-            number.append(same[0])
-        about = {
-            "target": target.name,
-            "arch": target.arch,
-            "needs": target.needs,
-            "weights": number[0],
-            "ir": number[1],
-        }
-        sections.append(("code", made.library(embed=False), about))
+        if isinstance(target, AotTarget):
+            _pack_cpu(Artefact.of(source, target), sections)
+    for target in targets:
+        if isinstance(target, CudaTarget):
+            _pack_cuda(CudaArtefact.of(source, target), sections)
     return write(source.name, producer, [describe_program(p) for p in source.public], _states(source), sections)
+
+
+def _pack_cpu(made: Artefact, sections: Sections) -> None:
+    about = {
+        "target": made.target.name,
+        "arch": made.target.arch,
+        "needs": made.target.needs,
+        "weights": _section("weights", made.block.content, sections),
+        "ir": _section("ir", _ir(made.source), sections),
+    }
+    sections.append(("code", made.library(embed=False), about))
+
+
+def _pack_cuda(made: CudaArtefact, sections: Sections) -> None:
+    modules, plan, target = made.modules, made.plan, made.target  # what may fail first
+    arrays = {**made.source.weights, **made.source.states}
+    shared = [k for k, s in enumerate(sections) if s[0] == "weights"]
+    numbers: list[int] = []
+    for k in shared:
+        there = arrays_of(memoryview(sections[k][1]), "")
+        same = [n for n, a in arrays.items() if n in there and _equal(a, there[n])]
+        if same and not numbers:  # names are looked up in one section of others, so that none hides another
+            numbers.append(k)
+            arrays = {n: a for n, a in arrays.items() if n not in same}
+    if arrays or not numbers:
+        numbers.insert(0, _section("weights", block_of(arrays).content, sections))
+    about = {
+        "target": target.name,
+        "arch": target.arch,
+        "numerics": target.numerics,
+        "compiler": made.compiler.version,
+        "weights": numbers,
+        "ir": _section("ir", _ir(made.source), sections),
+        "modules": [_section("cubin", m, sections) for m in modules],
+    }
+    sections.append(("launch", plan, about))
+
+
+def _equal(a: Any, b: Any) -> bool:
+    return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
+
+
+def _ir(source: Source) -> bytes:
+    rows = {
+        "programs": [_program_row(p) for p in source.programs if p.special is None],
+        "training": _training_row(source.training),
+    }
+    return json.dumps(rows, separators=(",", ":")).encode()
+
+
+def _section(kind: str, content: bytes, sections: Sections) -> int:
+    """The number of a section with this content."""
+    for k, s in enumerate(sections):
+        if s[0] == kind and s[1] == content:
+            return k
+    sections.append((kind, content, {}))
+    return len(sections) - 1
 
 
 def describe_program(p: ProgramSource) -> dict[str, Any]:
@@ -101,12 +149,14 @@ def unpack_source(manifest: Manifest, content: Any, where: str, code: int) -> So
     """The Source that the code of section number `code` was made of, to be compiled anew. Raises FormatError."""
     about = manifest.sections[code].about
     try:
-        ir, weights = manifest.sections[about["ir"]], manifest.sections[about["weights"]]
-        rows = json.loads(bytes(section_bytes(content, ir, where)))
+        rows = json.loads(bytes(section_bytes(content, manifest.sections[about["ir"]], where)))
         programs = tuple([_program(row) for row in rows["programs"]])
-        arrays = arrays_of(section_bytes(content, weights, where), where)
+        arrays: dict[str, np.ndarray] = {}
+        for k in about["weights"] if isinstance(about["weights"], list) else [about["weights"]]:
+            arrays = {**arrays_of(section_bytes(content, manifest.sections[k], where), where), **arrays}
         states = [s["name"] for s in manifest.states]
-        fixed = {n: a for n, a in arrays.items() if n not in states and not n.startswith(PAD)}
+        read = {port.name for p in programs for port in p.params if port.kind == "weight"}
+        fixed = {n: a for n, a in arrays.items() if n in read}
         return Source(manifest.name, programs, fixed, {n: arrays[n] for n in states}, _training(rows["training"]))
     except (ValueError, TypeError, KeyError, IndexError, RecursionError) as error:
         raise FormatError(f"{where} is damaged: its programs cannot be read: {error}") from None

@@ -84,14 +84,13 @@ def make_plan(program: Program, codes: Mapping[Kernel, KernelCode]) -> Plan:
     return plan
 
 
-class _Coder(Flattener):
-    def __init__(self, program: Program, codes: Mapping[Kernel, KernelCode]) -> None:
-        super().__init__({name: dim(name) for name in program.dims})  # type: ignore[misc]
-        self.codes, self.plan = codes, Plan(program)
-        self.typical = dict.fromkeys(program.dims, TYPICAL)
-        self.users: list[tuple[KernelCode, Mapping[str, Any]]] = []  # kernels that need scratch
+class FreeFlattener(Flattener):
+    """Writes `program` out for all values of its free dims: places in the arena are Numbers, and what lies there is matched at typical sizes."""
 
-    # ------------------------------------------------------------------------------------------------ arena sizes
+    def __init__(self, program: Program) -> None:
+        super().__init__({name: dim(name) for name in program.dims})  # type: ignore[misc]
+        self.typical = dict.fromkeys(program.dims, TYPICAL)
+
     def layout(self, program: Program) -> Layout:
         if not self.sizes:
             return super().layout(program)
@@ -144,7 +143,13 @@ class _Coder(Flattener):
     def claim(self, place: Number, nbytes: Number) -> None:
         pass  # regions are what the GPU's memory checks need
 
-    # -------------------------------------------------------------------------------------------------------- code
+
+class _Coder(FreeFlattener):
+    def __init__(self, program: Program, codes: Mapping[Kernel, KernelCode]) -> None:
+        super().__init__(program)
+        self.codes, self.plan = codes, Plan(program)
+        self.users: list[tuple[KernelCode, Mapping[str, Any]]] = []  # kernels that need scratch
+
     def step(self, step: Step, places: list[Any]) -> None:
         code, sizes = self.codes[step.kernel], step.bind(self.sizes)
         cost = traced(partial(code.cost, sizes))

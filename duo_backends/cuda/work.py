@@ -122,7 +122,7 @@ def build_table(
     coder.actions.append(End("end"))
     own = tuple([coder.regions[place] for place in coder.own])
     return Table(
-        _blocks(coder.actions),
+        blocks_of(coder.actions),
         np.array(coder.bases, np.int64),
         np.array(coder.offsets, np.int64),
         coder.layout(program).nbytes if share else 0,
@@ -130,11 +130,11 @@ def build_table(
         STATUS_STRIDE * len(coder.notes),
         tuple(coder.notes),
         own,
-        _reach(program, coder.noted),
+        reach_of(program, coder.noted),
     )
 
 
-def _reach(program: Program, noted: Sequence[int]) -> tuple[tuple[frozenset[int], tuple[int, ...]], ...]:
+def reach_of(program: Program, noted: Sequence[int]) -> tuple[tuple[frozenset[int], tuple[int, ...]], ...]:
     """See `Table`. noted: how many notes there are after each item."""
     first = len(program.inputs)
     notes: dict[int, frozenset[int]] = {}
@@ -152,7 +152,7 @@ def _reach(program: Program, noted: Sequence[int]) -> tuple[tuple[frozenset[int]
     return tuple([(notes.get(slot, frozenset()), tuple(sorted(read.get(slot, ())))) for slot in outputs])
 
 
-def _blocks(actions: list[Work | End]) -> tuple[Block, ...]:
+def blocks_of(actions: list[Work | End]) -> tuple[Block, ...]:
     """Actions, in which targets are numbers of actions, as blocks, in which they are numbers of blocks."""
     starts = {0}
     for n, action in enumerate(actions):

@@ -95,9 +95,9 @@ def test_a_code_that_is_for_another_cpu_is_not_run(tmp_path, content):
 
 def test_a_new_version_is_refused_by_its_number(tmp_path, content):
     out = bytearray(content)
-    struct.pack_into("<I", out, 8, 2)
+    struct.pack_into("<I", out, 8, 3)
     (tmp_path / "new.duo").write_bytes(out)
-    with pytest.raises(FormatError, match="version 2 of the format; this duo reads version 1"):
+    with pytest.raises(FormatError, match="version 3 of the format; this duo reads versions up to 2"):
         duo.load_executable(tmp_path / "new.duo")
 
 

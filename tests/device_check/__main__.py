@@ -15,8 +15,9 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 
 def main() -> int:
@@ -33,6 +34,9 @@ def main() -> int:
         support = importlib.import_module("tests.frontends.cuda_support")
         runtime = importlib.import_module("duo.runtime")
         runtime.use_backend("cuda:0", support.emulated_once())
+        build = importlib.import_module("tests.cuda_emulator.build")
+        artefact: Any = importlib.import_module("duo_backends.aot.cuda_artefact")
+        artefact.find_compiler = build.EmulatorCompiler
     elif not _pycuda(options.wheels):
         return 1
     correctness = importlib.import_module("tests.device_check.correctness")
@@ -42,7 +46,7 @@ def main() -> int:
         f"{properties.name}, sm_{properties.arch}, {properties.memory / 1e9:.0f} GB, {properties.multiprocessors} multiprocessors"
     )
     good = True
-    for what, right in _checks(correctness, 10 if options.emulated else 240):
+    for what, right in _checks(correctness, 10 if options.emulated else 240, [f"cuda:sm_{properties.arch}"]):
         good = good and right
         print(f"{'ok  ' if right else 'WRONG'} {what}", flush=True)
     if not options.emulated:
@@ -73,10 +77,11 @@ def _pycuda(wheels: str | None) -> bool:
     return True
 
 
-def _checks(correctness: object, limit: float) -> Iterator[tuple[str, bool]]:
+def _checks(correctness: object, limit: float, targets: Sequence[str]) -> Iterator[tuple[str, bool]]:
     count, wrong = correctness.table(limit)  # type: ignore[attr-defined]
     yield f"{count} programs of the op table have the CPU's bits{''.join(f'; not {w}' for w in wrong[:10])}", not wrong
     yield from correctness.models()  # type: ignore[attr-defined]
+    yield from correctness.artefacts(targets)  # type: ignore[attr-defined]
     yield from correctness.errors()  # type: ignore[attr-defined]
 
 

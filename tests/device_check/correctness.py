@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,23 @@ def models(steps: int = 5) -> Iterator[tuple[str, bool]]:
         for compiled in (False, True):
             label = f"{name}, {'compiled' if compiled else 'eager'}, {steps} Adam steps"
             yield label, _trained("cuda", make, data, steps, compiled) == want
+
+
+def artefacts(targets: Sequence[str]) -> Iterator[tuple[str, bool]]:
+    """Code for GPUs from a file beside the file's code for the CPU: (what, whether all bits are equal). targets: of GPUs, the device's among them."""
+    for name, (make, data) in MODELS.items():
+        duo.manual_seed(0)
+        model = make().eval()
+        shape = ",".join(map(str, data(0)[0].shape[1:]))
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "model.duo"
+            duo.export(model, f"f32[batch,{shape}]", path=path, targets=["native", *targets])
+            here, there = (duo.load_executable(path, device=device) for device in ("cpu", "cuda"))
+            good = there.target in targets
+            for k in range(3):
+                x = data(k)[0][: 9 - 4 * k]
+                good = good and same(there(x), here(x)) and same(there(duo.tensor(x).cuda()).cpu().numpy(), here(x))
+        yield f"{name} from a file, its cubin for {there.target}", good
 
 
 def errors() -> Iterator[tuple[str, bool]]:

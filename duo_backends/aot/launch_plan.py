@@ -10,7 +10,7 @@
     inputs, outputs of the program: [dtype, [sizes]]  results     [slot, "output" or "state", its name]
     arena, scratch  bytes                            notes       [the user's line, [what an index error says]] of steps that check
     reach           of each output the [numbers of notes], [numbers of inputs] that it depends on
-    steps           [the user's line, kind of kernel, flops, bytes of traffic] for profiles
+    steps           [the user's line, kind of kernel, flops (0: not told), bytes of traffic] for profiles
     words           [base, offset]: base 0 a number itself, 1 the arena, 2 scratch, 3 status words, 4 + k argument k
     code            ["launch", module, symbol, blocks, threads, shared bytes, first word, end, step], ["copy", target word, source word, bytes],
                     ["branch", word, target], ["jump", target], ["check"], ["end"], which comes last; a target is a number of code
@@ -18,7 +18,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -32,6 +32,7 @@ from duo_backends.aot.special import free_columns
 from duo_backends.cuda.code import KernelCode
 from duo_backends.cuda.work import ARENA, ARGUMENTS, CONSTANT, SCRATCH, STATUS, STATUS_STRIDE, reach_of
 from duo_backends.flat import argument
+from duo_ir.errors import ArgumentError
 from duo_ir.kernels.checks import failing
 from duo_ir.kernels.kernel import Kernel
 from duo_ir.kernels.program import Cond, Program, Step, While
@@ -99,6 +100,14 @@ def steps_of(program: Program) -> Iterator[Step]:
             yield from steps_of(item.body)
 
 
+def _told(count: Callable[[], Any]) -> Any:
+    """What a profile says of a step's work: 0 where that is no expression of sizes (the pairs of causal attention, say)."""
+    try:
+        return traced(count)
+    except ArgumentError:
+        return 0
+
+
 class _Coder(FreeFlattener):
     def __init__(self, program: Program, kernels: Mapping[Kernel, Placed]) -> None:
         super().__init__(program)
@@ -129,7 +138,7 @@ class _Coder(FreeFlattener):
         if step.kernel.sites:
             self.notes.append([step.where, list(step.kernel.sites)])
         self.scratch.append(traced(partial(placed.code.scratch, sizes)))
-        work = [self.put(traced(partial(count, step.kernel, sizes))) for count in (flops, traffic)]
+        work = [self.put(_told(partial(count, step.kernel, sizes))) for count in (flops, traffic)]
         self.steps.append([step.where, type(step.kernel).__name__, *work])
         end, number = len(self.words), len(self.steps) - 1
         for blocks, shared, x in launches:

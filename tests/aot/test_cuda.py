@@ -106,6 +106,35 @@ def test_sizes_that_make_another_program_or_none(tmp_path):
         there(floats(0, 1))
 
 
+F = nn.functional
+FREE = {
+    "softmax": (lambda x: F.softmax(x, -1), ["f32[m,k,n]"], lambda m, k, n: [(m, k, n)]),
+    "product": (lambda a, b: a @ b, ["f32[m,k]", "f32[k,n]"], lambda m, k, n: [(m, k), (k, n)]),
+    "sort": (lambda x: x.sort(1)[0], ["f32[m,k]"], lambda m, k, n: [(m, k)]),
+    "running": (lambda x: x.cumsum(1), ["f32[m,k]"], lambda m, k, n: [(m, k)]),
+    "sum": (lambda x: x.sum(), ["f32[m,k]"], lambda m, k, n: [(m, k)]),
+    "convolution": (lambda x: F.conv1d(x, x.new_ones(4, 2, 3) / 7, padding=1), ["f32[m,2,k]"], lambda m, k, n: [(m, 2, k)]),
+    "extremum": (lambda x: x.argmax(1), ["f32[m,k]"], lambda m, k, n: [(m, k)]),
+    "attention": (lambda q: F.scaled_dot_product_attention(q, q, q, is_causal=True), ["f32[m,k,16]"], lambda m, k, n: [(m, k, 16)]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FREE)
+def test_free_sizes_from_none_to_more_than_a_chunk(tmp_path, name):
+    function, specs, shapes = FREE[name]
+    duo.export(function, *specs, path=tmp_path / "f.duo", targets=BOTH)
+    programs = [duo.load_executable(tmp_path / "f.duo", device=d) for d in ("cpu", "cuda")]
+    for sizes in ((0, 3, 2), (1, 1, 1), (2, 0, 3), (3, 5, 1), (4, 1, 2), (2, 1100, 3), (7, 33, 2)):
+        arrays = [floats(n, *shape) for n, shape in enumerate(shapes(*sizes))]
+        found = []
+        for program in programs:
+            try:
+                found.append(program(*arrays).tobytes())
+            except ShapeError as error:  # sizes that the program is not for: told alike
+                found.append(str(error))
+        assert found[0] == found[1], sizes
+
+
 def test_states_advance_and_failures_leave_them(tmp_path):
     duo.manual_seed(3)
     model = nn.Sequential(nn.BatchNorm1d(6), nn.Dropout(0.5)).train()

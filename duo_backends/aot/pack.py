@@ -29,12 +29,12 @@ def pack(source: Source, targets: Sequence[AotTarget | CudaTarget], producer: st
     """The bytes of a `.duo` file with code for these targets. Weights are laid out for each CPU; those that are the same are there once. A GPU's are
     there beside only where no CPU's has the same array."""
     sections: Sections = []
+    gpus = [CudaArtefact.of(source, t) for t in targets if isinstance(t, CudaTarget)]  # what they refuse is told first
     for target in targets:
         if isinstance(target, AotTarget):
             _pack_cpu(Artefact.of(source, target), sections)
-    for target in targets:
-        if isinstance(target, CudaTarget):
-            _pack_cuda(CudaArtefact.of(source, target), sections)
+    for made in gpus:
+        _pack_cuda(made, sections)
     return write(source.name, producer, [describe_program(p) for p in source.public], _states(source), sections)
 
 

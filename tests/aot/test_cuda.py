@@ -434,9 +434,11 @@ def test_numbers_that_explode_have_no_value():
 
 # ------------------------------------------------------------------------------------------------------------ real nvcc
 @pytest.mark.skipif(compiler.find_nvcc() is None, reason="needs nvcc")
-def test_nvcc_makes_the_cubins_of_the_file(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["mlp", "cnn", "lstm", "gpt"])
+def test_nvcc_makes_the_cubins_of_the_file(tmp_path, monkeypatch, name):
     monkeypatch.setattr(cuda_artefact, "find_compiler", lambda: compiler.Nvcc(compiler.find_nvcc()))
-    duo.export(mlp(), "f32[batch,20]", path=tmp_path / "m.duo", targets=["cuda:sm_80", "cuda:sm_90"])
+    make, spec, _ = MODELS[name]
+    duo.export(make(), spec, path=tmp_path / "m.duo", targets=["cuda:sm_80", "cuda:sm_90"])
     content = (tmp_path / "m.duo").read_bytes()
     manifest = container.read(content, "m")
     for s in [s for s in manifest.sections if s.kind == "launch"]:

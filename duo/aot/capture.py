@@ -18,7 +18,8 @@ from duo.eager.tensor import EagerTensor
 from duo.func.calls import replaced
 from duo.graph.arrays import placeholder
 from duo.graph.errors import InvalidArgumentError, NoValueError
-from duo.graph.graph import Graph, Operation, located
+from duo.graph.graph import Graph, located
+from duo.graph.items import Operation
 from duo.graph.lowering import Lowered, lowered
 from duo.graph.states import Constant, Live, Number, SeededState, SharedState, State
 from duo.graph.tensor import GraphElement

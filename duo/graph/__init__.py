@@ -30,7 +30,6 @@ from duo.graph.control_flow import while_loop as while_loop
 from duo.graph.function import GraphFunction as GraphFunction
 from duo.graph.function import function_layer as function_layer
 from duo.graph.graph import Graph as Graph
-from duo.graph.graph import Operation as Operation
 from duo.graph.graph import get_default_graph as get_default_graph
 from duo.graph.graph import reset_default_graph as reset_default_graph
 from duo.graph.initializers import constant_initializer as constant_initializer
@@ -44,6 +43,7 @@ from duo.graph.initializers import random_uniform_initializer as random_uniform_
 from duo.graph.initializers import truncated_normal_initializer as truncated_normal_initializer
 from duo.graph.initializers import variance_scaling_initializer as variance_scaling_initializer
 from duo.graph.initializers import zeros_initializer as zeros_initializer
+from duo.graph.items import Operation as Operation
 from duo.graph.linalg import band_part as matrix_band_part
 from duo.graph.lowering import lower as lower
 from duo.graph.math import *  # noqa: F403

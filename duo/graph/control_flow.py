@@ -14,7 +14,8 @@ import numpy as np
 from duo.eager.infer import user_location
 from duo.eager.tensor import EagerTensor
 from duo.graph.errors import InvalidArgumentError
-from duo.graph.graph import Frame, Graph, Operation, get_default_graph, graph_of
+from duo.graph.graph import Graph, get_default_graph, graph_of
+from duo.graph.items import Frame, Operation
 from duo.graph.states import State
 from duo.graph.tensor import GraphElement, GraphTensor, convert_to_tensor, quiet
 from duo.tensor import Tensor

@@ -23,118 +23,18 @@ from duo.dispatch import distinct
 from duo.eager.infer import explained, scalar_types, user_location
 from duo.eager.tensor import EagerTensor
 from duo.graph.errors import InvalidArgumentError, NotFoundError
+from duo.graph.items import Assign, Deferred, Frame, Operation, Read
 from duo.graph.placement import Place, Scope, Unnamed, innermost, scope_of
-from duo.graph.states import Constant, Number, Placeholder, SeededState, SharedState, Source, State
+from duo.graph.states import Constant, Number, SeededState, SharedState, Source, State
 from duo.random import default_generator
 from duo.symbolic import has_size, plain
 from duo_ir.core import Builder, Function, Loc, Op, Value
 from duo_ir.errors import DuoError, ShapeError
-from duo_ir.opdef import OpDef
 from duo_ir.ops import broadcasting as nd
 from duo_ir.ops import shape as movement
 from duo_ir.transforms.sizes import sized, sized_type
 from duo_ir.types import Dim, DimLike, DType, TensorType, substitute
 from duo_ir.types import dtype as as_dtype
-
-
-class Read:
-    """The value of a state at this point of the program."""
-
-    __slots__ = ("state", "value")
-
-    def __init__(self, state: State, value: Value) -> None:
-        self.state, self.value = state, value
-
-
-class Assign:
-    """The state has this value from here on."""
-
-    __slots__ = ("state", "value")
-
-    def __init__(self, state: State, value: Value) -> None:
-        self.state, self.value = state, value
-
-
-class Deferred:
-    """Ops and assignments that are known when a run is prepared (the step of a duo.optim optimizer); see `train.py`."""
-
-    def needs(self) -> Sequence[Value]:
-        """Values it reads."""
-        raise NotImplementedError
-
-    def variant(self) -> tuple:
-        """What its ops depend on now, hashable: a run whose variant was seen before reuses its program."""
-        raise NotImplementedError
-
-    def emit(self, variant: tuple, lowering: Any, values: Sequence[Value]) -> None:
-        """Emits into the lowering (a `lowering.Lowering`)."""
-        raise NotImplementedError
-
-    def cancel(self, variant: tuple) -> None:
-        """Called when a run failed: undoes what `variant` prepared."""
-
-
-class Operation:
-    """A node as TensorFlow names it: outputs, effects, and what it waits for."""
-
-    _counts_as_tensor = False
-
-    def __init__(
-        self, graph: Graph, name: str, type: str, inputs: Iterable[Any] = (), control: Iterable[Operation] = ()
-    ) -> None:
-        self.graph, self.name, self.type = graph, name, type
-        self.inputs = tuple(inputs)
-        self.control_inputs = tuple(control)
-        self.outputs: list[Any] = []
-        self.effects: list[Any] = []
-        self.device = ""  # where it is to run, as far as `tf.device` says
-        self.loc = user_location()
-
-    def run(self, feed_dict: Mapping | None = None, session: Any = None) -> None:
-        """Runs it in the session given or the default one."""
-        self.graph.session_for(session, self.name).run(self, feed_dict)
-
-    def values(self) -> tuple[Any, ...]:
-        """Its output tensors."""
-        return tuple(self.outputs)
-
-    def __repr__(self) -> str:
-        return f"<duo.graph.Operation {self.name!r} type={self.type}>"
-
-
-class Frame(Builder):
-    """A Builder of the graph: the root, or a branch of control flow, whose `captured` outer values are parameters."""
-
-    def __init__(self, graph: Graph, parent: Frame | None = None, name: str = "main") -> None:
-        super().__init__(name)
-        self.graph, self.parent = graph, parent
-        self.own: set[Value] = set()
-        self.captured: dict[Value, Value] = {}  # value of the parent frame -> parameter here
-        self.current: dict[State, Value] = {}  # states assigned here
-
-    def emit(self, definition: OpDef, operands: tuple[Value, ...], attrs: Mapping[str, Any]) -> tuple[Value, ...]:
-        results = super().emit(definition, operands, attrs)
-        if self.parent is None:
-            self.graph._placed(self.ops[-1])
-        else:
-            self.own.update(results)
-            if self.graph._devices:
-                self.graph.place(None, Unnamed(definition.name))
-        return results
-
-    def resolve(self, value: Value) -> Value:
-        """`value`, of this frame or one around it, as a value of this frame."""
-        if self.parent is None or value in self.own:
-            return value
-        found = self.captured.get(value)
-        if found is None:
-            outer = self.parent.resolve(value)
-            found = self.captured.get(outer)
-            if found is None:
-                found = self.parameter(outer.type)
-                self.own.add(found)
-            self.captured[outer] = self.captured[value] = found
-        return found
 
 
 class Graph:
@@ -465,9 +365,7 @@ class Graph:
         kinds = tuple([self._kind(t) for t in tensors])
         dtypes = iter(scalar_types(tuple([k.type if k.__class__ is Value else k for k in kinds])))
         start, first = len(frame.ops), len(self.items)
-        operands = [
-            k if k.__class__ is Value else self._number(t, next(dtypes)) for k, t in zip(kinds, tensors)
-        ]
+        operands = [k if k.__class__ is Value else self._number(t, next(dtypes)) for k, t in zip(kinds, tensors)]
         try:
             with frame:
                 out = distinct(body(*operands, *attrs), operands)
@@ -650,10 +548,6 @@ def graph_of(tensors: Iterable[Any]) -> Graph:
         if isinstance(graph, Graph):
             return graph
     return get_default_graph()
-
-
-def is_placeholder(graph: Graph, value: Value) -> bool:
-    return isinstance(graph.sources.get(value), Placeholder)
 
 
 def located(loc: Loc | None) -> str:

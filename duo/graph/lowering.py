@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from duo.graph.errors import InvalidArgumentError
-from duo.graph.graph import Assign, Deferred, Graph, Operation, Read, get_default_graph, located
+from duo.graph.graph import Graph, get_default_graph, located
+from duo.graph.items import Assign, Deferred, Operation, Read
 from duo.graph.states import Placeholder, Source, State
 from duo.graph.tensor import GraphElement, array_of
 from duo.lowering import canonical, renamed_sizes

@@ -22,8 +22,9 @@ from duo.eager.trace import Val, settle
 from duo.eager.trace import state as recording
 from duo.graph.config import ConfigProto
 from duo.graph.errors import FailedPreconditionError, InvalidArgumentError
-from duo.graph.graph import Assign, Deferred, Graph, Operation, Read, get_default_graph, located
+from duo.graph.graph import Graph, get_default_graph, located
 from duo.graph.in_place import quicken
+from duo.graph.items import Assign, Deferred, Operation, Read
 from duo.graph.lowering import Needed, deferred_of, lowered, sizes_of
 from duo.graph.states import Constant, Live, Number, SeededState, SharedState, State, number_of
 from duo.graph.tensor import GraphElement, array_of

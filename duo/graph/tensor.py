@@ -12,7 +12,8 @@ from duo.dispatch import View
 from duo.eager.tensor import EagerTensor
 from duo.functional import creation
 from duo.graph.errors import InvalidArgumentError, NoValueError
-from duo.graph.graph import Graph, Operation, get_default_graph, graph_of
+from duo.graph.graph import Graph, get_default_graph, graph_of
+from duo.graph.items import Operation
 from duo.symbolic import Number, plain, symbolic
 from duo.tensor import Tensor
 from duo_ir.core import Op, Value

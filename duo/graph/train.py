@@ -15,8 +15,9 @@ from duo.eager.infer import user_location
 from duo.eager.tensor import EagerTensor, material
 from duo.graph.control_flow import gradients
 from duo.graph.errors import InvalidArgumentError
-from duo.graph.graph import Deferred, Graph, Operation, get_default_graph
+from duo.graph.graph import Graph, get_default_graph
 from duo.graph.initializers import zeros_initializer
+from duo.graph.items import Deferred, Operation
 from duo.graph.saver import Saver, checkpoint_exists, get_checkpoint_state, latest_checkpoint
 from duo.graph.states import Live, Number, SharedState, State
 from duo.graph.tensor import GraphElement, convert_to_tensor, quiet

@@ -15,8 +15,9 @@ import numpy as np
 from duo.eager.infer import user_location
 from duo.functional import elementwise as elem
 from duo.graph.errors import InvalidArgumentError
-from duo.graph.graph import Graph, Operation, get_default_graph, located
+from duo.graph.graph import Graph, get_default_graph, located
 from duo.graph.initializers import glorot_uniform_initializer, zeros_initializer
+from duo.graph.items import Operation
 from duo.graph.states import VariableState
 from duo.graph.tensor import GraphElement, GraphTensor, array_of, convert_to_tensor, identity_of, named, quiet
 from duo.tensor import Tensor

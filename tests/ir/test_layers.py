@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -86,31 +87,25 @@ def imported(node: ast.AST, module: str) -> Iterator[str]:
             yield f"{base}.{a.name}" if f"{base}.{a.name}" in ALL else base
 
 
-def only_for_types(tree: ast.AST) -> set[ast.AST]:
-    """Everything under `if TYPE_CHECKING:`, which does not run."""
-    out: set[ast.AST] = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
-            out |= {child for statement in node.body for child in ast.walk(statement)}
-    return out
+def running(node: ast.AST, inside: bool = False) -> Iterator[tuple[ast.AST, bool]]:
+    """Every import below `node` that runs, and whether it is inside a function: not what stands under `if TYPE_CHECKING:`."""
+    if isinstance(node, (ast.Import, ast.ImportFrom)):
+        yield node, inside
+    elif isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+        for statement in node.orelse:
+            yield from running(statement, inside)
+    else:
+        inside = inside or isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, (ast.stmt, ast.excepthandler, ast.match_case)):  # expressions hold no imports
+                yield from running(child, inside)
 
 
+@cache
 def imports(module: str) -> list[tuple[str, int, bool]]:
     """(module imported, line, whether inside a function) of all imports that run."""
-    tree = ast.parse(ALL[module].read_text())
-    skipped = only_for_types(tree)
-    inside = {
-        child
-        for node in ast.walk(tree)
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
-        for child in ast.walk(node)
-    }
-    return [
-        (name, node.lineno, node in inside)
-        for node in ast.walk(tree)
-        if node not in skipped
-        for name in imported(node, module)
-    ]
+    found = running(ast.parse(ALL[module].read_text()))
+    return [(name, node.lineno, inside) for node, inside in found for name in imported(node, module)]
 
 
 def floor_of(module: str) -> tuple[str, int] | None:

@@ -16,8 +16,9 @@ from typing import Any
 from duo.eager import cells
 from duo.eager.tensor import EagerTensor
 from duo.eager.trace import Val
+from duo.jit.lending import shares
 from duo.jit.recording import Source
-from duo.jit.replay import Replay, Writer, shares
+from duo.jit.replay import Replay, Writer
 from duo_backends.cells import ANY, GRADIENT, GRADIENT_READ, NUMBER, OWNED, POINTER, READ, SAME, Argument
 
 

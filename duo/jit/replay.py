@@ -14,16 +14,16 @@ from typing import Any
 from duo import devices, numeric_mode
 from duo.eager.autograd import GradLeaf
 from duo.eager.creation import get_default_dtype
-from duo.eager.flush import _segment, flush
+from duo.eager.flush import _segment
 from duo.eager.moving import bring
 from duo.eager.segments import Origin
-from duo.eager.sharing import readable, snapshot, still_shared
-from duo.eager.tensor import DATA, EagerTensor, Storage, read_now
-from duo.eager.trace import END, Trace, Val, alias, roaming, settle, state
+from duo.eager.tensor import DATA, EagerTensor, Storage
+from duo.eager.trace import END, Val, alias, roaming, settle, state
 from duo.eager.trie import NOTHING, Info
 from duo.eager.watch import Epoch
 from duo.jit import donation, guards, nests
 from duo.jit.guards import Guard, brief
+from duo.jit.lending import aliased, close_open_trace, holder, lent, put, shares, stale, storage_of
 from duo.jit.recording import Fresh, Recording, Same, Source
 from duo.nn.module import Module
 from duo.optim.known import structure_of
@@ -198,80 +198,6 @@ class Replay:
             if before == "tensor" and leaf.grad is None:
                 return "a gradient that was there is None"
         return "storages, leaves or views of tensors changed"
-
-
-def stale(tensor: EagerTensor) -> bool:
-    """Whether a tensor with a storage must be read (or written) by recorded ops."""
-    storage = tensor._storage
-    assert storage is not None
-    if still_shared(storage):
-        if tensor._leaf is not None or not readable(storage):
-            return True
-        if tensor._seen != storage.version and not tensor._chain:
-            tensor._val = tensor._read(storage.val)
-            tensor._seen = storage.version
-        return False  # `lent` says what is read
-    if tensor._seen != storage.version:
-        if tensor._chain:
-            return True
-        tensor._value()
-    return False
-
-
-def lent(tensor: EagerTensor, apart: bool) -> Val:
-    """The value of a tensor that is not stale, for a program to read. No Python runs before it has been read, so of memory that NumPy shares it
-    is that memory itself, except for what views show, and for what is to be `apart`: kept after the run, or looked at twice."""
-    storage = tensor._storage
-    if storage is None or storage.shared is None or not still_shared(storage):
-        return tensor._value()
-    if tensor._chain:
-        val = read_now(storage, tensor._chain)
-        assert val is not None
-        return val
-    return snapshot(storage) if apart else tensor._val
-
-
-def holder(tensor: EagerTensor, apart: bool) -> EagerTensor:
-    """A tensor whose value is what is `lent`: this one, if that is the value it has."""
-    val = lent(tensor, apart)
-    return tensor if val is tensor._val else EagerTensor(val)
-
-
-def shares(tensor: EagerTensor) -> bool:
-    """Whether NumPy sees the tensor's memory."""
-    return tensor._storage is not None and still_shared(tensor._storage)
-
-
-def aliased(tensors: tuple, written: tuple) -> bool:
-    """Whether a tensor that is written shares its storage with another one of these."""
-    storages = [t._storage for t in tensors if t._storage is not None]
-    return len(set(map(id, storages))) != len(storages) and any(
-        sum(s is t._storage for s in storages) > 1 or t._chain for t in written if t._storage is not None
-    )
-
-
-def put(tensor: EagerTensor, val: Val) -> None:
-    """Makes `val` the value of a tensor that has a storage of its own."""
-    storage = tensor._storage
-    assert storage is not None
-    storage.val = tensor._val = val
-    storage.version += 1
-    tensor._seen = storage.version
-
-
-def close_open_trace() -> None:
-    """What is recorded and not yet run goes first, and a fresh trace begins."""
-    flush()
-    if state.trace.entries[-1] is END:
-        state.trace = Trace(state.grad, state.trace.device)
-
-
-def storage_of(tensor: EagerTensor) -> Storage:
-    """The tensor's storage, made now if nothing aliased it so far."""
-    if tensor._storage is None:
-        tensor._storage = Storage(tensor._val, tensor._leaf, tensor)
-        tensor._seen = 0
-    return tensor._storage
 
 
 class Writer:

@@ -18,12 +18,11 @@ from duo_backends.cpu.llvm import (
     Function,
     Region,
     is_literal,
-    joined,
     literal,
     mangle,
     memory_type,
-    part,
     register_type,
+    scalef,
     splat_literal,
     vector,
 )
@@ -260,7 +259,7 @@ class Emitter:
             return done(f.intrinsic("fma", type_, [(type_, n) for n in names]))
         if op == "ldexp":
             if self.target.arch == "x86_64" and self.target.vector_bytes == 64 and width * dtype.itemsize % 64 == 0:
-                return done(self._scalef(type_, names, dtype, width))
+                return done(scalef(self.f, type_, names, dtype, width))
             (value,) = self.emit(_ldexp(dtype), scope, saved=args.__getitem__)[-1:]
             return value
         if op == "copysign":
@@ -280,23 +279,6 @@ class Emitter:
             return done(f"{code} {type_} {names[0]}, {names[1]}")
         table = _FLOAT_BINARY if is_float else _INT_BINARY
         return done(f"{table[op]} {type_} {names[0]}, {names[1]}")
-
-    def _scalef(self, type_: str, names: list[str], dtype: DType, width: int) -> str:
-        """AVX-512's ldexp, in one instruction a register, which takes no longer where the result underflows."""
-        lanes = 64 // dtype.itemsize
-        if width == lanes:
-            operands = [*[(type_, n) for n in names], (type_, "zeroinitializer"), (f"i{width}", "-1"), ("i32", "4")]
-            return self.f.intrinsic(
-                f"x86.avx512.mask.scalef.p{'s' if dtype.itemsize == 4 else 'd'}.512", type_, operands, ""
-            )
-        element = register_type(dtype)
-        parts = [
-            self.f.op(
-                self._scalef(vector(lanes, element), [part(self.f, type_, n, k, lanes) for n in names], dtype, lanes)
-            )
-            for k in range(0, width, lanes)
-        ]
-        return f"bitcast {type_} {joined(self.f, element, parts, lanes)} to {type_}"
 
     def _bitcast(self, v: Value, dtype: DType, width: int, region: Region | None) -> Value:
         old, new = vector(width, register_type(v.dtype)), vector(width, register_type(dtype))

@@ -246,6 +246,8 @@ class _Driver:
                     last = f.min(f.add(cached.index, str(plan.cached_tiles)), unit.t1)
                     self._pack_a(a, k, cached.index, last)
                     self._multiply(cached.index, last, a, b, k, sums, add, finish)
+            elif plan.pass_steps:
+                self._multiply_in_passes(a, b, k, add, last_block)
             else:
                 self._multiply(unit.t0, unit.t1, a, b, k, sums, add, finish)
             if plan.may_be_long:
@@ -357,10 +359,37 @@ class _Driver:
             return no
         return self.f.pure(f"select i1 {condition}, {type_} {yes}, {type_} {no}")
 
+    def _multiply_in_passes(self, a: str, b: str, k: str, add: str, last_block: str) -> None:
+        """One block of K, some steps of it over all panels at a time: so few rows of B are read along, and not many in short pieces, which the
+        hardware would not foresee. The sums under way wait in memory, from +0.0 on; those of a block that is not the first in a place of their own."""
+        f, plan, unit = self.f, self.plan, self.unit
+        under_way = self._choose(add, f.gep("i8", self.sums, str(plan.unit_bytes), f.top), self.sums, "ptr")
+        type_, size = vector(plan.lanes, register_type(plan.compute)), plan.lanes * plan.compute.itemsize
+        with f.loop("0", str(plan.unit_bytes // size), runs=True) as loop:
+            f.emit(f"store {type_} zeroinitializer, ptr {f.gep('i8', under_way, f.mul(loop.index, str(size)))}, align {size}")
+        with f.loop("0", k, plan.pass_steps) as loop:
+            steps = f.min(f.sub(k, loop.index), str(plan.pass_steps))
+            last = f.op(f"icmp eq i64 {f.add(loop.index, steps)}, {k}")
+            a_at, b_at = self._from_step(unit._replace(a=a, b=b), loop.index)
+            finish, settle = f.op(f"and i1 {last}, {last_block}"), f.op(f"and i1 {last}, {add}")
+            self._multiply(unit.t0, unit.t1, a_at, b_at, steps, under_way, "false", finish, loop.index, settle)
+
+    def _settle(self, place: str, to: str) -> None:
+        """Adds a tile's sums of a block to those of the blocks before."""
+        f, plan = self.f, self.plan
+        type_, size = vector(plan.lanes, register_type(plan.compute)), plan.lanes * plan.compute.itemsize
+        operation = "fadd" if plan.compute.is_float else "add"
+        with f.loop("0", str(plan.tile_elements // plan.lanes), runs=True) as loop:
+            at = f.mul(loop.index, str(size))
+            left, right = f.gep("i8", to, at), f.gep("i8", place, at)
+            x, y = (f.op(f"load {type_}, ptr {p}, align {size}") for p in (left, right))
+            f.emit(f"store {type_} {f.op(f'{operation} {type_} {x}, {y}')}, ptr {left}, align {size}")
+
     def _multiply(
-        self, t0: str, t1: str, a: str, b: str, k: str, sums: str, add: str, finish: str | None
+        self, t0: str, t1: str, a: str, b: str, k: str, sums: str, add: str, finish: str | None, step: str = "0", settle: str = "false"
     ) -> None:  # fmt: skip
-        """One block of K into the sums of row tiles [t0, t1); then, where the i1 `finish` says so, the epilogue."""
+        """One block of K, or a pass of it from k step `step` on, into the sums of row tiles [t0, t1); then, where the i1 `settle` says so, these are
+        added to the unit's, and where `finish` does, the epilogue follows."""
         f, plan, kernel = self.f, self.plan, self.kernel
         size = plan.compute.itemsize
         with self._sweep(t0, t1) as (panel, tile):
@@ -380,10 +409,10 @@ class _Driver:
             else:
                 packed = panel.tail if plan.pack_tail else "false"
                 b_at = f.gep("i8", b, f.mul(panel.column, self._bytes(kernel.b.at.strides[-1], self.b_type)))
-                b_at = self._choose(packed, self.b_packed, b_at, "ptr")
+                b_at = self._choose(packed, f.gep("i8", self.b_packed, f.mul(step, b_step)), b_at, "ptr")
                 # a step of B in place; for a micro-kernel that transposes, whose step is one element, its columns' stride
-                step, column = kernel.b.at.strides[-2:]
-                b_step = self._choose(packed, b_step, self._bytes(step if column == 1 else column, self.b_type))
+                row, column = kernel.b.at.strides[-2:]
+                b_step = self._choose(packed, b_step, self._bytes(row if column == 1 else column, self.b_type))
             names = [
                 self._choose(
                     panel.tail,
@@ -413,9 +442,12 @@ class _Driver:
             f.emit(
                 f"call void {name}(i64 {k}, ptr {a_at}, i64 {a_step}, ptr {b_at}, i64 {b_step}, ptr {place}, i1 {add}{more})"
             )
+            if settle != "false":
+                with f.when(settle):
+                    self._settle(place, self._sums_of(tile, panel, self.sums))
             if finish is not None:
                 with f.when(finish):
-                    self._finish_tile(tile, panel, sums)
+                    self._finish_tile(tile, panel, self.sums)
 
     def _next_panel(self, tile: _RowTile, panel: _Panel, k: str, b_step: str, finish: str | None) -> str:
         """Bytes from a k step of this panel of B to a line of the next panel, which may be the next block's first; all row tiles ask for all."""
@@ -428,7 +460,7 @@ class _Driver:
         return f.add(self._choose(last, first, str(size)), line)
 
     def _sums_of(self, tile: _RowTile, panel: _Panel, sums: str) -> str:
-        if self.plan.one_block:
+        if self.plan.one_block and not self.plan.pass_steps:
             return sums
         f, plan = self.f, self.plan
         number = f.add(f.mul(f.sub(panel.number, self.unit.p0), str(plan.unit_tiles)), f.sub(tile.number, self.unit.t0))

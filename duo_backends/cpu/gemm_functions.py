@@ -7,7 +7,7 @@ from collections.abc import Callable
 from duo_backends.cpu.code import Target
 from duo_backends.cpu.gemm_epilogue import ask_every, emit_asks, emit_epilogue
 from duo_backends.cpu.gemm_pack import emit_copy, emit_copy_tiles, emit_gather, emit_transpose, emit_turn
-from duo_backends.cpu.gemm_plan import Plan
+from duo_backends.cpu.gemm_plan import BYTES_BESIDE, Plan
 from duo_backends.cpu.gemm_rows import emit_rows_kernel
 from duo_backends.cpu.gemm_tile import BLOCK, Tile, emit_micro_kernel
 from duo_backends.cpu.llvm import Module
@@ -59,7 +59,8 @@ class GemmFunctions:
         many = not isinstance(self.kernel.m, int) or self.kernel.m >= _FORESEEN_ROWS
         a_ahead = many and spread == 0 and not plan.pack_a and self.kernel.a.at.strides[-1] == 1 and row_bytes > 0
         tile = Tile(
-            rows, vectors, a, row_bytes, b, b_vector, plan.compute, spread, not plan.one_block, ahead, asks, plan.b_next, a_ahead
+            rows, vectors, a, row_bytes, b, b_vector, plan.compute, spread, not (plan.one_block or plan.pass_steps), ahead,
+            BYTES_BESIDE if plan.pass_steps and not packed_b else 0, plan.pass_steps > 0, asks, plan.b_next, a_ahead,
         )  # fmt: skip
         emit = emit_rows_kernel if spread != 0 else emit_micro_kernel
         return self._function(tile, "tile", lambda name: emit(self.module, self.target, name, tile))

@@ -22,6 +22,11 @@ TRANSPOSED_ROWS = 8  # up to here B with contiguous k is transposed on the fly i
 TRANSPOSED_VECTORS = 4  # vectors of columns of a panel of such a B; half as many where its columns share cache sets
 B_AHEAD = 8
 WAITING_ROWS, BYTES_AHEAD = 4, 4096  # up to so many rows B is asked for so early
+PASSED_BYTES = 2 << 20  # bytes of B, more than a second-level cache holds, from which on few rows take a block of K in passes over many columns
+PASSED_ROWS = range(2, 9)  # of A; one row has long tiles, and with more rows the arithmetic takes as long as B
+PASSED_COLUMNS = 1024  # of a unit of such a product: with its sums it stays in the first-level cache, and reads long runs of each row of B
+PASS_STEPS = 32  # k steps of a pass, each a stream that the hardware follows
+BYTES_BESIDE = 384  # how far along a row of B is asked for in a pass
 OFTEN = 256  # rows of A from which on packing B costs next to nothing
 NEAR_PANEL = 40 << 10  # bytes of a panel of B that stays in the first-level cache from tile to tile
 FAR_ROWS = 1024  # bytes between rows of B from which one block of them is packed: nothing foresees the next row
@@ -56,6 +61,7 @@ class Plan:
     pack_tail: bool  # the last panel is packed although the others are read in place
     unit_tiles: int  # at most
     unit_panels: int
+    pass_steps: int  # k steps after which a unit goes on to its next panel, its sums left in memory; 0: only after a block
     row_units: int | None  # that the row tiles are shared out to; None where they are none, or as many as a symbolic m needs
 
     @property
@@ -123,14 +129,14 @@ class Plan:
     def b_next(self) -> bool:
         """Whether the row tiles of a panel of B, read in place, ask for the next panel, each for a line of each k step: where its rows are so short
         that the hardware does not, and the tiles enough for all its lines."""
-        in_place = not self.pack_b and self.kernel.b.at.strides[-1] == 1 and self.b_ahead == 0
+        in_place = not self.pack_b and self.kernel.b.at.strides[-1] == 1 and self.b_ahead == 0 and not self.pass_steps
         return in_place and not self.may_be_long and self.panel_lines <= min(SHORT_LINES, self.unit_tiles)
 
     @property
     def b_ahead(self) -> int:
         """How many k steps early rows of B are asked for: where B is read once, by few rows, which wait for its memory, or by panels that
         split the pairs of lines that the hardware fetches."""
-        if len(self.segments) != 1 or self.segments[0].count != 1:
+        if self.pass_steps or len(self.segments) != 1 or self.segments[0].count != 1:
             return 0
         if self.segments[0].rows <= WAITING_ROWS:
             return -(-BYTES_AHEAD // (self.panel * self.compute.itemsize))
@@ -186,9 +192,15 @@ class Plan:
 
     @property
     def sums_bytes(self) -> int:
-        """The block sums of a unit, or of one tile where there is one block."""
-        tiles = 1 if self.one_block else self.unit_tiles * self.unit_panels
-        return _round(tiles * self.tile_elements * self.compute.itemsize)
+        """The block sums of a unit, or of one tile where there is one block; with passes, also those of the block that is under way."""
+        if self.pass_steps:
+            return self.unit_bytes * (1 if self.one_block else 2)
+        return _round(self.tile_elements * self.compute.itemsize) if self.one_block else self.unit_bytes
+
+    @property
+    def unit_bytes(self) -> int:
+        """Of a sum for each element of a unit."""
+        return _round(self.unit_tiles * self.unit_panels * self.tile_elements * self.compute.itemsize)
 
     def tiles(self, sizes: Mapping[str, int]) -> int:
         if isinstance(self.kernel.m, int):
@@ -255,13 +267,25 @@ def make_plan(kernel: ContractKernel, target: Target) -> Plan:
     )
     pack_tail = not pack_b and (n is None or n % lanes != 0)
     unit_tiles, unit_panels = _unit(kernel, rows, vectors * lanes, tiles, panels, pack_a, pack_b)
+    passes = tiles == 1 and m in PASSED_ROWS and {a_type, b_type} == {compute} and not (pack_a or pack_b) and _in_passes(kernel, compute.itemsize)
+    if passes:
+        unit_panels = _even(panels, max(1, min(PASSED_COLUMNS // (vectors * lanes), int(panels) // (2 * target.cores))))
     row_units = None
     if isinstance(tiles, int) and tiles > 0:
         row_units = _shared_out(tiles, unit_tiles, target.cores)
         unit_tiles = -(-tiles // row_units)
     return Plan(
-        kernel, compute, lanes, vectors, tail_vectors, segments, pack_a, pack_b, pack_tail, unit_tiles, unit_panels, row_units
+        kernel, compute, lanes, vectors, tail_vectors, segments, pack_a, pack_b, pack_tail, unit_tiles, unit_panels,
+        PASS_STEPS if passes else 0, row_units,
     )
+
+
+def _in_passes(kernel: ContractKernel, itemsize: int) -> bool:
+    """Whether one row tile reads a B that is far away and lies in long rows."""
+    k, n, (b_step, b_column) = kernel.k, kernel.n, kernel.b.at.strides[-2:]
+    if kernel.batch or not (isinstance(k, int) and isinstance(n, int) and isinstance(b_step, int)):
+        return False
+    return b_column == 1 and b_step >= n >= PASSED_COLUMNS and k <= SEQUENTIAL_K and k * n * itemsize >= PASSED_BYTES
 
 
 def _segments(m: int | None, rows: int) -> tuple[Segment, ...]:

@@ -101,6 +101,8 @@ class Tile:
     b_column: int | None = 0
     adds: bool = True  # whether it is ever called with `add`
     b_ahead: int = 0  # k steps from here whose row of B is asked for early; 0: none
+    b_beside: int = 0  # bytes along B's rows from here that are asked for early; 0: none
+    carries: bool = False  # whether the sums begin at what the tile in memory holds instead of +0.0
     asks: int = 0  # k steps from one line that the epilogue will meet to the next one asked for; 0: none are
     b_next: bool = False  # whether a line of the next panel of B is asked for at each k step
     a_ahead: bool = False  # whether the lines of the next tile of A, which follows this one in memory, are asked for
@@ -136,7 +138,11 @@ def emit_micro_kernel(module: Module, target: Target, name: str, tile: Tile) -> 
                 out.append(multiply_add(f, type_, splat, column, acc[r * vectors + v], compute))
         return out
 
-    carried = [("ptr", "%a"), ("ptr", "%b"), *[(type_, "zeroinitializer")] * (rows * vectors)]
+    before = ["zeroinitializer"] * (rows * vectors)
+    if tile.carries:
+        size = lanes * compute.itemsize
+        before = [f.op(f"load {type_}, ptr {f.gep('i8', '%tile', str(i * size))}, align {size}") for i in range(rows * vectors)]
+    carried = [("ptr", "%a"), ("ptr", "%b"), *((type_, value) for value in before)]
     if tile.a_ahead:  # the line of the next tile's A to ask for, and how many rows from there are left
         carried += [("ptr", f.gep("i8", "%a", str(rows * tile.a_row))), ("i64", str(rows))]
     done = "0"
@@ -158,7 +164,7 @@ def emit_micro_kernel(module: Module, target: Target, name: str, tile: Tile) -> 
                     at, left = _ask_a(f, tile, at, left)
                 after = [at, left, *after]
             for _ in range(count):
-                if tile.b_ahead:
+                if tile.b_ahead or tile.b_beside:
                     _ask_b(f, b_at, tile)
                 if tile.b_next:
                     ask(f, f.op(f"getelementptr i8, ptr {b_at}, i64 %next"), near=2)
@@ -205,8 +211,8 @@ def _ask_a(f: Function, tile: Tile, at: str, left: str) -> tuple[str, str]:
 
 
 def _ask_b(f: Function, b_at: str, tile: Tile) -> None:
-    """Asks for the row of B `b_ahead` k steps from here."""
-    row = f.gep("i8", b_at, f.mul("%bs", str(tile.b_ahead), f.top))
+    """Asks for the row of B `b_ahead` k steps from here, or for this row from `b_beside` bytes on."""
+    row = f.gep("i8", b_at, str(tile.b_beside) if tile.b_beside else f.mul("%bs", str(tile.b_ahead), f.top))
     for v in range(tile.vectors):
         ask(f, f.gep("i8", row, str(v * tile.b_vector)))
 

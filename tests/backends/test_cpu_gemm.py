@@ -442,6 +442,15 @@ def test_epilogue(width: str, transposed: bool, m: int, k: int) -> None:
 
 
 @pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize(
+    "m, n, k", ((1, 1024, 600), (2, 1031, 511), (3, 1040, 513), (5, 1100, 545), (7, 1024, 1024), (8, 1030, 1057), (9, 1025, 512), (16, 1024, 513))
+)
+def test_passes(width: str, m: int, n: int, k: int) -> None:
+    """Few rows times a far B: blocks of K taken in passes, around the edges of passes, blocks, panels, and one row fewer and more than that is for."""
+    matmul(machine_or_skip(width), m, n, k, special=True)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
 def test_results_past_the_caches(width: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Large results are stored so; here all whose rows are whole cache lines."""
     monkeypatch.setattr(stream, "_BEYOND", 0)

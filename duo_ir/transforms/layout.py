@@ -44,7 +44,7 @@ def _leaving(function: Function) -> set[Value]:
     staying: set[Value] = set()
     leaving = set(function.results)
     for op in reversed(function.ops):
-        if isinstance(op.definition.kind, Elementwise) and op.result in leaving and op.result not in staying:
+        if isinstance(op.definition.kind, Elementwise) and all(r in leaving and r not in staying for r in op.results):
             leaving.update(op.operands)
         else:
             staying.update(op.operands)
@@ -82,7 +82,7 @@ class _Walk:
         elif isinstance(kind, Reduction):
             done = self.reduced(op, operands[0])
         if done is not None:
-            self.known[op.result] = done
+            self.known.update(zip(op.results, done, strict=True))
             return
         values = tuple([self.there(p) for p in operands])
         new = op if values == op.operands else with_operands(op, values)
@@ -91,18 +91,18 @@ class _Walk:
         self.builder.ops.append(new)
         self.known.update((a, Placed(b)) for a, b in zip(op.results, new.results) if a is not b)
 
-    def permuted(self, op: Op, x: Placed) -> Placed | None:
+    def permuted(self, op: Op, x: Placed) -> list[Placed] | None:
         order = _permutation(op)
         if order is None:
             return None
         if x.order is not None:
             order = tuple([x.order[a] for a in order])
-        return Placed(x.value, None if order == tuple(range(len(order))) else order)
+        return [Placed(x.value, None if order == tuple(range(len(order))) else order)]
 
-    def elementwise(self, op: Op, operands: list[Placed]) -> Placed | None:
+    def elementwise(self, op: Op, operands: list[Placed]) -> list[Placed] | None:
         """Works in the order that most operands are in, but on its way out in the results'; what costs nothing in any order has no say."""
         votes = Counter(p.order for p in operands if p.order is not None or not _is_free(p.value))
-        if not any(order is not None for order in votes) or (None in votes and op.result in self.leaving):
+        if not any(order is not None for order in votes) or (None in votes and op.results[0] in self.leaving):
             return None
         most = max(votes.values())
         order = next((o for o in votes if o is not None and votes[o] == most), None)
@@ -116,9 +116,10 @@ class _Walk:
             else:
                 steps = back if p.order is None else tuple([p.order[a] for a in back])
                 values.append(self.there(Placed(p.value, steps)))
-        return Placed(op.definition(*values, **op.attrs), order)
+        made = op.definition(*values, **op.attrs)
+        return [Placed(v, order) for v in (made if isinstance(made, tuple) else (made,))]
 
-    def reduced(self, op: Op, x: Placed) -> Placed | None:
+    def reduced(self, op: Op, x: Placed) -> list[Placed] | None:
         if x.order is None:
             return None
         axes = [x.order[a] for a in op.attrs["axes"]]
@@ -127,7 +128,7 @@ class _Walk:
         kept = [a for i, a in enumerate(x.order) if i not in op.attrs["axes"]]
         order = tuple([sorted(kept).index(a) for a in kept])
         out = op.definition(x.value, **{**op.attrs, "axes": tuple(axes)})
-        return Placed(out, None if order == tuple(range(len(order))) else order)
+        return [Placed(out, None if order == tuple(range(len(order))) else order)]
 
 
 def _permutation(op: Op) -> Permutation | None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
+import op_table
 import pytest
 
 import duo_ir.ops as ops
-from duo_ir.core import Function, function_of
+from duo_ir.core import Function, current_builder, function_of
 from duo_ir.interpret import interpret
 from duo_ir.ops import broadcasting as nd
 from duo_ir.ops.conv import conv
@@ -68,7 +71,18 @@ def sliced(x, w, *_):
     return nd.slice_axis(y, 2, 1, 3), nd.reshape(y, (y.type.shape[0], 3 * 5 * 4)), y
 
 
-CASES = {"chain": chain, "loss": loss, "max": max_over_pixels, "between": channels_between, "sliced": sliced}
+def smooth(x, w1, w2, *_):
+    """An activation of two results, value and slope, both on their way out in another order than the next convolution's."""
+    y, slope = ops.gelu(layer(x, w1))
+    z, steep = ops.silu(layer(y * slope, w2))
+    return nd.transpose(z, LAST), steep, slope
+
+
+def smooth_loss(x, w1, w2, *_):
+    return nd.sum(layer(ops.gelu(layer(x, w1))[0], w2), None)
+
+
+CASES = {"smooth": smooth, "smooth loss": smooth_loss, "chain": chain, "loss": loss, "max": max_over_pixels, "between": channels_between, "sliced": sliced}
 TYPES = [F(2, 3, 5, 4), F(3, 3, 3, 3), F(3, 3, 3, 3), F(3)]
 
 
@@ -119,8 +133,24 @@ def test_an_update_of_weights_is_computed_in_their_order():
     assert out.params[2] in new.op.operands[0].op.operands or out.params[2] in new.op.operands[1].op.operands
 
 
-def test_gradients_too():
-    check(grad_function(function_of(loss, *TYPES)))
+@pytest.mark.parametrize("fn", [loss, smooth_loss])
+def test_gradients_too(fn):
+    check(grad_function(function_of(fn, *TYPES)))
+
+
+@pytest.mark.parametrize("row", op_table.TABLE, ids=lambda row: row.name)
+def test_every_op_beside_a_convolution(row):
+    """The pass takes any op, of any number of operands and results."""
+    for case in itertools.islice(op_table.cases([row]), 8):
+        alone = case.function()
+
+        def beside(x, w, *operands, alone=alone):
+            return layer(x, w), *current_builder().inline(alone, operands)
+
+        function = function_of(beside, *TYPES[:2], *alone.param_types)
+        out = propagate_layout(function)
+        verify(out)
+        assert out.result_types == function.result_types
 
 
 def test_a_sum_in_another_order_stays_where_it_is():

@@ -1,9 +1,14 @@
 """`python -m tests.bench [--only NAME,...] [--frameworks NAME,...] [--threads N] [--rounds N] [--json FILE]`
 
 Every framework runs each workload in a process of its own, on the same inputs and the same mathematics, and its results are compared with
-those of the first framework before anything is timed. Printed are medians, and in brackets each time as a multiple of the best peer's
-(below 1: faster). A framework that is not installed is left out; `--python NAME=PATH` names the interpreter that has it. Environment
-variables that change how BLAS libraries choose kernels and threads are removed: a handicapped peer makes no comparison.
+those of the first framework before anything is timed. The processes of a workload are all alive and take turns: one at a time runs a slice of
+40 ms (or a call, where that is longer), behind a quarter of that which does not count, until its threads sleep; the others wait. A figure
+is the median of its slices. In brackets stands the median, over the turns, of its time as a multiple of the best peer's (below 1: faster): what
+the machine did meanwhile happened to both. Behind a bar: duo's rate as a share of memcpy's, on as many threads, in the same turns. First calls, imports
+and memory need fresh processes, which take turns as wholes. The file of `--json` has every value and the quartiles.
+
+A framework that is not installed is left out; `--python NAME=PATH` names the interpreter that has it. Environment variables that change
+how BLAS libraries choose kernels and threads are removed: a handicapped peer makes no comparison.
 """
 
 from __future__ import annotations
@@ -17,7 +22,8 @@ import tempfile
 from pathlib import Path
 
 from tests.bench.harness import Row, pooled, table
-from tests.bench.processes import PROCESSES, Setting, version, worker
+from tests.bench.processes import PROCESSES, Setting, version
+from tests.bench.turns import take_turns
 from tests.bench.worker import FRAMEWORKS, WORKLOADS
 
 
@@ -47,9 +53,7 @@ def main() -> int:
     parser.add_argument("--only", help="workloads, with commas between (default: all)")
     parser.add_argument("--frameworks", help=f"of {', '.join(FRAMEWORKS)} (default: those installed)")
     parser.add_argument("--threads", type=int, default=1, help="for every framework (default: %(default)s)")
-    parser.add_argument(
-        "--rounds", type=int, default=1, help="how often each process is started (default: %(default)s)"
-    )
+    parser.add_argument("--rounds", type=int, default=1, help="how often each workload is run (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="a few short samples: shows that it runs, not how fast")
     parser.add_argument("--json", metavar="FILE", help="also write the figures there")
     parser.add_argument("--python", action="append", default=[], metavar="NAME=PATH", help="a framework's interpreter")
@@ -74,15 +78,14 @@ def main() -> int:
             rows += found
             print(table(found), flush=True)
     if options.json:
-        Path(options.json).write_text(json.dumps([row.__dict__ for row in rows], indent=1))
+        Path(options.json).write_text(json.dumps([row.written() for row in rows], indent=1))
     return int(any(row.error for row in rows))
 
 
 def _rows(name: str, setting: Setting, frameworks: list[str], rounds: int, folder: Path) -> list[Row]:
     if name in PROCESSES:
         return PROCESSES[name](setting, frameworks, 1 if setting.quick else max(3, rounds))
-    taken = [r for _ in range(rounds) for f in frameworks for r in worker(setting, f, name, folder)]
-    return pooled(taken)
+    return pooled([row for _ in range(rounds) for row in take_turns(setting, frameworks, name, folder)])
 
 
 if __name__ == "__main__":

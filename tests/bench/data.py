@@ -171,7 +171,7 @@ def gpt_batch() -> tuple[Array, Array]:
 
 
 # ------------------------------------------------------------------------------------------------------- array functions
-FUNCTIONS = ("fused", "gelu", "softmax", "layer norm", "sum axis 0", "sum axis 1", "sum")
+FUNCTIONS = ("copy", "fused", "gelu", "softmax", "layer norm", "sum axis 0", "sum axis 1", "sum")
 NORM_WIDTH = 1024
 
 
@@ -187,7 +187,7 @@ def function_inputs(name: str, elements: int) -> tuple[list[Array], float]:
     size = 4.0 * elements
     if name == "fused":
         return [numbers(elements) for _ in range(3)], 4 * size
-    if name == "gelu":
+    if name in ("copy", "gelu"):
         return [numbers(elements)], 2 * size
     if name == "layer norm":
         return [numbers(elements // NORM_WIDTH, NORM_WIDTH), numbers(NORM_WIDTH), numbers(NORM_WIDTH)], 2 * size

@@ -1,12 +1,11 @@
-"""Cases, their timing, the comparison of results before it, and the table. Imports no framework: every process of a run uses it."""
+"""Cases, their timing in slices, the comparison of results before it, and the table. Imports no framework: every process of a run uses it."""
 
 from __future__ import annotations
 
-import gc
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +16,13 @@ import numpy as np
 class Case:
     """One timed call. `amount`: what it does, in the unit's terms (ops, floating-point operations, bytes). `unit`: a time ('us', 'ms',
     's') is time per amount, a rate ('GFLOP/s', 'GB/s') is amount per time. `result`: arrays that every framework must agree on, asked for
-    once, before the timing and on fresh state. `variant`: which of a framework's ways this is, where it has several."""
+    once, before the timing and on fresh state; None for a yardstick, which has none. `variant`: which of a framework's ways this is, where it
+    has several."""
 
     name: str
     call: Callable[[], Any]
     unit: str
-    result: Callable[[], Sequence[np.ndarray]]
+    result: Callable[[], Sequence[np.ndarray]] | None
     amount: float = 1.0
     variant: str = ""
     tolerance: float = 2e-3
@@ -30,19 +30,35 @@ class Case:
 
 @dataclass
 class Row:
-    """A measured case; `low` and `high` are the quartiles; `error`, instead of a value: why there is none."""
+    """A measured case. `values`: one of each slice or process, in the order in which they took turns with those of other frameworks;
+    `error`, instead of values: why there are none."""
 
     workload: str
     framework: str
     unit: str
-    value: float = 0.0
-    low: float = 0.0
-    high: float = 0.0
+    values: list[float] = field(default_factory=list)
     error: str = ""
+
+    def quartiles(self) -> tuple[float, float, float]:
+        """The lower quartile, the median and the upper quartile."""
+        if len(self.values) < 2:
+            only = self.values[0] if self.values else 0.0
+            return only, only, only
+        low, middle, high = statistics.quantiles(self.values, n=4)
+        return low, middle, high
+
+    @property
+    def value(self) -> float:
+        return self.quartiles()[1]
+
+    def written(self) -> dict[str, Any]:
+        """What a file of figures says of it."""
+        return {**self.__dict__, **dict(zip(("low", "value", "high"), self.quartiles()))}
 
 
 SCALES = {"us": 1e6, "ms": 1e3, "s": 1.0, "GFLOP/s": 1e-9, "GB/s": 1e-9}
 STEPS = 5  # training steps whose losses are compared
+YARDSTICK = "memcpy"  # the column that is no framework, but what the machine can do
 
 
 def is_rate(unit: str) -> bool:
@@ -80,6 +96,8 @@ def difference(got: Sequence[np.ndarray], expected: Sequence[np.ndarray]) -> flo
 
 def agrees(case: Case, folder: Path) -> str:
     """'' when the case's result is what the first framework of this run got (kept in `folder`), else what is wrong."""
+    if case.result is None:
+        return ""
     got = [np.array(a) for a in case.result()]
     file = folder / (case.name.replace(" ", "_").replace("/", "_") + ".npz")
     if not file.exists():
@@ -93,73 +111,90 @@ def agrees(case: Case, folder: Path) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------- timing
-def measure(case: Case, quick: bool = False) -> list[float]:
-    """Seconds per call of several samples, after calls that compile, fill caches and wake threads."""
-    call, clock = case.call, time.perf_counter
-    start, calls = clock(), 0
-    while calls < 4 or (clock() - start < (0.01 if quick else 0.2) and calls < 1000):
+def prime(call: Callable[[], Any], seconds: float) -> None:
+    """Calls that compile, fill caches and wake threads."""
+    start, calls = time.perf_counter(), 0
+    while calls < 4 or (time.perf_counter() - start < seconds and calls < 1000):
         call()
         calls += 1
+
+
+def time_slice(call: Callable[[], Any], seconds: float) -> float:
+    """Seconds per call in a slice of that length: the median of batches, behind calls for a quarter of it that make caches and clock its own."""
+    clock = time.perf_counter
     start = clock()
-    call()
-    repeats = max(1, int((0.0005 if quick else 0.005) / max(clock() - start, 1e-7)))
-    gc.collect()
+    while True:
+        begun = clock()
+        call()
+        ended = clock()
+        if ended - start >= seconds / 4:
+            break
+    batch = max(1, int(seconds / 20 / max(ended - begun, 1e-7)))
     samples: list[float] = []
     start = clock()
-    wanted, least, longest = (2, 0.0, 1.0) if quick else (20, 0.6, 15.0)
-    while (len(samples) < wanted or clock() - start < least) and clock() - start < longest:
+    while not samples or clock() - start < seconds:
         begun = clock()
-        for _ in range(repeats):
+        for _ in range(batch):
             call()
-        samples.append((clock() - begun) / repeats)
-    return samples
+        samples.append((clock() - begun) / batch)
+    return statistics.median(samples)
+
+
+def rest(longest: float = 0.05) -> None:
+    """Returns when the threads of this process sleep, or after `longest` seconds: some libraries' spin for a while before they do."""
+    end = time.perf_counter() + longest
+    while time.perf_counter() < end:
+        used, begun = time.process_time(), time.perf_counter()
+        time.sleep(0.002)
+        if time.process_time() - used < (time.perf_counter() - begun) / 5:
+            return
+
+
+def in_unit(unit: str, seconds: float, amount: float = 1.0) -> float:
+    """A call's time as the unit says it."""
+    return (amount / seconds if is_rate(unit) else seconds / amount) * SCALES[unit]
 
 
 def row_of(workload: str, framework: str, unit: str, seconds: Sequence[float], amount: float = 1.0) -> Row:
     """The Row for these times of one call."""
-    values = [(amount / s if is_rate(unit) else s / amount) * SCALES[unit] for s in seconds]
-    return spread(workload, framework, unit, values)
-
-
-def spread(workload: str, framework: str, unit: str, values: Sequence[float]) -> Row:
-    """The Row for these measured values."""
-    low, middle, high = statistics.quantiles(values, n=4) if len(values) > 1 else [*values] * 3
-    return Row(workload, framework, unit, middle, low, high)
+    return Row(workload, framework, unit, [in_unit(unit, s, amount) for s in seconds])
 
 
 def pooled(rows: Sequence[Row]) -> list[Row]:
-    """One row per workload and framework: the medians over the rounds that measured it, an error if one had one."""
+    """One row per workload and framework: with the values of all rounds, or an error if one had one."""
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         groups.setdefault((row.workload, row.framework), []).append(row)
     out = []
-    for group in groups.values():
+    for (workload, framework), group in groups.items():
         failed = next((r for r in group if r.error), None)
-        if failed is not None or len(group) == 1:
-            out.append(failed or group[0])
-            continue
-        middle = [statistics.median(getattr(r, field) for r in group) for field in ("value", "low", "high")]
-        out.append(Row(group[0].workload, group[0].framework, group[0].unit, *middle))
+        out.append(failed or Row(workload, framework, group[0].unit, [v for r in group for v in r.values]))
     return out
 
 
 # ----------------------------------------------------------------------------------------------------------------- table
 def table(rows: Sequence[Row]) -> str:
-    """A line per workload: each framework's median, in brackets its time as a multiple of the best peer's (below 1: faster)."""
+    """A line per workload: each framework's median, in brackets its time as a multiple of the best peer's (below 1: faster), behind a bar
+    duo's rate as a share of the yardstick's where there is one."""
     lines = []
     for workload in dict.fromkeys(row.workload for row in rows):
         group = [row for row in rows if row.workload == workload]
-        done = [row for row in group if not row.error]
-        cells = []
+        done = sorted((row for row in group if not row.error), key=_cost)
         if done:
-            unit = done[0].unit
-            peers = [_cost(row) for row in done if not is_own(row.framework)]
-            for row in sorted(done, key=_cost):
-                ratio = f" ({_cost(row) / min(peers):.2f})" if peers else ""
-                cells.append(f"{row.framework} {_number(row.value)}{ratio}")
-            lines.append(f"{workload + ', ' + unit:44}{'   '.join(cells)}")
+            best = next((r for r in done if not is_own(r.framework) and r.framework != YARDSTICK), None)
+            cells = [f"{r.framework} {_number(r.value)}" + (f" ({times(r, best):.2f})" if best else "") for r in done]
+            yardstick = next((row for row in done if row.framework == YARDSTICK), None)
+            shares = [f"{r.framework} {1 / times(r, yardstick):.2f}" for r in done if yardstick and is_own(r.framework)]
+            cells += [f"| of {YARDSTICK}: {', '.join(shares)}"] if shares else []
+            lines.append(f"{workload + ', ' + done[0].unit:44}{'   '.join(cells)}")
         lines += [f"{workload:44}{row.framework}: {row.error}" for row in group if row.error]
     return "\n".join(lines)
+
+
+def times(row: Row, other: Row) -> float:
+    """`row`'s time as a multiple of the other's: the median over turns, so that what the machine did meanwhile happened to both."""
+    ratios = [b / a if is_rate(row.unit) else a / b for a, b in zip(row.values, other.values)]
+    return statistics.median(ratios)
 
 
 def _cost(row: Row) -> float:

@@ -202,7 +202,7 @@ class Jax:
     def arrays(self, elements: int, label: str) -> Iterator[Case]:
         n, nn = self.np, self.jax.nn
         functions: dict[str, Callable] = {
-            "fused": lambda a, b, c: n.tanh(a * b + c) * nn.sigmoid(a) - n.exp(-c * c),
+            "copy": n.copy, "fused": lambda a, b, c: n.tanh(a * b + c) * nn.sigmoid(a) - n.exp(-c * c),
             "gelu": lambda a: nn.gelu(a, approximate=True), "softmax": lambda a: nn.softmax(a, -1),
             "layer norm": self.layer_norm, "sum axis 0": lambda a: a.sum(0), "sum axis 1": lambda a: a.sum(1),
             "sum": lambda a: a.sum(),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +132,7 @@ class Numpy:
             return centred * weight + bias
 
         functions: dict[str, Callable] = {
-            "fused": lambda a, b, c: np.tanh(a * b + c) * (1 / (1 + np.exp(-a))) - np.exp(-c * c),
+            "copy": np.copy, "fused": lambda a, b, c: np.tanh(a * b + c) * (1 / (1 + np.exp(-a))) - np.exp(-c * c),
             "gelu": lambda a: f(0.5) * a * (1 + np.tanh(f((2 / np.pi) ** 0.5) * (a + f(0.044715) * a * a * a))),
             "softmax": softmax, "layer norm": layer_norm, "sum axis 0": lambda a: a.sum(0),
             "sum axis 1": lambda a: a.sum(1), "sum": lambda a: a.sum(),
@@ -157,6 +158,25 @@ class Numpy:
             return params
 
         yield Case("Adam, 10M parameters", lambda: update(gradients), "ms", result, tolerance=1e-6)
+
+
+class Memcpy:
+    """No framework but a yardstick: how fast the machine copies an array, in equal parts on each thread, into memory that is there. For the functions
+    of large arrays that write as much as they read or less; starting a thread takes too long for small ones."""
+
+    def __init__(self, threads: int) -> None:
+        self.threads = threads
+        self.pool = ThreadPoolExecutor(threads)
+
+    def arrays(self, elements: int, label: str) -> Iterator[Case]:
+        if elements < 1 << 24:
+            return
+        source = np.ones(elements, "f4")
+        parts = list(zip(np.array_split(np.zeros_like(source), self.threads), np.array_split(source, self.threads)))
+        call = lambda: list(self.pool.map(np.copyto, *zip(*parts)))  # noqa: E731
+        for name in data.FUNCTIONS:
+            if not name.startswith("sum"):
+                yield Case(f"{name}, {label}", call, "GB/s", None, 2.0 * source.nbytes)
 
 
 class OnnxRuntime:

@@ -1,4 +1,5 @@
-"""Starts the processes of a run, and measures what is timed from outside one: imports, first calls, the demo."""
+"""Starts the processes of a run, and measures what is timed from outside one: imports, first calls, the demo. Frameworks take turns here
+too, one process after another."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.bench.harness import Row, row_of, spread
+from tests.bench.harness import YARDSTICK, Row, row_of
 from tests.bench.worker import FIRST_CALLS, FRAMEWORKS, TRAININGS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -41,12 +42,18 @@ class Setting:
         quiet = {"TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": "", "JAX_PLATFORMS": "cpu"}
         return kept | quiet | dict.fromkeys(THREADS, str(self.threads)) | more
 
+    def started(self, framework: str, arguments: Sequence[str], **how: Any) -> subprocess.Popen:
+        """Python with these arguments, on as many processors as there are to be threads; `how` is for Popen."""
+        how = {"env": self.environment(), "text": True, **how}
+        command = [self.python(framework), *arguments]
+        return subprocess.Popen(command, cwd=ROOT, preexec_fn=lambda: _confine(self.threads), **how)
+
     def run(self, framework: str, arguments: Sequence[str], **environment: str) -> subprocess.CompletedProcess:
-        """Python with these arguments, on as many processors as there are to be threads."""
-        return subprocess.run(
-            [self.python(framework), *arguments], cwd=ROOT, env=self.environment(**environment), capture_output=True, text=True,
-            check=False, preexec_fn=lambda: _confine(self.threads),
-        )  # fmt: skip
+        """Such a process from its start to its end."""
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        with self.started(framework, arguments, env=self.environment(**environment), **pipes) as process:
+            out, err = process.communicate()
+        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
 def _confine(threads: int) -> None:
@@ -65,103 +72,84 @@ def version(setting: Setting, framework: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-def worker(setting: Setting, framework: str, workload: str, folder: Path) -> list[Row]:
-    """The rows of one framework's process for one workload."""
-    with tempfile.TemporaryDirectory() as own:
-        out = Path(own, "rows.json")
-        arguments = [
-            "-m",
-            "tests.bench.worker",
-            framework,
-            workload,
-            "--threads",
-            str(setting.threads),
-            "--folder",
-            str(folder),
-        ]
-        done = setting.run(framework, [*arguments, "--out", str(out), *(["--quick"] if setting.quick else [])])
-        rows = [Row(**r) for r in json.loads(out.read_text())] if out.exists() else []
-    if done.returncode or any(row.error for row in rows):
-        print(done.stderr[-4000:], file=sys.stderr)
-    if done.returncode:
-        reason = (done.stderr.strip().splitlines() or ["no output"])[-1]
-        rows.append(Row(workload, framework, "", error=f"the process ended with {done.returncode}: {reason[:200]}"))
-    return rows
-
-
 # ------------------------------------------------------------------------------------------------------ timed from outside
 def first_call(setting: Setting, frameworks: Sequence[str], rounds: int) -> list[Row]:
     """Seconds of the first call of a compiled step: nothing cached, then with what the first process left on disk."""
-    rows = []
+    rows = Gathered("s")
     for case in FIRST_CALLS:
-        for framework in [f for f in frameworks if f in COMPILES]:
-            for when, seconds in cold_and_cached(setting, framework, rounds, "first_call", "--case", case).items():
-                rows.append(row_of(f"first call, {case}, {when}", framework, "s", seconds))
-    return by_workload(rows)
+        for _ in range(rounds):
+            for framework in [f for f in frameworks if f in COMPILES]:
+                for when, seconds in cold_and_cached(setting, framework, "first_call", "--case", case).items():
+                    rows.add(f"first call, {case}, {when}", framework, seconds)
+    return rows.by_workload()
 
 
 def memory(setting: Setting, frameworks: Sequence[str], rounds: int) -> list[Row]:
     """Megabytes that a process needs to train: its peak, and what of it came after the import; nothing cached, then with a filled cache."""
-    rows = []
+    rows = Gathered("MB")
     for case in TRAININGS:
-        for framework in [f for f in frameworks if f != "onnxruntime"]:
-            for variant in ("", *VARIANTS.get((framework, case), VARIANTS.get(framework, ()))):
-                arguments = ("memory", "--case", case, "--variant", variant)
-                for when, taken in cold_and_cached(setting, framework, rounds, *arguments).items():
+        for _ in range(rounds):
+            for framework in [f for f in frameworks if f not in ("onnxruntime", YARDSTICK)]:
+                for variant in ("", *VARIANTS.get((framework, case), VARIANTS.get(framework, ()))):
+                    arguments = ("memory", "--case", case, "--variant", variant)
                     column = f"{framework}:{variant}" if variant else framework
-                    for k, what in enumerate(("peak memory", "memory above the import's")):
-                        values = [each[k] for each in taken if each is not None]
-                        if values:
-                            rows.append(spread(f"{what}, {case}, {when}", column, "MB", values))
-    return by_workload(rows)
+                    for when, taken in cold_and_cached(setting, framework, *arguments).items():
+                        for what, megabytes in zip(("peak memory", "memory above the import's"), taken or ()):
+                            rows.add(f"{what}, {case}, {when}", column, megabytes)
+    return rows.by_workload()
 
 
-def cold_and_cached(
-    setting: Setting, framework: str, rounds: int, workload: str, *arguments: str
-) -> dict[str, list[Any]]:
-    """What processes for `workload` report: with nothing cached, and with what such a process has left on disk."""
-    taken: dict[str, list[Any]] = {"cold": [], "from disk": []}
-    for _ in range(rounds):
-        with tempfile.TemporaryDirectory() as folder:
-            caches = {
-                "DUO_CACHE_DIR": f"{folder}/duo", "TORCHINDUCTOR_CACHE_DIR": f"{folder}/torch",
-                "JAX_COMPILATION_CACHE_DIR": f"{folder}/jax", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-                "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-            }  # fmt: skip
-            for reports in taken.values():
-                out = Path(folder, "report")
-                command = ["-m", "tests.bench.worker", framework, workload, *arguments]
-                command += ["--threads", str(setting.threads), "--folder", folder, "--out", str(out)]
-                done = setting.run(framework, command, **caches)
-                if done.returncode:
-                    said = done.stderr[-2000:]
-                    raise RuntimeError(f"{workload} {' '.join(arguments)} with {framework} failed:\n{said}")
-                reports.append(json.loads(out.read_text()))
+def cold_and_cached(setting: Setting, framework: str, workload: str, *arguments: str) -> dict[str, Any]:
+    """What processes for `workload` report: with nothing cached, and with what that process has left on disk."""
+    taken: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        caches = {
+            "DUO_CACHE_DIR": f"{folder}/duo", "TORCHINDUCTOR_CACHE_DIR": f"{folder}/torch",
+            "JAX_COMPILATION_CACHE_DIR": f"{folder}/jax", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        }  # fmt: skip
+        for when in ("cold", "from disk"):
+            out = Path(folder, "report")
+            command = ["-m", "tests.bench.worker", framework, workload, *arguments]
+            command += ["--threads", str(setting.threads), "--folder", folder, "--out", str(out)]
+            done = setting.run(framework, command, **caches)
+            if done.returncode:
+                said = done.stderr[-2000:]
+                raise RuntimeError(f"{workload} {' '.join(arguments)} with {framework} failed:\n{said}")
+            taken[when] = json.loads(out.read_text())
     return taken
 
 
-def by_workload(rows: list[Row]) -> list[Row]:
-    """The rows of each workload side by side."""
-    order = dict.fromkeys(row.workload for row in rows)
-    return sorted(rows, key=lambda row: list(order).index(row.workload))
+class Gathered:
+    """Rows that get their values one by one, in turns of the frameworks."""
+
+    def __init__(self, unit: str) -> None:
+        self.unit = unit
+        self.rows: dict[tuple[str, str], Row] = {}
+
+    def add(self, workload: str, framework: str, value: float) -> None:
+        self.rows.setdefault((workload, framework), Row(workload, framework, self.unit)).values.append(value)
+
+    def by_workload(self) -> list[Row]:
+        """The rows of each workload side by side."""
+        order = list(dict.fromkeys(workload for workload, _ in self.rows))
+        return sorted(self.rows.values(), key=lambda row: order.index(row.workload))
 
 
 def imports(setting: Setting, frameworks: Sequence[str], rounds: int) -> list[Row]:
     """Milliseconds from starting Python to its end with one import in it."""
     modules = {f: "duo.graph" if f == "duo.graph" else FRAMEWORKS[f].package for f in frameworks}
-    chosen = {m: f for f, m in reversed(modules.items())}
-    rows = []
-    for module, framework in reversed(chosen.items()):
-        taken = []
-        for n in range(rounds + 1):  # the first time writes the byte code
+    chosen = {m: f for f, m in reversed(modules.items()) if f != YARDSTICK}
+    rows = Gathered("ms")
+    for n in range(rounds + 1):  # the first time writes the byte code
+        for module, framework in reversed(chosen.items()):
             start = time.perf_counter()
             done = setting.run(framework, ["-c", f"import {module}"])
             if done.returncode:
                 raise RuntimeError(f"import {module} failed:\n{done.stderr}")
             if n:
-                taken.append(time.perf_counter() - start)
-        rows.append(row_of("a process that imports it", framework, "ms", taken))
-    return rows
+                rows.add("a process that imports it", framework, (time.perf_counter() - start) * 1e3)
+    return rows.by_workload()
 
 
 def demo(setting: Setting, frameworks: Sequence[str], rounds: int) -> list[Row]:

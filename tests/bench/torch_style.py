@@ -231,6 +231,7 @@ class TorchStyle:
     def functions(self) -> dict[str, Callable]:
         t, F = self.t, self.F
         return {
+            "copy": lambda a: a.clone(),
             "fused": lambda a, b, c: t.tanh(a * b + c) * t.sigmoid(a) - t.exp(-c * c),
             "gelu": lambda a: F.gelu(a, approximate="tanh"),
             "softmax": lambda a: t.softmax(a, -1),
@@ -286,8 +287,7 @@ class TorchCompile(Torch):
     """torch.compile, with weights frozen for inference."""
 
     def compiled(self, fn: Callable) -> Callable:
-        self.t._dynamo.reset()  # a case is built when those before it are done: no shapes or layouts of theirs count
-        return self.t.compile(fn)
+        return self.t.compile(fn, dynamic=False)  # the shapes and layouts of other cases do not count
 
     def latency(self) -> Iterator[Case]:
         import torch._inductor.config as settings  # optional: a peer

@@ -1,13 +1,17 @@
-"""One process of a run: one framework, one workload. Started by `python -m tests.bench`, which reads the rows it writes.
+"""One process of a run: one framework, one workload. Started by `python -m tests.bench`. A workload's process answers the questions on its
+standard input (see `serve`); one for a first call or for memory writes what it found to a file.
 
-python -m tests.bench.worker FRAMEWORK WORKLOAD --folder DIR --out FILE [--threads N] [--quick] [--case CASE] [--variant NAME]
+python -m tests.bench.worker FRAMEWORK WORKLOAD --folder DIR [--out FILE] [--threads N] [--quick] [--case CASE] [--variant NAME]
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib
+import itertools
 import json
+import os
 import sys
 import time
 import traceback
@@ -16,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tests.bench import data
-from tests.bench.harness import Case, Row, agrees, measure, row_of
+from tests.bench.harness import YARDSTICK, Case, Row, agrees, in_unit, prime, rest, time_slice
 
 
 class Framework(NamedTuple):
@@ -33,6 +37,7 @@ FRAMEWORKS = {
     "jax": Framework("jax", "jax_style", "Jax"),
     "numpy": Framework("numpy", "numpy_style", "Numpy"),
     "onnxruntime": Framework("onnxruntime", "numpy_style", "OnnxRuntime"),
+    YARDSTICK: Framework("numpy", "numpy_style", "Memcpy"),
     "tensorflow": Framework("tensorflow", "tf_style", "TensorFlow"),
     "tensorflow1": Framework("tensorflow", "tf_style", "TensorFlow1"),
     "torch.compile": Framework("torch", "torch_style", "TorchCompile"),
@@ -47,12 +52,25 @@ WORKLOADS = {
     "mlp": "training step 784-512-256-10, batch 128, cross-entropy: Adam, and SGD",
     "cnn": "training step of two 3x3 convolutions with pooling and two full layers, 28x28, batch 64: momentum",
     "gpt": "GPT of 4 layers, width 256, 8 rows of 128 tokens: training step with AdamW, and the forward pass",
-    "arrays": "sixteen million f32: fused elementwise, gelu, softmax, layer norm, sums",
+    "arrays": "sixteen million f32: a copy, fused elementwise, gelu, softmax, layer norm, sums",
     "million": "the same of one million f32",
     "matmul": "f32 products, square and skinny",
     "latency": "inference of one sample: the MLP, the CNN, ResNet-18",
     "adam": "Adam's update of ten tensors of a million f32",
 }
+CASES = {  # of each workload, in their order; no framework has others
+    "ops": ("tiny op", "tiny op, gradients recorded"),
+    "tiny": ("tiny",),
+    "mlp": ("mlp adam", "mlp sgd"),
+    "cnn": ("cnn",),
+    "gpt": ("gpt", "gpt forward"),
+    "arrays": tuple(f"{name}, 16M" for name in data.FUNCTIONS),
+    "million": tuple(f"{name}, 1M" for name in data.FUNCTIONS),
+    "matmul": tuple(f"matmul {m}x{k}x{n}" for m, k, n in data.PRODUCTS),
+    "latency": ("mlp, batch 1", "cnn, batch 1", "ResNet-18, batch 1"),
+    "adam": ("Adam, 10M parameters",),
+}
+SLICE, QUICK_SLICE = 0.04, 0.002  # seconds
 FIRST_CALLS = ("mlp adam", "gpt forward", "gpt")
 TRAININGS = ("mlp adam", "cnn", "gpt")  # whose memory is measured
 MEMORY_STEPS = 30
@@ -74,22 +92,71 @@ def style_of(framework: str, threads: int) -> Any:
     return getattr(importlib.import_module(f"tests.bench.{found.module}"), found.name)(threads)
 
 
-def rows_of(framework: str, workload: str, threads: int, folder: Path, quick: bool) -> Iterator[Row]:
-    """Each case's row: compared with the first framework's result, then timed."""
-    style = style_of(framework, threads)
-    try:
-        for case in cases_of(style, workload):
-            column = f"{framework}:{case.variant}" if case.variant else framework
-            try:
-                wrong = agrees(case, folder)
-                if wrong:
-                    yield Row(case.name, column, case.unit, error=wrong)
-                else:
-                    yield row_of(case.name, column, case.unit, measure(case, quick), case.amount)
-            except Exception as error:  # a case that fails does not keep the others from running
-                yield Row(case.name, column, case.unit, error=reported(error))
-    except Exception as error:
-        yield Row(workload, framework, "", error=reported(error))
+class Turns:
+    """What this process does when it is asked. The cases of one name (a framework's variants) are there together, and gone with the next."""
+
+    def __init__(self, framework: str, workload: str, threads: int, folder: Path, quick: bool) -> None:
+        self.framework, self.workload, self.folder, self.quick = framework, workload, folder, quick
+        self.timed: list[Case] = []
+        self.failed: list[Row] = []
+        self.groups = itertools.groupby(self._cases(threads), key=lambda case: case.name)
+        self.next = next(self.groups, None)
+
+    def _cases(self, threads: int) -> Iterator[Case]:
+        try:
+            yield from cases_of(style_of(self.framework, threads), self.workload)
+        except Exception as error:  # no further case, then
+            self.failed.append(Row(self.workload, self.framework, "", error=reported(error)))
+
+    def prepare(self, name: str) -> list[Row]:
+        """Forgets the cases before and makes those of this name, as many as there are, compares their results with the first framework's and
+        warms them up. Gives a row of each, without values; the ones that have no error can be timed, numbered in this order."""
+        self.timed.clear()
+        gc.collect()
+        rows = []
+        if self.next is not None and self.next[0] == name:
+            for case in list(self.next[1]):
+                error = self._checked(case)
+                column = f"{self.framework}:{case.variant}" if case.variant else self.framework
+                rows.append(Row(name, column, case.unit, error=error))
+                if not error:
+                    self.timed.append(case)
+            self.next = next(self.groups, None)
+        rows += self.failed
+        self.failed.clear()
+        gc.collect()
+        rest()
+        return rows
+
+    def _checked(self, case: Case) -> str:
+        try:
+            error = agrees(case, self.folder)
+            if not error:
+                prime(case.call, 0.01 if self.quick else 0.2)
+        except Exception as failure:  # a case that fails does not keep the others from running
+            error = reported(failure)
+        return error
+
+    def turn(self, number: int) -> float | str:
+        """A slice of that case's calls, in its unit, or what went wrong; then this process's threads sleep."""
+        case = self.timed[number]
+        try:
+            seconds = time_slice(case.call, QUICK_SLICE if self.quick else SLICE)
+        except Exception as error:
+            return reported(error)
+        rest()
+        return in_unit(case.unit, seconds, case.amount)
+
+
+def serve(turns: Turns, answers: Any) -> None:
+    """Reads questions, a line each, and writes a line of JSON to `answers`: 'prepare NAME' (see Turns.prepare), 'turn NUMBER' (Turns.turn)."""
+    for line in sys.stdin:
+        what, _, argument = line.rstrip("\n").partition(" ")
+        answer: Any = (
+            [row.__dict__ for row in turns.prepare(argument)] if what == "prepare" else turns.turn(int(argument))
+        )
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
 
 
 def reported(error: Exception) -> str:
@@ -135,7 +202,7 @@ def main() -> int:
     parser.add_argument("framework", choices=FRAMEWORKS)
     parser.add_argument("workload", choices=[*WORKLOADS, "first_call", "memory"])
     parser.add_argument("--folder", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path, help="of first_call and memory")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--case", choices=dict.fromkeys((*FIRST_CALLS, *TRAININGS)), help="of first_call and memory")
@@ -148,10 +215,9 @@ def main() -> int:
         found = memory(options.framework, options.case, options.variant, options.threads)
         options.out.write_text(json.dumps(found))
         return 0
-    rows = []
-    for row in rows_of(options.framework, options.workload, options.threads, options.folder, options.quick):
-        rows.append(row.__dict__)
-        options.out.write_text(json.dumps(rows))
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print is no answer
+    serve(Turns(options.framework, options.workload, options.threads, options.folder, options.quick), answers)
     return 0
 
 

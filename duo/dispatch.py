@@ -53,6 +53,16 @@ def distinct(out: Any, operands: Sequence[Value]) -> Any:
     return straight_through(out, out) if out.type.dtype.is_float and any(out is v for v in operands) else out
 
 
+def beside(tensor: Any, *others: Any) -> tuple[Any, ...]:
+    """`others` (tensors or None) as the kind of tensor that decides where they meet `tensor`: what is computed of parameters alone, before
+    they meet a graph's tensor, is part of that graph then."""
+    return tuple([t if t is None or kind_of((tensor, t)) is t.__class__ else apply(_first, (t, tensor)) for t in others])
+
+
+def _first(x: Value, y: Value) -> Value:
+    return x
+
+
 _views: dict[Any, Any] = {}  # class of a tensor -> its `_view`
 _applies: dict[Any, Any] = {}  # class of the operand, or classes of several -> `_apply` of the class that decides
 _quick: Any = None  # a class of tensors, and how it applies a body if nothing but it and numbers is there

@@ -86,7 +86,7 @@ def attention_arguments(
 ) -> tuple[Any, Any, Any, tuple, tuple]:
     """q, k, v with equal numbers of heads, the other operands, and the static attributes."""
     q, k, v = (type_of(x) for x in (query, key, value))
-    if min(q.rank, k.rank, v.rank) < 2 or q.shape[-1] != k.shape[-1] or k.shape[-2] != v.shape[-2]:
+    if min(q.rank, k.rank, v.rank) < 2 or _differ(q.shape[-1], k.shape[-1]) or _differ(k.shape[-2], v.shape[-2]):
         raise ShapeError(
             f"attention: query [..., L, E], key [..., S, E] and value [..., S, V] are needed, got {q}, {k}, {v}"
         )
@@ -101,6 +101,11 @@ def attention_arguments(
         key, value = apply(_grouped, (key,), (groups,)), apply(_grouped, (value,), (groups,))
     more = ((attn_mask,) if attn_mask is not None else ()) + ((scale,) if scale is not None else ())
     return query, key, value, more, (attn_mask is not None, bool(is_causal), scale is not None)
+
+
+def _differ(a: DimLike, b: DimLike) -> bool:
+    """Whether two sizes are known not to be one; what is unknown in a graph is settled by what is done with it."""
+    return isinstance(a, int) and isinstance(b, int) and a != b
 
 
 def _groups(q: TensorType, k: TensorType, enable_gqa: bool) -> int:

@@ -496,28 +496,48 @@ def _holds_functions(item: Any) -> bool:
     return isinstance(item, Op) and any(isinstance(v, Function) for v in item.attrs.values())
 
 
+_MOST_GUESSES = 3000  # bodies take some 0.1 ms each; only what will be refused comes that far
+
+
 def _guesses(shapes: Sequence[tuple[DimLike, ...]]) -> Iterator[dict[str, DimLike]]:
-    """Ways to make unknown sizes equal: one pair, then all that stand at one place from the right, from the left, then all."""
+    """Ways to make unknown sizes equal, to each other or to known ones: one equation, then two, then three; all that stand at one place from
+    the right, from the left; then all. The fewest come first, as what is equal here without need refuses feeds later."""
     names = list(dict.fromkeys(n for s in shapes for d in s if isinstance(d, Dim) for n in d.names))
-    for a, b in itertools.combinations(names, 2):
-        yield {b: Dim.symbol(a)}
     known = list(dict.fromkeys(d for s in shapes for d in s if isinstance(d, int) and d != 1))
-    for n in names:
-        for d in known:
-            yield {n: d}
+    equations: list[tuple[str, str | int]] = [(b, a) for a, b in itertools.combinations(names, 2)]
+    equations += [(n, d) for n in names for d in known]
+    chosen = itertools.chain.from_iterable(itertools.combinations(equations, count) for count in (1, 2, 3))
+    for some in itertools.islice(chosen, _MOST_GUESSES):
+        sizes = _solved(some)
+        if len(sizes) == len(some):  # else equations that say the same, or that contradict each other
+            yield sizes
     for from_right in (True, False):
-        sizes: dict[str, DimLike] = {}
+        placed: list[tuple[str, str | int]] = []
         for place in range(max(map(len, shapes), default=0)):
             row = [s[-1 - place] if from_right else s[place] for s in shapes if place < len(s)]
-            same = [d.names[0] for d in row if isinstance(d, Dim) and len(d.names) == 1]
-            fixed = [d for d in row if isinstance(d, int) and d != 1]
-            to: DimLike | None = fixed[0] if fixed else (Dim.symbol(same[0]) if same else None)
-            if to is not None:
-                sizes.update({n: to for n in same if Dim.symbol(n) != to and n not in sizes})
-        if sizes:
-            yield sizes
+            same: list[str | int] = [d.names[0] for d in row if isinstance(d, Dim) and len(d.names) == 1]
+            to = [d for d in row if isinstance(d, int) and d != 1] + same
+            placed += [(n, to[0]) for n in same if isinstance(n, str) and n != to[0]]
+        if placed:
+            yield _solved(placed)
     if len(names) > 2:
-        yield {n: Dim.symbol(names[0]) for n in names[1:]}
+        yield _solved([(n, names[0]) for n in names[1:]])
+
+
+def _solved(equations: Iterable[tuple[str, str | int]]) -> dict[str, DimLike]:
+    """What names are by these equations: a number, or the name that stands for all that are equal; empty where two numbers would be one."""
+    sizes: dict[str, DimLike] = {}
+    for left, right in equations:
+        a, b = (sizes.get(x, Dim.symbol(x)) if isinstance(x, str) else x for x in (left, right))
+        if a == b:
+            continue
+        if not isinstance(a, Dim):
+            a, b = b, a
+        if not isinstance(a, Dim):
+            return {}
+        sizes = {n: b if d == a else d for n, d in sizes.items()}
+        sizes[a.names[0]] = b
+    return sizes
 
 
 class _Graphs(threading.local):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from duo.dispatch import beside
 from duo.eager.creation import empty, zeros
 from duo.functional import cat
 from duo.functional._args import type_of
@@ -124,6 +125,7 @@ class MultiheadAttention(Module):
         e, weight, bias = self.embed_dim, self.in_proj_weight, self.in_proj_bias
         if weight is not None and query is key and key is value:
             return F.linear(query, weight, bias).chunk(3, -1)
+        weight, bias = beside(query, weight, bias)
         biases = (None,) * 3 if bias is None else bias.chunk(3, 0)
         if weight is not None and key is value:
             q = F.linear(query, weight[:e], biases[0])
@@ -137,8 +139,9 @@ class MultiheadAttention(Module):
         """Keys and values with those that add_bias_kv and add_zero_attn put behind them."""
         batch, _, e = type_of(k).shape
         if self.bias_k is not None:
-            k = cat((k, self.bias_k.expand(batch, 1, e)), 1)
-            v = cat((v, self.bias_v.expand(batch, 1, e)), 1)
+            bias_k, bias_v = beside(k, self.bias_k, self.bias_v)
+            k = cat((k, bias_k.expand(batch, 1, e)), 1)
+            v = cat((v, bias_v.expand(batch, 1, e)), 1)
         if self.add_zero_attn:
             k, v = (cat((x, x.new_zeros(batch, 1, e)), 1) for x in (k, v))
         return q, k, v

@@ -184,6 +184,35 @@ def test_graph_mode():
         assert np.array_equal(session.run(y, {x: X}), want)
 
 
+OTHERS = {  # name: (constructor's arguments, which of three different inputs query, key and value are)
+    "cross": ({}, (0, 1, 1)),
+    "three": ({}, (0, 1, 2)),
+    "widths": ({"kdim": 6, "vdim": 6}, (0, 3, 4)),
+    "extra": ({"add_bias_kv": True, "add_zero_attn": True}, (0, 0, 0)),
+    "no bias": ({"bias": False, "add_bias_kv": True}, (0, 1, 1)),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_graph_mode_with_parts_of_parameters(name):
+    """What is taken out of a packed parameter belongs to the graph, its gradient too; no size is known, none is equal without need."""
+    kwargs, which = OTHERS[name]
+    rng = np.random.default_rng(0)
+    given = [rng.standard_normal(s).astype("f4") for s in ((3, 5, 8), (3, 7, 8), (3, 7, 8), (3, 7, 6), (3, 7, 6))]
+    module = set_numbers(nn.MultiheadAttention(8, 2, batch_first=True, **kwargs))
+    tensors = [duo.tensor(x) for x in given]
+    want = module(*[tensors[i] for i in which])[0]
+    (want * want).sum().backward()
+    with tf.Graph().as_default(), tf.Session() as session:
+        fed = [tf.placeholder(tf.float32, [None, None, x.shape[-1]]) for x in given]
+        out = module(*[fed[i] for i in which])[0]
+        gradients = tf.gradients(tf.reduce_sum(out * out), list(module.parameters()))
+        session.run(tf.global_variables_initializer())
+        found = session.run([out, *gradients], dict(zip(fed, given)))
+    for a, b in zip(found, [want.detach(), *[p.grad for p in module.parameters()]], strict=True):
+        assert np.array_equal(a, b.numpy())
+
+
 def test_nothing_to_see():
     """A query whose keys are all masked gets the output projection's bias."""
     module = set_numbers(nn.MultiheadAttention(8, 2))

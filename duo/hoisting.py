@@ -9,22 +9,17 @@ program does the call. The extra memory is the prologue's results, and, between 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection, Mapping
 from typing import Any
 
 from duo import runtime
+from duo.eager.keeping import is_on
 from duo.eager.tensor import EagerTensor
 from duo.eager.trace import Val, settle
 from duo_ir.core import Function
 
 _CALLS = 2  # with equal values, before the values are held for one more
 _MOST_CALLS = 64
-
-
-def is_on() -> bool:
-    """Whether the user wants it (DUO_HOIST)."""
-    return os.environ.get("DUO_HOIST", "1") != "0"
 
 
 class Hoister:

@@ -21,6 +21,7 @@ from duo.devices import CPU
 from duo.eager import lane
 from duo.eager.autograd import Inner
 from duo.eager.build import Construction, Watch, freed_error
+from duo.eager.keeping import Keeper, Kept, is_on
 from duo.eager.locate import explainer, index_inputs, relocated
 from duo.eager.segments import Origin, Pullback, Segment, unmarked, version_of
 from duo.eager.steps import Position
@@ -114,6 +115,8 @@ class Program:
         self.givable = ([], []) if self.alive else (rows, [plan.inputs[j][0] for j in rows])
         self.updates = _updates(plan, live) if rows else []
         self.given: tuple[int, ...] = ()  # inputs that nobody could read any more the last time
+        keeps = fused and plan.node.device is CPU and not outs and is_on()
+        self.keeper = Keeper(function, plan.inputs) if keeps else None
         self.uses = 0  # as one of `FlushPlan.known`
         self.lane: lane.Lane | None = None
         self.words: lane.Words | None = None
@@ -325,20 +328,30 @@ def _execute(trace: Trace, plan: FlushPlan, live: tuple[int, ...], program: Prog
         entry = entries[e]
         inputs.append(entry.buf if k is None else entry.scalars[k])  # type: ignore[index]
     if program.reads is None:
-        _call(trace, plan, program, inputs, overwrite)
+        kept = None if program.keeper is None else program.keeper.find(trace)
+        if kept is not None and kept.words is None and program.words is not None:
+            kept.words = lane.words(plan, program, kept)
+            kept.address = 0 if kept.words is None else kept.words.address
+        _call(trace, plan, program, inputs, overwrite, kept)
         return
     with runtime.explained(trace.device, explainer(trace, live, program.reads, inputs)):
-        _call(trace, plan, program, inputs, overwrite)
+        _call(trace, plan, program, inputs, overwrite, None)
 
 
-def _call(trace: Trace, plan: FlushPlan, program: Program, inputs: list[Any], overwrite: bool) -> None:
+def _call(
+    trace: Trace, plan: FlushPlan, program: Program, inputs: list[Any], overwrite: bool, kept: Kept | None
+) -> None:
     given = program.given = _unreadable(trace, program, inputs) if overwrite and program.givable[0] else ()
+    bound = program.runnable
+    if kept is not None:
+        bound = kept.main
+        inputs += kept.made
     if not given:
-        publish(trace, plan, program, program.run(inputs))
+        publish(trace, plan, program, bound.run(inputs))
         return
     # An interrupt may come between the run and the publishing, when old values are gone and new ones not there yet. The trace holds the
     # call, which knows whether it has run: whoever touches a value next publishes, or runs, what is missing (`_run`).
-    call = program.runnable.begin(inputs, given, program.updates)
+    call = bound.begin(inputs, given, program.updates)
     trace.call = _Begun(plan, program, call)
     call.run()
     runtime.statistics.overwritten += sum(b.nbytes for b in set(inputs).intersection(call.results))

@@ -62,6 +62,9 @@ def write(plan: Any, program: Any) -> Lane | None:
         lines.append(f"if count(entries[{number}]) {differs} {_ENTRY_ALONE}: return False")
     if program.givable[0]:  # a result may take the place of what only this trace still holds: the general way finds out
         lines += ["for val in trace.leaves:", f"  if count(val) <= {_LEAF_ALONE}: return False"]
+    if program.keeper is not None:  # what is kept of parameters is for the general way, or for native code
+        names["stands"] = program.keeper.stands
+        lines.append("if stands(trace): return False")
     inputs = [f"entries[{e}].{'buf' if k is None else f'scalars[{k}]'}" for e, k in plan.inputs]
     lines += ["trace.program = program", *bound.run_lines(inputs, names)]
     for k, number in enumerate(program.order):  # buffers first: another thread may take a value up from then on
@@ -87,31 +90,43 @@ class Words:
         self._kept, self.address = [array, *kept], array.ctypes.data
 
 
-def words(plan: Any, program: Any) -> Words | None:
-    """The words of a program that `write` gave a lane; None where its arguments need Python."""
-    parts = program.runnable.lane_parts()
+def words(plan: Any, program: Any, kept: Any = None) -> Words | None:
+    """The words of a program that `write` gave a lane, or of its main program on what is kept; None where its arguments need Python."""
+    bound = program.runnable if kept is None else kept.main
+    if not bound.outputs_are_results:
+        return None
+    parts = bound.lane_parts()
     if parts is None:
         return None
     entry, frames, outputs = parts
+    keeper, made, constants = (program.keeper, (), ()) if kept is None else (None, kept.made, kept.constants)
     checks = [n for node in plan.node.path() if may_live(node) for n in range(node.first, node.first + len(node.infos))]
     found = [
         id(program),
         id(entry),
         id(frames),
         len(checks),
-        len(plan.inputs),
+        len(plan.inputs) + len(made),
         len(outputs),
         int(bool(program.givable[0])),
+        0 if keeper is None else id(keeper),
+        0 if keeper is None else keeper.counts.ctypes.data,
+        len(constants),
     ]
     for number in checks:
         found += [number, int(number in program.order)]
     for e, k in plan.inputs:
         found += [e, -1 if k is None else k]
-    kept: list[Any] = [entry, frames]
+    places = [buffer.ptr for buffer in made]
+    for place in places:
+        found += [id(place), -2]
+    used: list[Any] = [entry, frames, keeper, places]
     for number, (nbytes, home) in zip(program.order, outputs):
         found += [number, id(nbytes), id(home), id(home.free)]
-        kept += [nbytes, home]
-    return Words(found, kept)
+        used += [nbytes, home]
+    for e, buffer in constants:
+        found += [e, id(buffer)]
+    return Words(found, used)
 
 
 @lru_cache(maxsize=512)

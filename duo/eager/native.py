@@ -14,6 +14,7 @@ from duo.devices import CPU
 from duo.dispatch import apply_generally, use_quick
 from duo.eager.cells import layout, offset_of
 from duo.eager.flush import FlushPlan, flush
+from duo.eager.keeping import Kept, Mark
 from duo.eager.sharing import Sharers, Storage
 from duo.eager.tensor import DETACHED, OPERATORS, EagerTensor
 from duo.eager.trace import END, ROOTS, Stamp, Trace, Val, forks, full, hooks, recorded_elsewhere, state
@@ -34,12 +35,12 @@ def _recorder() -> Any:
     owners = {
         "trace": Trace(True), "value": val, "node": node, "info": object.__new__(Info),
         "tensor": EagerTensor(val), "storage": Storage(val), "stamp": Stamp(), "hooks": type(hooks)(), "plan": FlushPlan(node),
-        "sharers": object.__new__(Sharers),
+        "sharers": object.__new__(Sharers), "kept": Kept((), None, [], None), "mark": Mark(),
     }  # fmt: skip
     objects: dict[str, Any] = {
         "none": None, "true": True, "false": False, "empty": (), "zero": 0, "minus_one": -1, "float": float, "int": int, "bool": bool, "tuple": tuple,
         "RLock": _RLock, "tensor": EagerTensor, "Val": Val, "Node": Node, "Trace": Trace, "Storage": Storage, "Sharers": Sharers,
-        "FlushPlan": FlushPlan, "END": END, "LEAF": LEAF, "NOTHING": NOTHING, "detached": DETACHED, "root_grad": ROOTS[True, CPU],
+        "FlushPlan": FlushPlan, "Kept": Kept, "END": END, "LEAF": LEAF, "NOTHING": NOTHING, "detached": DETACHED, "root_grad": ROOTS[True, CPU],
         "root_plain": ROOTS[False, CPU], "cpu": CPU, "state": state, "hooks": hooks, "forks": forks, "full": full, "record": apply_generally, "flush": flush,
         "elsewhere": recorded_elsewhere, "dict_name": "__dict__", "trace_name": "trace", "grad_name": "grad", "capture_name": "capture",
         "acquire": _RLock.acquire, "release": _RLock.release,

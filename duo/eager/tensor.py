@@ -20,6 +20,7 @@ from duo.eager.autograd import GradLeaf, Inner, check_device_of
 from duo.eager.flush import flush
 from duo.eager.gradients import backward
 from duo.eager.hooks import RemovableHook
+from duo.eager.keeping import is_state, note_state
 from duo.eager.moving import bring, moved
 from duo.eager.operators import quick_operator
 from duo.eager.printing import format_tensor
@@ -462,6 +463,8 @@ class EagerTensor(Tensor):
         if not self.is_leaf:
             raise GradientError("only leaves can be deep-copied; detach() first")
         out = memo[id(self)] = self._fresh_copy()
+        if is_state(self):
+            note_state(out)
         return out
 
     def _fresh_copy(self) -> EagerTensor:

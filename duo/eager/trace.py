@@ -36,8 +36,9 @@ class Val:
     `extra` is what gradients need to know of it: a GradLeaf, an Origin (output of an earlier segment), or None.
     `stamp` says of which version of a storage it is (None as long as nobody asked)."""
 
-    __slots__ = ("buf", "extra", "index", "info", "loc", "node", "scalars", "stamp", "trace")
+    __slots__ = ("buf", "extra", "index", "info", "kept", "loc", "node", "scalars", "stamp", "trace")
     loc: Loc  # where it was recorded; unset where that is what its node says
+    kept: dict[Any, Any]  # what programs have made of it (keeping.py); unset where none has
 
     def __init__(self, trace: Trace | None, index: int, node: Node | None, info: Info) -> None:
         self.trace = trace

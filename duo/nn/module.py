@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from duo.devices import names_device
 from duo.eager.flush import flush
 from duo.eager.hooks import RemovableHook
+from duo.eager.keeping import note_state
 from duo.eager.mode import no_grad
 from duo.eager.tensor import EagerTensor
 from duo.eager.trace import state
@@ -95,6 +96,8 @@ class Module:
             self._parameters[name] = None
         elif name in self._buffers and (value is None or isinstance(value, EagerTensor)):
             self._buffers[name] = value
+            if value is not None:
+                note_state(value)
         elif name in self._modules and value is None:
             self._modules[name] = None
         else:
@@ -137,6 +140,8 @@ class Module:
         Epoch.count += 1
         self._drop(name)
         self._buffers[name] = tensor
+        if tensor is not None:
+            note_state(tensor)
         if not persistent:
             self._non_persistent.add(name)
 

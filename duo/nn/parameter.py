@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from duo.eager.autograd import GradLeaf
+from duo.eager.keeping import note_state
 from duo.eager.tensor import EagerTensor
 from duo.eager.trace import record
 from duo.eager.values import as_leaf
@@ -30,6 +31,7 @@ class Parameter(EagerTensor):
         if requires_grad:
             self._leaf = GradLeaf(self)
             self._val = as_leaf(val, self._leaf)
+        note_state(self)
 
     def _fresh_copy(self) -> EagerTensor:
         return Parameter(super()._fresh_copy().detach(), self.requires_grad)
@@ -46,3 +48,4 @@ class Buffer(EagerTensor):
     def __init__(self, data: Any) -> None:
         (val,) = record(_copy, (data,))
         super().__init__(val)
+        note_state(self)

@@ -1,17 +1,20 @@
 """LLVM text of lanes: the flush of a short path that has been flushed before, as `duo/eager/lane.py` writes it in Python, without Python code.
 
 A lane's words, i64:  0 program  1 entry  2 list of frames  3, 4, 5 how many checks, inputs and outputs  6 whether inputs may be overwritten
+                      7, 8 its Keeper (`duo/eager/keeping.py`) or 0, and where its counts are  9 how many constants
 then of each check:   number of an entry, whether it must be alive
-of each input:        number of an entry, which of its Python numbers or -1
+of each input:        number of an entry, which of its Python numbers or -1; or an address (an int object), -2
 of each output:       number of an entry, bytes (an int object), size class, its list of free blocks
+of each constant:     number of an entry, the buffer that it must have
+Where something is kept of the values that a trace has, the words are those of the Kept; all but the entry, inputs and constants are the same.
 
 Everything that may run Python code (what allocates, a garbage collection's finalisers) comes before the trace is closed or after its values are
 there; the trace's lock is held, as other threads may run during a long program.
 """
 
-LANE_WORDS = 7
-OBJECTS = ("FlushPlan", "Buffer", "capture_name", "acquire", "release", "flush")
-SLOTS = ("node.memo", "plan.address", "buffer.ptr", "buffer.nbytes", "buffer._home")
+LANE_WORDS = 10
+OBJECTS = ("FlushPlan", "Kept", "Buffer", "capture_name", "acquire", "release", "flush")
+SLOTS = ("node.memo", "plan.address", "mark.kept", "kept.address", "value.kept", "buffer.ptr", "buffer.nbytes", "buffer._home")
 
 LANE = """
 
@@ -86,6 +89,111 @@ no:
   ret i1 false
 }
 
+; The value outside that entry `number` of the trace is of, or null.
+define internal ptr @duo.outside(ptr %trace, i64 %number) nounwind {
+entry:
+  %position = alloca i64
+  %key = alloca ptr
+  %value = alloca ptr
+  store i64 0, ptr %position
+  %dict = get trace.leaves %trace
+  br label %next
+next:
+  %found = call i32 @PyDict_Next(ptr %dict, ptr %position, ptr %key, ptr %value)
+  %any = icmp ne i32 %found, 0
+  br i1 %any, label %leaf, label %no
+leaf:
+  %index = load ptr, ptr %value
+  %entry.number = call i64 @PyLong_AsLongLong(ptr %index)
+  %right = icmp eq i64 %entry.number, %number
+  br i1 %right, label %yes, label %next
+yes:
+  %val = load ptr, ptr %key
+  ret ptr %val
+no:
+  ret ptr null
+}
+; The words to run with: those of what is kept of the values that the trace has, which then is put into `held`; else the lane's own, which counts as a
+; call of its Keeper's. Null: that is for Python to find out.
+define internal ptr @duo.words(ptr %words, ptr %trace, ptr %entries, ptr %held) nounwind {
+entry:
+  store ptr null, ptr %held
+  %keeper = call ptr @duo.held(ptr %words, i64 7)
+  %none = icmp eq ptr %keeper, null
+  br i1 %none, label %own, label %anchor
+anchor:
+  %counts = call ptr @duo.held(ptr %words, i64 8)
+  %number = call i64 @duo.word(ptr %counts, i64 1)
+  %nothing = icmp eq i64 %number, 0
+  br i1 %nothing, label %count, label %find
+find:
+  %val = call ptr @duo.outside(ptr %trace, i64 %number)
+  %lost = icmp eq ptr %val, null
+  br i1 %lost, label %count, label %value
+value:
+  %dict = get value.kept %val
+  %bare = icmp eq ptr %dict, null
+  br i1 %bare, label %count, label %look
+look:
+  %mark = call ptr @PyDict_GetItem(ptr %dict, ptr %keeper)
+  %unmarked = icmp eq ptr %mark, null
+  br i1 %unmarked, label %count, label %class
+class:
+  %found = get mark.kept %mark
+  %kept.class = const Kept
+  %found.class = call ptr @duo.class(ptr %found)
+  %is.kept = icmp eq ptr %found.class, %kept.class
+  br i1 %is.kept, label %there, label %count
+there:
+  %address.object = get kept.address %found
+  %address = call i64 @PyLong_AsLongLong(ptr %address.object)
+  %kept.words = inttoptr i64 %address to ptr
+  %general = icmp eq i64 %address, 0
+  br i1 %general, label %python, label %constants
+constants:
+  %checks = call i64 @duo.word(ptr %kept.words, i64 3)
+  %inputs = call i64 @duo.word(ptr %kept.words, i64 4)
+  %outputs = call i64 @duo.word(ptr %kept.words, i64 5)
+  %total = call i64 @duo.word(ptr %kept.words, i64 9)
+  %pairs = add i64 %checks, %inputs
+  %pair.words = shl i64 %pairs, 1
+  %output.words = shl i64 %outputs, 2
+  %before = add i64 %pair.words, %output.words
+  %start = add i64 %before, LANE_WORDS
+  br label %next
+next:
+  %k = phi i64 [ 0, %constants ], [ %k2, %constant ]
+  %more = icmp ult i64 %k, %total
+  br i1 %more, label %constant, label %keep
+constant:
+  %k2 = add i64 %k, 1
+  %twice = shl i64 %k, 1
+  %row = add i64 %start, %twice
+  %row1 = add i64 %row, 1
+  %entry.number = call i64 @duo.word(ptr %kept.words, i64 %row)
+  %wanted = call ptr @duo.held(ptr %kept.words, i64 %row1)
+  %entry.val = call ptr @PyList_GetItem(ptr %entries, i64 %entry.number)
+  %buffer = get value.buf %entry.val
+  %same = icmp eq ptr %buffer, %wanted
+  br i1 %same, label %next, label %python
+keep:
+  call void @Py_IncRef(ptr %found)
+  store ptr %found, ptr %held
+  ret ptr %kept.words
+count:
+  %left = call i64 @duo.word(ptr %counts, i64 0)
+  %fewer = sub i64 %left, 1
+  %due = icmp slt i64 %fewer, 1
+  br i1 %due, label %python, label %counted
+counted:
+  store i64 %fewer, ptr %counts
+  br label %own
+own:
+  ret ptr %words
+python:
+  ret ptr null
+}
+
 ; Flushes the trace if it is at the end of a lane and nothing stands against it.
 define internal i1 @duo.lane(ptr %trace) nounwind {
 entry:
@@ -131,6 +239,7 @@ clear:
   br label %no
 acquire:
   %lock = get trace.lock %trace
+  %kept.at = alloca ptr
   %pair = alloca [2 x ptr]
   store ptr %lock, ptr %pair
   %second = getelementptr ptr, ptr %pair, i64 1
@@ -142,12 +251,18 @@ acquire:
   br i1 %unheld, label %clear, label %fit
 fit:
   %fits = call i1 @duo.lane.fits(ptr %words, ptr %trace, ptr %entries)
-  br i1 %fits, label %run, label %leave
+  br i1 %fits, label %choose, label %leave
+choose:
+  %chosen = call ptr @duo.words(ptr %words, ptr %trace, ptr %entries, ptr %kept.at)
+  %general = icmp eq ptr %chosen, null
+  br i1 %general, label %leave, label %run
 run:
-  %ran = call i1 @duo.lane.run(ptr %words, ptr %trace)
+  %ran = call i1 @duo.lane.run(ptr %chosen, ptr %trace)
+  %kept = load ptr, ptr %kept.at
+  drop %kept
   br label %leave
 leave:
-  %result = phi i1 [ false, %fit ], [ %ran, %run ]
+  %result = phi i1 [ false, %fit ], [ false, %choose ], [ %ran, %run ]
   %release = const release
   %released = call ptr @PyObject_Vectorcall(ptr %release, ptr %pair, i64 1, ptr null)
   drop %released
@@ -270,6 +385,12 @@ input:
   %in.row1 = add i64 %in.row, 1
   %number = call i64 @duo.word(ptr %words, i64 %in.row)
   %scalar = call i64 @duo.word(ptr %words, i64 %in.row1)
+  %is.fixed = icmp eq i64 %scalar, -2
+  br i1 %is.fixed, label %an.address, label %an.entry
+an.address:
+  %address = inttoptr i64 %number to ptr
+  br label %input.done
+an.entry:
   %val = call ptr @PyList_GetItem(ptr %entries, i64 %number)
   %is.buffer = icmp slt i64 %scalar, 0
   br i1 %is.buffer, label %a.buffer, label %a.scalar
@@ -282,7 +403,7 @@ a.scalar:
   %scalar.object = call ptr @PyTuple_GetItem(ptr %scalars, i64 %scalar)
   br label %input.done
 input.done:
-  %argument = phi ptr [ %in.ptr, %a.buffer ], [ %scalar.object, %a.scalar ]
+  %argument = phi ptr [ %address, %an.address ], [ %in.ptr, %a.buffer ], [ %scalar.object, %a.scalar ]
   %in.at = getelementptr ptr, ptr %args, i64 %i
   store ptr %argument, ptr %in.at
   br label %next.input

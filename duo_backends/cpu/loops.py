@@ -8,9 +8,11 @@ walked one by one; `columns.py`). All give the same bits; the choice is by estim
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from duo_backends.cpu.body import Scope
+from duo_backends.cpu.chains import side_by_side
 from duo_backends.cpu.code import KernelCode, Target, no_scratch
 from duo_backends.cpu.code import Phase as PhaseCode
 from duo_backends.cpu.columns import compile_columns
@@ -239,6 +241,8 @@ def _emit_row(phase: Phase, kernel: LoopKernel, width: int, outer: Sequence[str]
     count = min(together(stage, axis, size) for stage in kernel.stages)
     if sum(i.op == "load" for stage in kernel.stages for i in stage.body) == 1:
         count = count * 2 if count > 1 else 1  # there are registers for more
+    if count > 1:
+        kernel = replace(kernel, stages=tuple([side_by_side(stage) for stage in kernel.stages]))
     phase.over_lanes(begin, end, width, emit, scalar_tail=not phase.target.has_masks, together=count)
 
 

@@ -26,6 +26,7 @@ from loop_kernels import (
 )
 
 from duo_backends.cpu import loops, nest, stream, turn
+from duo_backends.cpu.chains import side_by_side
 from duo_backends.cpu.code import Target
 from duo_backends.cpu.emit import compile_kernel
 from duo_backends.cpu.jit import machine
@@ -266,6 +267,29 @@ def test_long_bodies_on_several_vectors_at_once(d, operands, monkeypatch):
             inputs = [data(d, n, seed=k, special=0.02) * d.numpy.type(40 if d is f32 else 300) for k in range(operands)]
         check(kernel, [*inputs, np.zeros(n, d.numpy)])
     compiled.cache_clear()
+
+
+def test_chains_that_meet_late_are_written_side_by_side():
+    """exp(a) * exp(exp(b)): the longer chain begins first and the shorter one among it, each instruction behind what it uses; no value changes."""
+    b = BodyBuilder()
+    short = recipes.exp(b, b.load(Access(0, Affine(0, (1,))), f32))
+    long = recipes.exp(b, recipes.exp(b, b.load(Access(1, Affine(0, (1,))), f32)))
+    store = Store(Access(2, Affine(0, (1,))), b.mul(short, long))
+    stage = Stage((), tuple(Instr(*row) for row in b.rows), (store,))
+    moved = side_by_side(stage)
+    assert moved.body != stage.body
+    assert all(a < k for k, instr in enumerate(moved.body) for a in instr.args)
+    loads = [instr.attr.buffer for instr in moved.body if instr.op == "load"]
+    assert loads == [1, 0]
+    begin = next(k for k, instr in enumerate(moved.body) if instr.op == "load" and instr.attr.buffer == 0)
+    before, behind = ({instr.op for instr in part} for part in (moved.body[:begin], moved.body[begin:]))
+    assert "ldexp" in before and "fma" in behind
+
+    def expression(stage, k):
+        instr = stage.body[k]
+        return instr.op, instr.attr, instr.dtype, *(expression(stage, a) for a in instr.args)
+
+    assert expression(moved, moved.stores[0].value) == expression(stage, stage.stores[0].value)
 
 
 def test_scalar_instructions():

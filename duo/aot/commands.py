@@ -79,6 +79,10 @@ def add_commands(commands: Any) -> None:
     c.add_argument(
         "--optimizer", default="adam", metavar="NAME", help=f"of {', '.join(sorted(_OPTIMIZERS))} (default: adam)"
     )
+    c.add_argument(
+        "--forward", action="append", metavar="SPEC",
+        help="with --train, an input of `forward`, in order (default: the first inputs of the step)",
+    )  # fmt: skip
     c.add_argument("--lr", type=float, help="its learning rate (default: the optimizer's)")
     c.add_argument("--numerics", choices=MODES, default="strict", help="of code for GPUs (default: strict, the CPU's bits)")
     c.add_argument("--json", action="store_true", help="say what was written as JSON")
@@ -198,7 +202,7 @@ def _source(options: argparse.Namespace) -> Source:
             f"there is no {missing}; optimizers are {', '.join(sorted(_OPTIMIZERS))}, losses those of nn.functional"
         )
     given = {} if options.lr is None else {"lr": options.lr}
-    return training_source(found, loss, kind(found.parameters(), **given), options.input, name)
+    return training_source(found, loss, kind(found.parameters(), **given), options.input, name, options.forward)
 
 
 def _named(text: str) -> tuple[Any, str]:

@@ -42,21 +42,24 @@ STEP, FIRST, FORWARD, INIT = "train_step", "_first_step", "forward", "_init"
 
 def export_training(
     model: Module, loss_fn: Callable[..., Any], optimizer: Optimizer, *specs: Any, path: Any,
-    targets: Sequence[str] = ("native",), name: str | None = None,
+    targets: Sequence[str] = ("native",), name: str | None = None, forward: Sequence[Any] | None = None,
 ) -> None:  # fmt: skip
     """Writes a `.duo` file or a `.so` (as `duo.export`) with `train_step(inputs...) -> loss`, `forward`, `init(seed)`, `save` and `load`.
 
     specs: the inputs of a step. The model is applied to all of them but the last, and `loss_fn(output, last)` gives the loss; a loss_fn whose first
-    parameter is called `model` gets the model and all inputs instead. Everything starts as it is now; neither model nor optimizer is changed.
+    parameter is called `model` gets the model and all inputs instead. `forward` applies the model to inputs of the step: to all but the last, or, where the
+    loss gets the model, to as many from the first as the model takes; or to `forward`, specs of its own. Everything starts as it is now; neither
+    model nor optimizer is changed.
     The optimizer's hyperparameters are states under their names (`lr`), which a caller may change between steps. `init(seed)` draws what the modules'
     `reset_parameters` draw, in the order in which they were made, so that it equals `duo.manual_seed(seed)` and making the model anew; parameters that
     a module draws otherwise start as they are now. Raises ArgumentError, and what model and loss_fn raise."""
-    write(training_source(model, loss_fn, optimizer, specs, name or identifier(path)), path, targets)
+    write(training_source(model, loss_fn, optimizer, specs, name or identifier(path), forward), path, targets)
 
 
 def training_source(
-    model: Module, loss_fn: Callable[..., Any], optimizer: Optimizer, specs: Sequence[Any], name: str
-) -> Source:
+    model: Module, loss_fn: Callable[..., Any], optimizer: Optimizer, specs: Sequence[Any], name: str,
+    forward: Sequence[Any] | None = None,
+) -> Source:  # fmt: skip
     """The Source of a training step."""
     if not isinstance(model, Module) or not isinstance(optimizer, Optimizer):
         raise ArgumentError("export_training takes a module, a loss function and an optimizer of duo.optim")
@@ -91,7 +94,7 @@ def training_source(
             (label, low, names_in, ["loss"]) for label, low in steps
         ]
         with _mode(model, False), no_grad():
-            shown = given[:-1]
+            shown = _shown(model, given, whole, forward)
             shape_of, model_inputs, results = graph_of(model, shown, [model])
         low = lowered(shape_of, list(results.values()), [x._value for x in model_inputs], {})
         programs.insert(0, (FORWARD, low, [s.name for s in shown], list(results)))
@@ -107,6 +110,25 @@ def training_source(
         STEP, FIRST if len(steps) > 1 else None, INIT, "generator", checkpoint, (whole_text, fresh_text)
     )
     return Source(name, (*source.programs, init), source.weights, states, training)
+
+
+def _shown(model: Module, given: Sequence[Any], whole: bool, forward: Sequence[Any] | None) -> list[Any]:
+    """The inputs of `forward`."""
+    accepted = list(inspect.signature(model.forward).parameters.values())
+    if forward is not None:
+        named = [p.name for p in accepted]
+        own = [spec(s) for s in forward]
+        return [spec(s, s.name or (named[k] if k < len(named) else f"x{k}")) for k, s in enumerate(own)]
+    if not whole or any(p.kind is p.VAR_POSITIONAL for p in accepted):
+        return list(given[:-1])
+    places = [p for p in accepted if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    needed = sum(p.default is p.empty for p in places)
+    if needed > len(given):
+        raise ArgumentError(
+            f"{type(model).__name__} takes {needed} inputs and a step has {len(given)}: say what `forward` takes by forward=[...], such as "
+            "forward=['x: f32[batch,784]']"
+        )
+    return list(given[: len(places)])
 
 
 def _input_names(model: Module, given: Sequence[Any], whole: bool, params: Sequence[str]) -> list[str]:

@@ -146,6 +146,67 @@ def test_a_convolutional_network_trains(tmp_path):
     assert_same(loaded, model)
 
 
+def test_convolutions_over_no_samples(tmp_path):
+    """The gradient of a second convolution's weights sums over a batch that may be empty; the step is lost, the process is not."""
+    duo.manual_seed(3)
+    layers = nn.Conv2d(1, 8, 3, padding=1), nn.GELU(), nn.Conv2d(8, 8, 3, stride=2), nn.Flatten(), nn.Linear(72, 3)
+    model = nn.Sequential(*layers)
+    opt = optim.SGD(model.parameters(), lr=1e-2)
+    duo.export_training(model, loss_that_counts, opt, "f32[n,1,8,8]", "f32[n,3]", path=tmp_path / "t.duo")
+    loaded = duo.load_executable(tmp_path / "t.duo")
+    for n in (2, 0, 1):
+        x, y = floats(n, n, 1, 8, 8), floats(n + 9, n, 3)
+        opt.zero_grad()
+        loss = loss_that_counts(model(duo.tensor(x)), duo.tensor(y))
+        loss.backward()
+        opt.step()
+        assert loaded.train_step(x, y).item() == loss.item(), n
+    assert np.isfinite(loss.item())
+    assert_same(loaded, model)
+
+
+def loss_that_counts(out, y):
+    return ((out - y) ** 2).sum()
+
+
+def test_what_forward_takes(tmp_path):
+    """A language model's loss has one input, which the model has too; a diffusion model's draws the other one of the model's inputs."""
+    duo.manual_seed(6)
+    path = tmp_path / "t.duo"
+    words = nn.Sequential(nn.Embedding(9, 6), nn.Linear(6, 9))
+    tokens = np.random.default_rng(0).integers(0, 9, (3, 5))
+
+    def next_word(model, x):
+        return F.cross_entropy(model(x[:, :-1]).flatten(0, 1), x[:, 1:].flatten())
+
+    duo.export_training(words, next_word, optim.SGD(words.parameters(), lr=0.1), "i64[b,5]", path=path)
+    loaded = duo.load_executable(path)
+    assert np.array_equal(loaded.forward(tokens), words(duo.tensor(tokens)).detach().numpy())
+    assert loaded.train_step(tokens).item() == next_word(words, duo.tensor(tokens)).item()
+
+    class Denoiser(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, x, t, scale=1.0):
+            return self.linear(x) * t * scale
+
+    def noised(model, x):
+        t = duo.rand(x.shape[0], 1)
+        return ((model(x * t, t) - x) ** 2).mean()
+
+    model = Denoiser()
+    opt = optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(ArgumentError, match=r"Denoiser takes 2 inputs and a step has 1.*forward="):
+        duo.export_training(model, noised, opt, "f32[n,4]", path=path)
+    duo.export_training(model, noised, opt, "f32[n,4]", path=path, forward=["f32[n,4]", "f32[n,1]"])
+    loaded = duo.load_executable(path)
+    x, t = floats(0, 3, 4), floats(1, 3, 1)
+    assert np.array_equal(loaded.forward(x, t), model(duo.tensor(x), duo.tensor(t)).detach().numpy())
+    assert loaded.train_step(x).item() == noised(model, duo.tensor(x)).item()
+
+
 def test_hyperparameters_can_change(tmp_path):
     duo.manual_seed(4)
     model, opt = made()

@@ -67,12 +67,15 @@ _views: dict[Any, Any] = {}  # class of a tensor -> its `_view`
 _applies: dict[Any, Any] = {}  # class of the operand, or classes of several -> `_apply` of the class that decides
 _quick: Any = None  # a class of tensors, and how it applies a body if nothing but it and numbers is there
 _quick_apply: Any = None
+chain: Any = None  # of `use_quick`, or None
 
 
-def use_quick(kind: Any, quick: Any) -> None:
-    """`quick(body, tensors, attrs)` is asked first where a tensor of exactly this class comes first; it may call `apply_generally`."""
-    global _quick, _quick_apply
-    _quick, _quick_apply = kind, quick
+def use_quick(kind: Any, quick: Any, together: Any = None) -> None:
+    """`quick(body, tensors, attrs)` is asked first where a tensor of exactly this class comes first; it may call `apply_generally`.
+    `together(tensor, steps)` applies several bodies, steps (body, tensors, attrs), each to the result of the one before and those tensors. It
+    gives the last result; or (how many steps it has taken, what the next takes) where the rest is for `apply`."""
+    global _quick, _quick_apply, chain
+    _quick, _quick_apply, chain = kind, quick, together
 
 
 def quick_for(kind: Any) -> Any:

@@ -80,7 +80,7 @@ def install() -> None:
         found = _recorder()
         if found is None or _paused:
             return
-        use_quick(EagerTensor, found.record)
+        use_quick(EagerTensor, found.record, found.chain)
         hooks.flush = found.flush
         _end_buffers(found.free)
         for name, method in found.methods.items():

@@ -15,6 +15,8 @@ from duo_ir.errors import ArgumentError
 class ReLU(Module):
     """max(x, 0)."""
 
+    _one_op = True
+
     def __init__(self, inplace: bool = False) -> None:
         super().__init__()
         self.inplace = inplace
@@ -26,6 +28,8 @@ class ReLU(Module):
 class ReLU6(Module):
     """min(max(x, 0), 6)."""
 
+    _one_op = True
+
     def __init__(self, inplace: bool = False) -> None:
         super().__init__()
         self.inplace = inplace
@@ -36,6 +40,8 @@ class ReLU6(Module):
 
 class LeakyReLU(Module):
     """x where x > 0, else negative_slope * x."""
+
+    _one_op = True
 
     def __init__(self, negative_slope: float = 0.01, inplace: bool = False) -> None:
         super().__init__()
@@ -51,6 +57,8 @@ class LeakyReLU(Module):
 class ELU(Module):
     """x where x > 0, else alpha * (exp(x) - 1)."""
 
+    _one_op = True
+
     def __init__(self, alpha: float = 1.0, inplace: bool = False) -> None:
         super().__init__()
         self.alpha, self.inplace = alpha, inplace
@@ -64,6 +72,8 @@ class ELU(Module):
 
 class GELU(Module):
     """x * Phi(x), exactly ('none') or by tanh ('tanh')."""
+
+    _one_op = True
 
     def __init__(self, approximate: str = "none") -> None:
         super().__init__()
@@ -79,6 +89,8 @@ class GELU(Module):
 class SiLU(Module):
     """x * sigmoid(x)."""
 
+    _one_op = True
+
     def __init__(self, inplace: bool = False) -> None:
         super().__init__()
         self.inplace = inplace
@@ -90,6 +102,8 @@ class SiLU(Module):
 class Mish(Module):
     """x * tanh(log(1 + exp(x))) (Misra, 2019)."""
 
+    _one_op = True
+
     def __init__(self, inplace: bool = False) -> None:
         super().__init__()
         self.inplace = inplace
@@ -100,6 +114,8 @@ class Mish(Module):
 
 class Hardtanh(Module):
     """x, but not below min_val nor above max_val."""
+
+    _one_op = True
 
     def __init__(self, min_val: float = -1.0, max_val: float = 1.0, inplace: bool = False) -> None:
         super().__init__()
@@ -116,6 +132,8 @@ class Hardtanh(Module):
 
 class PReLU(Module):
     """x where x > 0, else weight * x (He et al., 2015). weight: [num_parameters], one for all or one for each channel (axis 1)."""
+
+    _one_op = True
 
     def __init__(self, num_parameters: int = 1, init: float = 0.25, device: Any = None, dtype: Any = None) -> None:
         super().__init__()
@@ -136,6 +154,8 @@ class PReLU(Module):
 class Tanh(Module):
     """tanh(x)."""
 
+    _one_op = True
+
     def forward(self, input: Any) -> Any:
         return F.tanh(input)
 
@@ -143,12 +163,16 @@ class Tanh(Module):
 class Sigmoid(Module):
     """1 / (1 + exp(-x))."""
 
+    _one_op = True
+
     def forward(self, input: Any) -> Any:
         return F.sigmoid(input)
 
 
 class Softplus(Module):
     """log(1 + exp(beta * x)) / beta."""
+
+    _one_op = True
 
     def __init__(self, beta: float = 1.0, threshold: float = 20.0) -> None:
         super().__init__()
@@ -164,6 +188,8 @@ class Softplus(Module):
 class Softmax(Module):
     """exp(x) / sum(exp(x)) along `dim`."""
 
+    _one_op = True
+
     def __init__(self, dim: int | None = None) -> None:
         super().__init__()
         self.dim = dim
@@ -177,6 +203,8 @@ class Softmax(Module):
 
 class LogSoftmax(Module):
     """log(softmax(x)) along `dim`."""
+
+    _one_op = True
 
     def __init__(self, dim: int | None = None) -> None:
         super().__init__()

@@ -9,16 +9,18 @@ from typing import Any
 
 from duo.nn.module import Module
 from duo.nn.parameter import Parameter
+from duo.nn.runs import Run
 from duo_ir.errors import ArgumentError
 
 _call = Module.__call__
-
 
 class Sequential(Module):
     """Modules one after another: Sequential(a, b, ...) or Sequential(OrderedDict(name=module))."""
 
     def __init__(self, *modules: Any) -> None:
         super().__init__()
+        if self.__class__ is Sequential:
+            object.__setattr__(self, "_run", Run())
         if len(modules) == 1 and isinstance(modules[0], OrderedDict):
             for name, module in modules[0].items():
                 self.add_module(name, module)
@@ -34,6 +36,9 @@ class Sequential(Module):
             else:
                 input = module.forward(input)
         return input
+
+    def _layers(self) -> Iterable[Module]:
+        return self._modules.values()
 
     def append(self, module: Module) -> Sequential:
         self.add_module(str(len(self)), module)

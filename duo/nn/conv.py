@@ -80,6 +80,7 @@ class _Convolution(Module):
 
 
 class _Conv(_Convolution):
+    _one_op = True
     def __init__(
         self,
         in_channels: int,

@@ -17,6 +17,8 @@ from duo_ir.errors import ArgumentError
 class Identity(Module):
     """Gives back what it gets."""
 
+    _one_op = True
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__()
 
@@ -26,6 +28,8 @@ class Identity(Module):
 
 class Linear(Module):
     """y = x W^T + b. weight: [out_features, in_features]; x: [..., in_features]."""
+
+    _one_op = True
 
     def __init__(
         self, in_features: int, out_features: int, bias: bool = True, device: Any = None, dtype: Any = None
@@ -130,6 +134,8 @@ class Embedding(Module):
 class LayerNorm(Module):
     """(x - mean) / sqrt(var + eps) * weight + bias over the last axes (`normalized_shape`), biased variance."""
 
+    _one_op = True
+
     def __init__(
         self,
         normalized_shape: int | tuple[int, ...],
@@ -168,6 +174,8 @@ class LayerNorm(Module):
 class RMSNorm(Module):
     """x / sqrt(mean(x^2) + eps) * weight over the last axes."""
 
+    _one_op = True
+
     def __init__(
         self,
         normalized_shape: int | tuple[int, ...],
@@ -192,6 +200,8 @@ class RMSNorm(Module):
 
 class Dropout(Module):
     """In training, zeroes each element with probability p and divides the rest by 1 - p."""
+
+    _one_op = True
 
     def __init__(self, p: float = 0.5, inplace: bool = False) -> None:
         super().__init__()

@@ -11,6 +11,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
+from duo import dispatch
 from duo.devices import names_device
 from duo.eager.flush import flush
 from duo.eager.hooks import RemovableHook
@@ -20,6 +21,7 @@ from duo.eager.tensor import EagerTensor
 from duo.eager.trace import state
 from duo.eager.watch import Epoch, WatchedDict
 from duo.nn.parameter import Parameter
+from duo.nn.runs import Run, of_duo
 from duo.runtime import check_device
 from duo_ir.errors import ArgumentError, DuoError, ShapeError
 from duo_ir.types import dtype as as_dtype
@@ -44,6 +46,8 @@ class Module:
     define `forward`."""
 
     training: bool
+    _one_op = False  # of duo.nn's layers: whether `forward` records one op at most and does nothing else, or is a Run's
+    _run: Run
 
     def __init__(self) -> None:
         object.__setattr__(self, "training", True)
@@ -52,15 +56,32 @@ class Module:
         object.__setattr__(self, "_forward_hooks", [])
         object.__setattr__(self, "_forward_pre_hooks", [])
         object.__setattr__(self, "_non_persistent", set())
+        if self._one_op and of_duo(self):
+            object.__setattr__(self, "_run", Run())
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         raise DuoError(f"{type(self).__name__} does not define forward")
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if len(args) == 1 and not kwargs:
+            run = self.__dict__.get("_run")
+            if run is not None and dispatch.chain is not None:
+                return run(dispatch.chain, self, args[0])
+            if not self._forward_pre_hooks and not self._forward_hooks:
+                return self.forward(args[0])  # a plain call costs half of one through * and **
+        return self._hooked(args, kwargs)
+
+    def _plainly(self, input: Any) -> Any:
+        """A call, by Python."""
         if not self._forward_pre_hooks and not self._forward_hooks:
-            if len(args) == 1 and not kwargs:  # a plain call costs half of one through * and **
-                return self.forward(args[0])
-            return self.forward(*args, **kwargs)
+            return self.forward(input)
+        return self._hooked((input,), {})
+
+    def _layers(self) -> Iterable[Module]:
+        """The modules that a Run goes through."""
+        return (self,)
+
+    def _hooked(self, args: tuple, kwargs: dict) -> Any:
         for hook in list(self._forward_pre_hooks):
             changed = hook(self, args)
             if changed is not None:

@@ -36,6 +36,7 @@ class _PerChannel(Module):
 
 
 class _BatchNorm(_PerChannel):
+    _one_op = True
     _ranks: ClassVar[tuple[int, ...]]
 
     def __init__(

@@ -9,6 +9,7 @@ from duo.nn.module import Module
 
 
 class _MaxPool(Module):
+    _one_op = True
     _dims: ClassVar[int]
 
     def __init__(
@@ -58,6 +59,8 @@ class MaxPool3d(_MaxPool):
 
 class AvgPool1d(Module):
     """avg_pool1d: the mean of each window of [batch, channels, length]."""
+
+    _one_op = True
 
     def __init__(
         self,

@@ -20,7 +20,7 @@ TUPLE_ITEMS = tuple.__basicsize__  # where a tuple's items begin
 
 
 class Recorder:
-    """`record` and `flush`, functions, `free`, a Buffer's end, and `methods`, one for each operator and for what looks at values, of the class given as `tensor`."""
+    """`record`, `chain` and `flush`, functions, `free`, a Buffer's end, and `methods`, one for each operator and for what looks at values, of the class given as `tensor`."""
 
     def __init__(
         self,
@@ -36,7 +36,7 @@ class Recorder:
         offsets = {slot: offset_of(owners[owner], name) for slot, (owner, name) in pairs.items()}
         buffer._home = None
         source = text.recorder_text(offsets, operators, TUPLE_ITEMS)
-        entries = ["record", "flush", "__del__", *operators, *share_text.METHODS]
+        entries = ["record", "chain", "flush", "__del__", *operators, *share_text.METHODS]
         symbols = ["duo_recorder_objects", *[f"duo_{name}" for name in entries]]
         self._library = build_for_host(
             source, symbols, fingerprint(), {**python_symbols(tuple(object_text.SIGNATURES)), **_numpy_symbols()}, None
@@ -56,9 +56,10 @@ class Recorder:
         method.argtypes = [ctypes.py_object, ctypes.c_void_p]
         at = [ctypes.addressof(m) for m in self._methods]
         self.record: Any = function(at[0], None, None, None)
-        self.flush: Any = function(at[1], None, None, None)
-        self.free: Any = method(Buffer, at[2])
-        self.methods: dict[str, Any] = {n: method(objects["tensor"], place) for n, place in zip(entries[3:], at[3:])}
+        self.chain: Any = function(at[1], None, None, None)
+        self.flush: Any = function(at[2], None, None, None)
+        self.free: Any = method(Buffer, at[3])
+        self.methods: dict[str, Any] = {n: method(objects["tensor"], place) for n, place in zip(entries[4:], at[4:])}
 
 
 def _numpy_symbols() -> dict[str, int]:

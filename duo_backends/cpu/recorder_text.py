@@ -418,6 +418,81 @@ rest:
   %result = call ptr @duo.or.python(ptr %found, ptr %general, ptr %args, i64 %nargs)
   ret ptr %result
 }
+
+; `chain(tensor, steps)`: records body(tensor, *tensors, *attrs) for each step (body, tensors, attrs), of which each takes the result of the one before.
+; Gives the last result; or, where a step is not for native code, how many were recorded before it, and what it takes.
+define ptr @duo_chain(ptr %self, ptr %args, i64 %nargs) nounwind {
+entry:
+  %operands = alloca [MAX_OPERANDS x ptr]
+  %steps.at = getelementptr ptr, ptr %args, i64 1
+  %given = load ptr, ptr %args
+  %steps = load ptr, ptr %steps.at
+  %tensor = const tensor
+  %empty = const empty
+  %count = call i64 @PyTuple_Size(ptr %steps)
+  call void @Py_IncRef(ptr %given)
+  %class = call ptr @duo.class(ptr %given)
+  %right = icmp eq ptr %class, %tensor
+  br i1 %right, label %next, label %refuse
+next:
+  %k = phi i64 [ 0, %entry ], [ %k2, %done.step ]
+  %current = phi ptr [ %given, %entry ], [ %out, %done.step ]
+  %more = icmp slt i64 %k, %count
+  br i1 %more, label %step, label %end
+step:
+  %k2 = add i64 %k, 1
+  %triple = call ptr @PyTuple_GetItem(ptr %steps, i64 %k)
+  %body = call ptr @PyTuple_GetItem(ptr %triple, i64 0)
+  %tensors = call ptr @PyTuple_GetItem(ptr %triple, i64 1)
+  %attributes = call ptr @PyTuple_GetItem(ptr %triple, i64 2)
+  %others = call i64 @PyTuple_Size(ptr %tensors)
+  %all = add i64 %others, 1
+  %many = icmp ugt i64 %all, MAX_OPERANDS
+  store ptr %current, ptr %operands
+  br i1 %many, label %refuse.step, label %next.operand
+next.operand:
+  %j = phi i64 [ 0, %step ], [ %j2, %operand ]
+  %more.operands = icmp slt i64 %j, %others
+  br i1 %more.operands, label %operand, label %record
+operand:
+  %j2 = add i64 %j, 1
+  %item = call ptr @PyTuple_GetItem(ptr %tensors, i64 %j)
+  %at = getelementptr ptr, ptr %operands, i64 %j2
+  store ptr %item, ptr %at
+  br label %next.operand
+record:
+  %bare = icmp eq ptr %attributes, %empty
+  %static = select i1 %bare, ptr null, ptr %attributes
+  %out = call ptr @duo.record(ptr %body, ptr %operands, i64 %all, ptr %static)
+  %nothing = icmp eq ptr %out, null
+  br i1 %nothing, label %refuse.step, label %done.step
+done.step:
+  call void @Py_DecRef(ptr %current)
+  br label %next
+end:
+  ret ptr %current
+refuse.step:
+  %error = call ptr @PyErr_Occurred()
+  %failed = icmp ne ptr %error, null
+  br i1 %failed, label %fail, label %refuse
+refuse:
+  %done = phi i64 [ 0, %entry ], [ %k, %refuse.step ]
+  %rest = phi ptr [ %given, %entry ], [ %current, %refuse.step ]
+  %number = call ptr @PyLong_FromLongLong(i64 %done)
+  %pair = call ptr @PyTuple_New(i64 2)
+  %lacking = missing %number %pair
+  br i1 %lacking, label %memory, label %fill
+fill:
+  %set0 = call i32 @PyTuple_SetItem(ptr %pair, i64 0, ptr %number)
+  %set1 = call i32 @PyTuple_SetItem(ptr %pair, i64 1, ptr %rest)
+  ret ptr %pair
+memory:
+  drop %number %pair %rest
+  ret ptr null
+fail:
+  call void @Py_DecRef(ptr %current)
+  ret ptr null
+}
 """
 
 _OPERATOR = """

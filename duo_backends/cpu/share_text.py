@@ -13,7 +13,7 @@ SLOTS = (
     "storage.base", "storage.leaf", "storage.val", "buffer._shared", "info.array", "info.device", "info.shape", "sharers.arrays", "sharers.first",
     "blocks.append",
 )  # fmt: skip
-METHODS = ("detach", "numpy", "__array__")
+METHODS = {"detach": "duo.detached", "numpy": "duo.shown", "__array__": "duo.look"}
 MAX_DIMS = 16
 
 SHARE = """
@@ -204,6 +204,124 @@ no:
   ret ptr null
 }
 
+; Whether a value that no gradient goes back from has memory of the CPU of its own, now that what is pending has been run by a lane.
+define internal i1 @duo.there(ptr %val) nounwind {
+entry:
+  %none = const none
+  %true = const true
+  %info = get value.info %val
+  %tracked = get info.requires_grad %info
+  %is.tracked = icmp eq ptr %tracked, %true
+  %device = get info.device %info
+  %cpu = const cpu
+  %is.away = icmp ne ptr %device, %cpu ; memory of a GPU
+  %b = or i1 %is.tracked, %is.away
+  br i1 %b, label %no, label %settle
+settle:
+  %buf = get value.buf %val
+  %pending = icmp eq ptr %buf, %none
+  br i1 %pending, label %flush, label %memory
+flush:
+  %trace = get value.trace %val
+  %trace.class = const Trace
+  %class = call ptr @duo.class(ptr %trace)
+  %ordinary = icmp eq ptr %class, %trace.class
+  br i1 %ordinary, label %lane, label %no
+lane:
+  call void @Py_IncRef(ptr %trace)
+  %flushed = call i1 @duo.lane(ptr %trace)
+  call void @Py_DecRef(ptr %trace)
+  br i1 %flushed, label %memory, label %no
+memory:
+  %block = get value.buf %val
+  %block.class = call ptr @duo.class(ptr %block)
+  %buffer.class = const Buffer
+  %plain.memory = icmp eq ptr %block.class, %buffer.class
+  ret i1 %plain.memory
+no:
+  ret i1 false
+}
+
+; `numpy` of a tensor that only the caller's stack holds, `f(x).numpy()`, whose memory is the array's alone from then on: no tensor is left that would
+; have to know of it (but for `__self__` of a bound method, by which nobody writes). Null: not the common case.
+define internal ptr @duo.last.look(ptr %self) nounwind {
+entry:
+  %none = const none
+  %true = const true
+  %empty = const empty
+  %leaf = get tensor._leaf %self
+  %chain = get tensor._chain %self
+  %storage = get tensor._storage %self
+  %held.once = call i1 @duo.alone(ptr %self)
+  %unleaf = icmp eq ptr %leaf, %none
+  %plain = icmp eq ptr %chain, %empty
+  %bare = icmp eq ptr %storage, %none
+  %captured = call i1 @duo.captured()
+  %free = xor i1 %captured, true
+  %g1 = and i1 %unleaf, %plain
+  %g2 = and i1 %bare, %free
+  %g3 = and i1 %g1, %g2
+  %g = and i1 %g3, %held.once
+  br i1 %g, label %begin, label %no
+begin:
+  %val = get tensor._val %self
+  call void @Py_IncRef(ptr %val)
+  %there = call i1 @duo.there(ptr %val)
+  br i1 %there, label %make, label %leave
+make:
+  %array = call ptr @duo.array(ptr %val)
+  %unmade = icmp eq ptr %array, null
+  br i1 %unmade, label %leave, label %check
+check: ; what was allocated may have run code that found the tensor
+  %val.now = get tensor._val %self
+  %storage.now = get tensor._storage %self
+  %leaf.now = get tensor._leaf %self
+  %still.alone = call i1 @duo.alone(ptr %self)
+  %c1 = icmp eq ptr %val.now, %val
+  %c2 = icmp eq ptr %storage.now, %none
+  %c3 = icmp eq ptr %leaf.now, %none
+  %c12 = and i1 %c1, %c2
+  %c34 = and i1 %c3, %still.alone
+  %buffer = get value.buf %val
+  %references = load i32, ptr %val
+  %sole = icmp eq i32 %references, 2 ; the tensor and this function
+  %buffer.references = load i32, ptr %buffer
+  %sole.buffer = icmp eq i32 %buffer.references, 2 ; the value and the array
+  %home = get buffer._home %buffer
+  %owned = icmp ne ptr %home, %none
+  %s1 = and i1 %sole, %sole.buffer
+  %s2 = and i1 %s1, %owned
+  %s3 = and i1 %c12, %c34
+  %s = and i1 %s2, %s3
+  br i1 %s, label %share, label %drop
+share:
+  %old.mark = get buffer._shared %buffer
+  set buffer._shared %buffer %true
+  drop %old.mark
+  call void @Py_DecRef(ptr %val)
+  ret ptr %array
+drop:
+  call void @Py_DecRef(ptr %array)
+  br label %leave
+leave:
+  call void @Py_DecRef(ptr %val)
+  br label %no
+no:
+  ret ptr null
+}
+; `numpy` as a method.
+define internal ptr @duo.shown(ptr %self) nounwind {
+entry:
+  %array = call ptr @duo.last.look(ptr %self)
+  %made = icmp ne ptr %array, null
+  br i1 %made, label %done, label %look
+look:
+  %shared = call ptr @duo.look(ptr %self)
+  ret ptr %shared
+done:
+  ret ptr %array
+}
+
 ; `numpy`; null: not the common case.
 define internal ptr @duo.look(ptr %self) nounwind {
 entry:
@@ -233,39 +351,10 @@ begin:
   call void @Py_IncRef(ptr %val)
   %shared = get storage.shared %storage
   %seen.already = icmp ne ptr %shared, %none
-  %info = get value.info %val
-  %tracked = get info.requires_grad %info
-  %is.tracked = icmp eq ptr %tracked, %true
-  %device = get info.device %info
-  %cpu = const cpu
-  %is.away = icmp ne ptr %device, %cpu ; memory of a GPU
-  %b1 = or i1 %seen.already, %is.tracked
-  %b = or i1 %b1, %is.away
-  br i1 %b, label %leave, label %settle
+  br i1 %seen.already, label %leave, label %settle
 settle:
-  %buf = get value.buf %val
-  %pending = icmp eq ptr %buf, %none
-  br i1 %pending, label %flush, label %memory
-flush:
-  %trace = get value.trace %val
-  %trace.class = const Trace
-  %class = call ptr @duo.class(ptr %trace)
-  %ordinary = icmp eq ptr %class, %trace.class
-  br i1 %ordinary, label %lane, label %leave
-lane:
-  call void @Py_IncRef(ptr %trace)
-  %flushed = call i1 @duo.lane(ptr %trace)
-  call void @Py_DecRef(ptr %trace)
-  br i1 %flushed, label %settled, label %leave
-settled:
-  %buf.now = get value.buf %val
-  br label %memory
-memory:
-  %block = phi ptr [ %buf, %settle ], [ %buf.now, %settled ]
-  %block.class = call ptr @duo.class(ptr %block)
-  %buffer.class = const Buffer
-  %plain.memory = icmp eq ptr %block.class, %buffer.class
-  br i1 %plain.memory, label %make, label %leave
+  %there = call i1 @duo.there(ptr %val)
+  br i1 %there, label %make, label %leave
 
 make: ; first what allocates
   %array = call ptr @duo.array(ptr %val)
@@ -456,6 +545,6 @@ def share_text() -> str:
     """Belongs in one module with the texts of `recorder_text.py` and `lane_text.py`."""
     flags = 0x1 | 0x100 | 0x400  # NPY_ARRAY_C_CONTIGUOUS, ALIGNED, WRITEABLE
     text = SHARE.replace("MAX_DIMS", str(MAX_DIMS)).replace("ARRAY_FLAGS", str(flags))
-    for name in METHODS:
-        text += _METHOD.replace("NAME", name).replace("HOW", "duo.detached" if name == "detach" else "duo.look")
+    for name, how in METHODS.items():
+        text += _METHOD.replace("NAME", name).replace("HOW", how)
     return text + FREE

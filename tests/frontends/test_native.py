@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import operator
 import os
 import sys
 import threading
@@ -195,6 +196,54 @@ def test_what_comes_again_takes_no_python():
         tracked()
         duo.synchronize()
     assert calls(tracked) == []
+
+
+def written_after(tensor):
+    """The array of a tensor that nobody but this function holds, after a write to the tensor."""
+    array = tensor.numpy()
+    tensor.add_(1.0)
+    duo.synchronize()
+    return array
+
+
+def test_arrays_know_of_writes_to_whatever_tensor_is_left():
+    x = duo.tensor(A)
+    want = A * np.float32(2) + np.float32(1)
+
+    class Holder:
+        pass
+
+    for _ in range(TIMES):
+        assert np.array_equal(written_after(x * 2.0), want)
+        for look in (lambda held: held[0].numpy(), lambda held: next(map(EagerTensor.numpy, held)), lambda held: operator.methodcaller("numpy")(held[0])):
+            held = [x * 2.0]
+            array = look(held)
+            held[0].add_(1.0)
+            duo.synchronize()
+            assert np.array_equal(array, want)
+        owner = Holder()
+        owner.tensor = x * 2.0
+        array = owner.tensor.numpy()
+        owner.tensor.add_(1.0)
+        duo.synchronize()
+        assert np.array_equal(array, want)
+
+
+def test_arrays_of_tensors_that_have_gone():
+    x = duo.tensor(A)
+    for _ in range(TIMES):
+        view = x * 2.0
+        part = view[1:]
+        del view
+        arrays = [(x * float(k)).numpy() for k in range(TIMES)] + [part.numpy()]
+        for k in range(TIMES):
+            assert np.array_equal(arrays[k], A * np.float32(k))
+            arrays[k][:] = -1
+        part.mul_(0.5)
+        assert np.array_equal(part.numpy(), A[1:])
+        assert arrays[0].flags.writeable
+        assert np.array_equal((x * 3.0).numpy(), A * np.float32(3))
+    assert np.array_equal(x.numpy(), A)
 
 
 def test_installed_when_programs_come_again(monkeypatch):

@@ -21,7 +21,7 @@ from duo_backends.cpu.gemm_functions import GemmFunctions
 from duo_backends.cpu.gemm_line import blocks_at_once, emit_line
 from duo_backends.cpu.gemm_plan import CHUNK_BLOCKS, SEQUENTIAL_K, Plan, make_plan
 from duo_backends.cpu.gemm_tile import BLOCK, LINE, transposed_lanes
-from duo_backends.cpu.llvm import Function, Module, memory_type, register_type, vector
+from duo_backends.cpu.llvm import Function, Module, is_literal, memory_type, register_type, vector
 from duo_backends.cpu.stream import with_streamed_stores
 from duo_ir.errors import ArgumentError
 from duo_ir.kernels.kernel import Access, ContractKernel
@@ -161,7 +161,9 @@ class _Driver:
         # a group all rows with the same columns of B, which stay near.
         each = f.mul(self.row_units, self.column_units, f.top)
         entry, place = f.div(number, each), f.rem(number, each)
-        group = f.mul(f.div(place, f.mul(self.column_units, str(plan.group), f.top)), str(plan.group))
+        group = "0"
+        if not is_literal(self.row_units) or int(self.row_units) > plan.group:
+            group = f.mul(f.div(place, f.mul(self.column_units, str(plan.group), f.top)), str(plan.group))
         rows, place = (
             f.min(f.sub(self.row_units, group), str(plan.group)),
             f.sub(place, f.mul(group, self.column_units)),
@@ -176,6 +178,8 @@ class _Driver:
         if plan.row_units is None:
             t0 = f.mul(row_unit, str(plan.unit_tiles))
             t1 = f.min(f.add(t0, str(plan.unit_tiles)), self.tiles)
+        elif self.tiles == self.row_units:
+            t0, t1 = row_unit, f.add(row_unit, "1")
         else:
             t0, t1 = (f.div(f.mul(unit, self.tiles), self.row_units) for unit in (row_unit, f.add(row_unit, "1")))
         p1 = f.min(f.add(p0, str(plan.unit_panels)), self.panels)
@@ -357,6 +361,8 @@ class _Driver:
     def _choose(self, condition: str, yes: str, no: str, type_: str = "i64") -> str:
         if condition == "false" or yes == no:
             return no
+        if condition == "true":
+            return yes
         return self.f.pure(f"select i1 {condition}, {type_} {yes}, {type_} {no}")
 
     def _multiply_in_passes(self, a: str, b: str, k: str, add: str, last_block: str) -> None:

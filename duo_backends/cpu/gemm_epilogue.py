@@ -188,25 +188,37 @@ def emit_asks(module: Module, target: Target, plan: Plan, name: str, streams: fr
     reads, writes = _met(kernel, 0, streams), _met(kernel, 1, streams)
     same = ["false"] * len(reads) + in_place(f, kernel, emitter.pointers, plan, streams)
     at = "%asks"
+    helpers: dict[tuple[int, int], str] = {}
+
+    def rows(start: str, apart: str, count: str, lines: range, at: str, write: int) -> None:
+        """The lines of `count` rows, `apart` bytes from each other, of which the first begins at `start`."""
+        key = (len(lines), write if at_once else 0)
+        if key not in helpers:
+            helpers[key] = f"{name}_rows{len(helpers)}"
+            _emit_row_asks(module, helpers[key], lines, at_once, key[1])
+        f.emit(f"call void @{helpers[key]}(ptr {start}, i64 {apart}, i64 {count}, ptr {at})")
+
     for write, accesses in enumerate((reads, writes)):
-        if not accesses:
-            continue
-        with f.loop("0", "%rows", 1, [("ptr", at)], runs=True) as loop:
-            row, at = f.op(f"add i64 %row, {loop.index}"), loop.values[0]
-            for access, there in zip(accesses, same[len(reads) * write :]):
-                position, _, _ = emitter.affine(Scope.flat((*batch, row, "%column")), access.at)
-                dtype = kernel.args[access.buffer].dtype
-                start = f.gep(memory_type(dtype), emitter.pointers[access.buffer], position)
-                before = at
-                for offset in _row_lines(plan, access):
-                    line = f.gep("i8", start, str(offset))
-                    if at_once:
-                        ask(f, line, write)
-                        continue
-                    f.emit(f"store ptr {line}, ptr {at}, align 8")
-                    at = f.op(f"getelementptr i8, ptr {at}, i64 8")
-                if there != "false":
-                    at = f.op(f"select i1 {there}, ptr {before}, ptr {at}")
-            loop.next = [at]
-        at = loop.results[0]
+        for access, there in zip(accesses, same[len(reads) * write :]):
+            position, _, _ = emitter.affine(Scope.flat((*batch, "%row", "%column")), access.at)
+            dtype, lines = kernel.args[access.buffer].dtype, _row_lines(plan, access)
+            apart = f.mul(emitter.dim(access.at.strides[-2]), str(dtype.itemsize), f.top)
+            count = "%rows" if there == "false" else f.pure(f"select i1 {there}, i64 0, i64 %rows")
+            rows(f.gep(memory_type(dtype), emitter.pointers[access.buffer], position), apart, count, lines, at, write)
+            at = f.gep("i8", at, f.mul(count, str(8 * len(lines))))
+    f.finish()
+
+
+def _emit_row_asks(module: Module, name: str, lines: range, at_once: bool, write: int) -> None:
+    """void name(ptr first, i64 apart, i64 rows, ptr at): the addresses of the lines of some rows are put down at `at`, or asked for `at_once`."""
+    f = Function(module, f"define internal void @{name}(ptr %first, i64 %apart, i64 %rows, ptr %at) noinline #0")
+    with f.loop("0", "%rows", 1, [("ptr", "%first"), ("ptr", "%at")]) as loop:
+        start, at = loop.values
+        for number, offset in enumerate(lines):
+            line = f.gep("i8", start, str(offset))
+            if at_once:
+                ask(f, line, write)
+            else:
+                f.emit(f"store ptr {line}, ptr {f.gep('i8', at, str(8 * number))}, align 8")
+        loop.next = [f.gep("i8", start, "%apart"), f.gep("i8", at, str(8 * len(lines)))]
     f.finish()

@@ -61,6 +61,7 @@ class GemmFunctions:
         tile = Tile(
             rows, vectors, a, row_bytes, b, b_vector, plan.compute, spread, not (plan.one_block or plan.pass_steps), ahead,
             BYTES_BESIDE if plan.pass_steps and not packed_b else 0, plan.pass_steps > 0, asks, plan.b_next, a_ahead,
+            plan.k_multiple,
         )  # fmt: skip
         emit = emit_rows_kernel if spread != 0 else emit_micro_kernel
         return self._function(tile, "tile", lambda name: emit(self.module, self.target, name, tile))

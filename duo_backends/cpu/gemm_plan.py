@@ -85,6 +85,12 @@ class Plan:
         return min(BLOCK, self.kernel.k) if isinstance(self.kernel.k, int) else BLOCK
 
     @property
+    def k_multiple(self) -> int:
+        """What the k steps of every micro-kernel are a multiple of; 0 where nothing is known of them."""
+        k = self.kernel.k
+        return math.gcd(BLOCK, k, self.pass_steps) if isinstance(k, int) and k > 0 else 0
+
+    @property
     def one_block(self) -> bool:
         return isinstance(self.kernel.k, int) and self.kernel.k <= BLOCK
 

@@ -15,6 +15,7 @@ from duo_backends.cpu.llvm import Function, Module, memory_type, register_type, 
 from duo_ir.types import DType, f32, f64, i32, i64
 
 LINE = 64  # bytes of a cache line
+_STEPS_TOGETHER = 48  # multiply-adds of the steps of a group up to which they are written out: code costs time to generate, and short loops time to run
 BLOCK = 512  # K per block: the sums of blocks are added in order (rule 2)
 
 
@@ -106,6 +107,7 @@ class Tile:
     asks: int = 0  # k steps from one line that the epilogue will meet to the next one asked for; 0: none are
     b_next: bool = False  # whether a line of the next panel of B is asked for at each k step
     a_ahead: bool = False  # whether the lines of the next tile of A, which follows this one in memory, are asked for
+    multiple: int = 0  # what the number of k steps of each call is a multiple of, and at least; 0: nothing is known
 
 
 PARAMETERS = "i64 %k, ptr noalias readonly %a, i64 %as, ptr noalias readonly %b, i64 %bs, ptr noalias %tile, i1 %add"  # see below
@@ -142,50 +144,55 @@ def emit_micro_kernel(module: Module, target: Target, name: str, tile: Tile) -> 
     if tile.carries:
         size = lanes * compute.itemsize
         before = [f.op(f"load {type_}, ptr {f.gep('i8', '%tile', str(i * size))}, align {size}") for i in range(rows * vectors)]
-    carried = [("ptr", "%a"), ("ptr", "%b"), *((type_, value) for value in before)]
-    if tile.a_ahead:  # the line of the next tile's A to ask for, and how many rows from there are left
-        carried += [("ptr", f.gep("i8", "%a", str(rows * tile.a_row))), ("i64", str(rows))]
-    done = "0"
+    types, values = ["ptr", "ptr", *(type_ for _ in before)], ["%a", "%b", *before]
 
-    def run(end: str, count: int, asks: str = "", write: int = 0) -> str:
-        """Steps from `done` to `end`, `count` at a time, with one of the epilogue's lines each time where there are `asks`."""
-        nonlocal carried, done
-        types = [t for t, _ in carried]
-        with f.loop(done, end, count, [*carried, *([("ptr", asks)] if asks else [])]) as loop:
-            a_at, b_at, *acc = loop.values
-            after: list[str] = []
-            if asks:
-                line = acc.pop()
-                ask(f, f.op(f"load ptr, ptr {line}, align 8"), write)
-                after = [f.op(f"getelementptr i8, ptr {line}, i64 8")]
+    def steps(values: list[str], count: int) -> list[str]:
+        """The values after so many steps: where A and B are read, and the sums."""
+        a_at, b_at, *acc = values
+        for _ in range(count):
+            if tile.b_ahead or tile.b_beside:
+                _ask_b(f, b_at, tile)
+            if tile.b_next:
+                ask(f, f.op(f"getelementptr i8, ptr {b_at}, i64 %next"), near=2)
+            acc = step(a_at, b_at, acc)
+            a_at = f.op(f"getelementptr i8, ptr {a_at}, i64 %as")
+            b_at = f.op(f"getelementptr i8, ptr {b_at}, i64 %bs")
+        return [a_at, b_at, *acc]
+
+    def run(begin: str, end: str, count: int, values: list[str], runs: bool) -> list[str]:
+        """Steps from `begin` to `end`, `count` at a time."""
+        with f.loop(begin, end, count, [*zip(types, values)], runs) as loop:
+            loop.next = steps(loop.values, count)
+        return loop.results
+
+    every, known = tile.asks or (_steps_of_line(tile) if tile.a_ahead else 0), tile.multiple > 0
+    if every:  # groups of steps, before each of which lines are asked for
+        whole = every * rows * vectors <= _STEPS_TOGETHER and known and tile.multiple % every == 0
+        # which line on the list is next; the line of the next tile's A to ask for, and how many rows from there are left
+        state = [("i64", "0")] if tile.asks else []
+        if tile.a_ahead:
+            state += [("ptr", f.gep("i8", "%a", str(rows * tile.a_row))), ("i64", str(rows))]
+        asks = f.add("%reads", "%writes") if tile.asks else "0"
+        with f.loop("0", "%k", every, [*zip(types, values), *state], runs=known) as groups:
+            now, after = groups.values[: len(types)], []
+            if tile.asks:
+                after.append(_ask_listed(f, groups.values[len(types)], asks))
             if tile.a_ahead:
-                *acc, at, left = acc
-                for _ in range(max(1, count // _steps_of_line(tile))):
+                at, left = groups.values[-2:]
+                for _ in range(max(1, every // _steps_of_line(tile))):
                     at, left = _ask_a(f, tile, at, left)
-                after = [at, left, *after]
-            for _ in range(count):
-                if tile.b_ahead or tile.b_beside:
-                    _ask_b(f, b_at, tile)
-                if tile.b_next:
-                    ask(f, f.op(f"getelementptr i8, ptr {b_at}, i64 %next"), near=2)
-                acc = step(a_at, b_at, acc)
-                a_at = f.op(f"getelementptr i8, ptr {a_at}, i64 %as")
-                b_at = f.op(f"getelementptr i8, ptr {b_at}, i64 %bs")
-            loop.next = [a_at, b_at, *acc, *after]
-        carried, done = [*zip(types, loop.results)], end
-        return loop.results[-1]
-
-    if tile.asks:
-        asks, last = "%asks", f.sub("%k", f.rem("%k", str(tile.asks)))
-        for write, number in enumerate(("%reads", "%writes")):
-            asks = run(f.min(f.add(done, f.mul(number, str(tile.asks))), last), tile.asks, asks, write)
-    unroll = 4 if rows * vectors <= 8 else 2 if rows * vectors <= 12 else 1
-    if tile.a_ahead:
-        unroll = max(unroll, _steps_of_line(tile))
-    for count in dict.fromkeys((unroll, 1)):
-        run("%k" if count == 1 else f.add(done, f.op(f"and i64 {f.sub('%k', done)}, {-count}")), count)
-    sums = [value for _, value in carried[2 : 2 + rows * vectors]]
-    leave_sums(f, tile, type_, lanes * compute.itemsize, sums)
+                after += [at, left]
+            end = f.op(f"add i64 {groups.index}, {every}")
+            now = steps(now, every) if whole or every == 1 else run(groups.index, f.min(end, "%k"), 1, now, True)
+            groups.next = [*now, *after]
+        values = groups.results[: len(types)]
+    else:
+        unroll = 4 if rows * vectors <= 8 else 2 if rows * vectors <= 12 else 1
+        done = f.op(f"and i64 %k, {-unroll}") if unroll > 1 else "%k"
+        values = run("0", done, unroll, values, known and tile.multiple >= unroll)
+        if unroll > 1 and not (known and tile.multiple % unroll == 0):
+            values = run(done, "%k", 1, values, False)
+    leave_sums(f, tile, type_, lanes * compute.itemsize, values[2:])
     f.finish()
 
 
@@ -193,6 +200,18 @@ def ask(f: Function, at: str, write: int = 0, near: int = 3) -> None:
     """Asks for the cache line at `at`. `near`: 3 for the first-level cache, 2 for the second."""
     operands = [("ptr", at), ("i32", str(write)), ("i32", str(near)), ("i32", "1")]
     f.emit(f.intrinsic("prefetch", "void", operands, "p0"))
+
+
+def _ask_listed(f: Function, number: str, asks: str) -> str:
+    """Asks for the line of that number on the list, if there are so many; the next number."""
+    with f.when(f.op(f"icmp slt i64 {number}, {asks}")):
+        line = f.op(f"load ptr, ptr {f.op(f'getelementptr ptr, ptr %asks, i64 {number}')}, align 8")
+        read = f.op(f"icmp slt i64 {number}, %reads")
+        with f.when(read):
+            ask(f, line)
+        with f.when(f.op(f"xor i1 {read}, true")):
+            ask(f, line, 1)
+    return f.op(f"add i64 {number}, 1")
 
 
 def _steps_of_line(tile: Tile) -> int:

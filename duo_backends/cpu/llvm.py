@@ -258,6 +258,9 @@ class Function:
     @contextmanager
     def when(self, condition: str, region: Region | None = None) -> Iterator[None]:
         """Runs the block only where the i1 `condition` holds. Nothing computed inside may be used after it."""
+        if condition == "true":
+            yield
+            return
         outside = self.here
         parent = region or outside
         inside, after = self.label(), self.label()
@@ -284,6 +287,12 @@ class Function:
         """for (index = begin; index < end; index += step), tested at the bottom. `carried`: (type, initial value) of
         each loop-carried value. `runs`: known to run at least once."""
         parent = self.here
+        if _once(begin, end, step):
+            before = self.section()
+            once = Loop(begin, [value for _, value in carried], [], before, parent)
+            yield once
+            once.results += once.next
+            return
         entry, body, exit_ = self.label(), self.label(), self.label()
         if is_literal(begin) and is_literal(end) and int(begin) < int(end):
             runs = True
@@ -320,6 +329,13 @@ class Function:
         out.append("start:")
         self.root.write(out)
         self.module.functions.append("\n".join([*out, "  ret void", "}"]))
+
+
+def _once(begin: str, end: str, step: int | str) -> bool:
+    """Whether it is known that a loop's body runs once."""
+    if not (is_literal(begin) and is_literal(end) and is_literal(str(step))):
+        return False
+    return int(begin) < int(end) <= int(begin) + int(step)
 
 
 # ------------------------------------------------------------------------------------------------------ wide vectors

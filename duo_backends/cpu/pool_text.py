@@ -4,9 +4,9 @@ One caller at a time owns the pool (`@duo.lock`); its task is a phase of a kerne
 they start: each finds most of its memory in the cache of the core that used it last. A thread takes its own chunks from the front, then
 other threads' from the back. What is left of a thread's chunks is a word that only thieves contend for (epoch, end and next in one, so
 that a thread that slept through a task cannot claim from it with what it read of another), and what it has done is counted beside it: a
-cache line that two cores write takes 0.1 to 0.4 us a time, and here few do. In every second run (`turn`) each part is gone through the
-other way round: of memory that is a little too large for a cache, what was read last is read first. The caller works too and waits only
-until every chunk is done, not for threads that are still waking up. A sleeper announces itself in `sleepers` (or `waiting`) *before* it looks at its word a last
+cache line that two cores write takes 0.1 to 0.4 us a time, and here few do. Each run goes through memory in the same order: of what is too
+large for a cache, caches then keep more than where every second run goes the other way round. The caller works too and waits only until every chunk
+is done, not for threads that are still waking up. A sleeper announces itself in `sleepers` (or `waiting`) *before* it looks at its word a last
 time, and a waker changes the word before it looks for sleepers, all sequentially consistent: no wake-up is lost.
 Workers start on first use, which is also how they come back after fork.
 """
@@ -84,11 +84,10 @@ define internal void @duo.leave_fp(i64 %old) nounwind {
 # The task: what threads below its number of parts share, and last its epoch, in one cache line: to see a new task is to have it. Then each
 # thread's line: what is left of its chunks, and how many chunks it has done. Status words of chunk c lie at status + 64 c.
 _TASK = """
-%duo.task.t = type { ptr, ptr, ptr, i64, ptr, ptr, i32, i16, i16, i32 }
+%duo.task.t = type { ptr, ptr, ptr, i64, ptr, ptr, i16, i16, i32 }
 %duo.line.t = type { i64, i32, [116 x i8] }
 @duo.task = internal global %duo.task.t zeroinitializer, align 128
 @duo.lines = internal global [MAX_THREADS x %duo.line.t] zeroinitializer, align 128
-@duo.turn = internal global i32 0, align 128
 @duo.ended = internal global i32 0, align 128
 @duo.waiting = internal global i32 0, align 128
 @duo.sleepers = internal global i32 0, align 128
@@ -100,11 +99,9 @@ entry:
   %units = load atomic i64, ptr getelementptr (%duo.task.t, ptr @duo.task, i64 0, i32 3) monotonic, align 8
   %scratch = load atomic ptr, ptr getelementptr (%duo.task.t, ptr @duo.task, i64 0, i32 4) monotonic, align 8
   %words = load atomic ptr, ptr getelementptr (%duo.task.t, ptr @duo.task, i64 0, i32 5) monotonic, align 8
-  %turn = load atomic i32, ptr getelementptr (%duo.task.t, ptr @duo.task, i64 0, i32 6) monotonic, align 4
-  %chunks16 = load atomic i16, ptr getelementptr (%duo.task.t, ptr @duo.task, i64 0, i32 7) monotonic, align 2
-  %parts16 = load atomic i16, ptr getelementptr (%duo.task.t, ptr @duo.task, i64 0, i32 8) monotonic, align 2
+  %chunks16 = load atomic i16, ptr getelementptr (%duo.task.t, ptr @duo.task, i64 0, i32 6) monotonic, align 2
+  %parts16 = load atomic i16, ptr getelementptr (%duo.task.t, ptr @duo.task, i64 0, i32 7) monotonic, align 2
   fence acquire
-  %back = trunc i32 %turn to i1
   %chunks = zext i16 %chunks16 to i64
   %parts = zext i16 %parts16 to i64
   %done.at = getelementptr [MAX_THREADS x %duo.line.t], ptr @duo.lines, i64 0, i64 %tid, i32 1
@@ -136,18 +133,11 @@ try:
   %ok = extractvalue { i64, i1 } %got, 1
   br i1 %ok, label %work, label %look
 work:
-  %first = call i64 @duo.first_chunk(i64 %whose, i64 %chunks, i64 %parts)
-  %whose.next = add i64 %whose, 1
-  %behind = call i64 @duo.first_chunk(i64 %whose.next, i64 %chunks, i64 %parts)
-  %ends0 = add i64 %first, %behind
-  %ends = sub i64 %ends0, 1
-  %mirrored = sub i64 %ends, %chunk
-  %place = select i1 %back, i64 %mirrored, i64 %chunk
-  %b0 = mul i64 %units, %place
+  %b0 = mul i64 %units, %chunk
   %begin = udiv i64 %b0, %chunks
   %e0 = add i64 %b0, %units
   %end = udiv i64 %e0, %chunks
-  %status.at = shl i64 %place, 6
+  %status.at = shl i64 %chunk, 6
   %status = getelementptr i8, ptr %words, i64 %status.at
   call void %fn(ptr %args, ptr %dims, i64 %begin, i64 %end, i64 %tid, ptr %scratch, ptr %status)
   %d = atomicrmw add ptr %done.at, i32 1 seq_cst
@@ -252,12 +242,10 @@ done:
 ; Runs the task of @duo.task in `chunks` chunks on `parts` threads and returns when all are done.
 define internal void @duo.fork(i64 %chunks, i64 %parts) nounwind {
 entry:
-  %turn = load i32, ptr @duo.turn
-  store atomic i32 %turn, ptr getelementptr (%duo.task.t, ptr @duo.task, i64 0, i32 6) monotonic, align 4
   %chunks16 = trunc i64 %chunks to i16
-  store atomic i16 %chunks16, ptr getelementptr (%duo.task.t, ptr @duo.task, i64 0, i32 7) monotonic, align 2
+  store atomic i16 %chunks16, ptr getelementptr (%duo.task.t, ptr @duo.task, i64 0, i32 6) monotonic, align 2
   %parts16 = trunc i64 %parts to i16
-  store atomic i16 %parts16, ptr getelementptr (%duo.task.t, ptr @duo.task, i64 0, i32 8) monotonic, align 2
+  store atomic i16 %parts16, ptr getelementptr (%duo.task.t, ptr @duo.task, i64 0, i32 7) monotonic, align 2
   %w = load atomic i32, ptr @duo.waiting monotonic, align 4
   %was = icmp ne i32 %w, 0
   br i1 %was, label %settle, label %begin
@@ -489,7 +477,7 @@ SYMBOLS = ("duo_resize", "duo_forget", "duo_set_spins", "duo_relax_times")
 
 def pool_text(arch: str, wait_text: str | None, sig_setmask: int) -> str:
     """The pool for an architecture ('x86_64', 'aarch64', other) and a system (its wait_text, None without pthreads)."""
-    epoch = "getelementptr (%duo.task.t, ptr @duo.task, i64 0, i32 9)"
+    epoch = "getelementptr (%duo.task.t, ptr @duo.task, i64 0, i32 8)"
     machine = {"x86_64": _X86, "aarch64": _AARCH64}.get(arch, _OTHER)
     pool = _NO_POOL if wait_text is None else wait_text + _POOL
     pool = pool.replace("EPOCH", epoch).replace("MAX_THREADS", str(MAX_THREADS)).replace("SIG_SETMASK", str(sig_setmask))

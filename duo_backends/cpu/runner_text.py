@@ -212,9 +212,6 @@ ask:
   %busy = icmp eq i64 %got, 0
   br i1 %busy, label %serial, label %parallel
 parallel:
-  %turn = load i32, ptr @duo.turn
-  %next.turn = add i32 %turn, 1
-  store i32 %next.turn, ptr @duo.turn
   %threads = call i64 @llvm.umin.i64(i64 %got, i64 %room)
   %r1 = call i64 @duo.interpret(ptr %frame, ptr %code, i64 %threads)
   call void @duo.release()

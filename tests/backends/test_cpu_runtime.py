@@ -349,9 +349,8 @@ def test_failed_check(backend):
     for number in (1, 2, 5):
         set_num_threads(number)
         bound.run([buffer(good, i64)])
-        for _ in range(2):  # chunks are gone through the other way round in every second run
-            with pytest.raises(IndexOutOfRange, match=r"train\.py:14: gather on axis 0: index -5 .* size 100"):
-                bound.run([buffer(bad, i64)])
+        with pytest.raises(IndexOutOfRange, match=r"train\.py:14: gather on axis 0: index -5 .* size 100"):
+            bound.run([buffer(bad, i64)])
         bound.run([buffer(good, i64)])
 
 

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import gc
 import importlib
 import math
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -124,8 +126,11 @@ _fusion = os.environ.get("DUO_FUSION", "1") != "0"
 
 
 def _renew_lock() -> None:
-    global _lock, _making
+    global _lock, _making, _pauses
     _lock, _making = threading.Lock(), threading.RLock()  # another thread of the parent may have held them
+    if _pauses:  # by threads that are not there any more, or by this one, which may still be within
+        _pauses = 0
+        gc.enable()
 
 
 if hasattr(os, "register_at_fork"):
@@ -251,16 +256,40 @@ def _make(
     return _compile(function, fused, scalars, save)
 
 
+_pauses = 0  # compilations under way for which automatic garbage collection was switched off
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Without automatic garbage collection, in the threads that compile and in the others: a compiler allocates much that lives until it ends, and
+    collections, which would look at all of it again and again, keep the threads of the code generator waiting for the interpreter."""
+    global _pauses
+    with _lock:
+        mine = _pauses > 0 or gc.isenabled()
+        if mine:
+            _pauses += 1
+            gc.disable()
+    try:
+        yield
+    finally:
+        with _lock:
+            if mine and _pauses:
+                _pauses -= 1
+                if _pauses == 0:
+                    gc.enable()
+
+
 def _compile(function: Function, fused: bool, scalars: Collection[int], save: bool) -> Any:
     saved = _saved()
     found = saved.load(function, fused, scalars)
     if found is not None:
         statistics.from_disk += 1
         return found
-    importlib.import_module("duo_backends.cpu.runner").prepare()
-    made = _pipeline().compile(function, backend(), fusion=fused, scalars=scalars).bind({})
-    if save:
-        saved.store(function, fused, scalars, made)
+    with _uncollected():
+        importlib.import_module("duo_backends.cpu.runner").prepare()
+        made = _pipeline().compile(function, backend(), fusion=fused, scalars=scalars).bind({})
+        if save:
+            saved.store(function, fused, scalars, made)
     return made
 
 

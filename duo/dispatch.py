@@ -72,8 +72,8 @@ chain: Any = None  # of `use_quick`, or None
 
 def use_quick(kind: Any, quick: Any, together: Any = None) -> None:
     """`quick(body, tensors, attrs)` is asked first where a tensor of exactly this class comes first; it may call `apply_generally`.
-    `together(tensor, steps)` applies several bodies, steps (body, tensors, attrs), each to the result of the one before and those tensors. It
-    gives the last result; or (how many steps it has taken, what the next takes) where the rest is for `apply`."""
+    `together(tensor, steps)` applies several bodies, steps (body, tensors, attrs, whether it is a view's), each to the result of the one before
+    and those tensors. It gives the last result; or (how many steps it has taken, what the next takes) where the rest is for `apply`."""
     global _quick, _quick_apply, chain
     _quick, _quick_apply, chain = kind, quick, together
 

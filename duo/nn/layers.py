@@ -255,6 +255,8 @@ class Upsample(Module):
 class Flatten(Module):
     """Merges the axes start_dim..end_dim."""
 
+    _one_op = True
+
     def __init__(self, start_dim: int = 1, end_dim: int = -1) -> None:
         super().__init__()
         self.start_dim, self.end_dim = start_dim, end_dim

@@ -19,7 +19,7 @@ from duo_ir.types import TensorType
 
 MAX_TYPES = 16  # of inputs that are remembered of a layer
 _NUMBERS = (float, int, bool)
-Step = tuple[Callable[..., Any], tuple, tuple]  # body, what it takes after the result of the step before, attributes
+Step = tuple[Callable[..., Any], tuple, tuple, bool]  # body, what it takes after the result of the step before, attributes, whether a view's
 Known = tuple[tuple[Step, ...], list[int]]  # steps; of k steps that are done, and at last of all, the layer that comes next
 
 
@@ -38,6 +38,14 @@ class Probe:
 
     @staticmethod
     def _apply(body: Callable[..., Any], tensors: tuple, attrs: tuple) -> Probe:
+        return Probe._made(body, tensors, attrs, False)
+
+    @staticmethod
+    def _view(view: View, tensor: Probe, attrs: tuple) -> Probe:
+        return Probe._made(view.read, (tensor,), attrs, True)
+
+    @staticmethod
+    def _made(body: Callable[..., Any], tensors: tuple, attrs: tuple, view: bool) -> Probe:
         first, *rest = tensors
         plain = all(isinstance(t, EagerTensor) or t.__class__ in _NUMBERS for t in rest)
         if first.__class__ is not Probe or first.step is not None or not plain:
@@ -45,11 +53,7 @@ class Probe:
         found = infer(body, tuple([t.__class__ if t.__class__ in _NUMBERS else t._type for t in tensors]), attrs)
         if len(found.types) != 1:
             raise Unknown("more than one result")
-        return Probe(found.types[0], (body, tuple(rest), attrs))
-
-    @staticmethod
-    def _view(view: View, tensor: Any, attrs: tuple) -> Any:
-        raise Unknown("a view")
+        return Probe(found.types[0], (body, tuple(rest), attrs, view))
 
     @staticmethod
     def _update(state: Any, new: Any) -> None:

@@ -419,8 +419,10 @@ rest:
   ret ptr %result
 }
 
-; `chain(tensor, steps)`: records body(tensor, *tensors, *attrs) for each step (body, tensors, attrs), of which each takes the result of the one before.
-; Gives the last result; or, where a step is not for native code, how many were recorded before it, and what it takes.
+; `chain(tensor, steps)`: records body(tensor, *tensors, *attrs) for each step (body, tensors, attrs, view), of which each takes the result of the one
+; before. Gives the last result; or, where a step is not for native code, how many were recorded before it, and what it takes. A view shares its storage
+; with what it is of, unless nobody but this function has that, which is gone then: so only such views, through which no gradient goes back, are
+; recorded here.
 define ptr @duo_chain(ptr %self, ptr %args, i64 %nargs) nounwind {
 entry:
   %operands = alloca [MAX_OPERANDS x ptr]
@@ -448,8 +450,24 @@ step:
   %others = call i64 @PyTuple_Size(ptr %tensors)
   %all = add i64 %others, 1
   %many = icmp ugt i64 %all, MAX_OPERANDS
+  %view = call ptr @PyTuple_GetItem(ptr %triple, i64 3)
+  %true = const true
+  %none = const none
+  %viewed = icmp eq ptr %view, %true
+  %alone = call i1 @duo.alone(ptr %current)
+  %storage = get tensor._storage %current
+  %bare = icmp eq ptr %storage, %none
+  %current.val = get tensor._val %current
+  %current.info = get value.info %current.val
+  %tracked = get info.requires_grad %current.info
+  %untracked = icmp ne ptr %tracked, %true
+  %lone1 = and i1 %alone, %bare
+  %lone = and i1 %lone1, %untracked
+  %seen.view = xor i1 %lone, true
+  %aliased = and i1 %viewed, %seen.view
+  %general = or i1 %many, %aliased
   store ptr %current, ptr %operands
-  br i1 %many, label %refuse.step, label %next.operand
+  br i1 %general, label %refuse.step, label %next.operand
 next.operand:
   %j = phi i64 [ 0, %step ], [ %j2, %operand ]
   %more.operands = icmp slt i64 %j, %others
@@ -461,8 +479,8 @@ operand:
   store ptr %item, ptr %at
   br label %next.operand
 record:
-  %bare = icmp eq ptr %attributes, %empty
-  %static = select i1 %bare, ptr null, ptr %attributes
+  %unattributed = icmp eq ptr %attributes, %empty
+  %static = select i1 %unattributed, ptr null, ptr %attributes
   %out = call ptr @duo.record(ptr %body, ptr %operands, i64 %all, ptr %static)
   %nothing = icmp eq ptr %out, null
   br i1 %nothing, label %refuse.step, label %done.step

@@ -292,6 +292,36 @@ def test_gradients_name_the_line_of_the_call():
         out.backward()
 
 
+def test_views_share_what_others_hold():
+    """Flatten gives a view: of what a hook or the caller holds, a write to either is seen by the other."""
+    net = nn.Sequential(nn.ReLU(), nn.Flatten(), nn.Identity())
+    first = nn.Sequential(nn.Flatten())
+    for _ in range(TIMES):
+        x = image(2, 3, 2) * 1.0
+        seen = first(x)
+        seen.add_(1.0)
+        assert np.array_equal(x.numpy().reshape(2, 6), seen.numpy())
+        out = net(x)
+        want = np.maximum(x.numpy(), 0).reshape(2, 6)
+        out.mul_(2.0)
+        assert np.array_equal(out.numpy(), want * 2)
+        assert net(x).numpy().flags.writeable
+    held = []
+    net[0].register_forward_hook(lambda module, args, out: held.append(out))
+    for _ in range(TIMES):
+        out = net(x)
+        out.fill_(5.0)
+        assert np.array_equal(held[-1].numpy(), np.full((2, 3, 2), 5, np.float32))
+    with duo.enable_grad():
+        leaf = nn.Parameter(image(2, 3, 2))
+        deep = nn.Sequential(nn.Tanh(), nn.Flatten())
+        for _ in range(TIMES):
+            out = deep(leaf * 1.0)
+            out.add_(1.0)
+            with pytest.raises(DuoError, match="place"):
+                out.sum().backward()
+
+
 def test_copies_learn_for_themselves():
     net, x = nn.Sequential(nn.Linear(6, 5), nn.ReLU()), image(2, 6)
     for _ in range(TIMES):

@@ -30,6 +30,7 @@ from duo_ir.types import TensorType
 
 MAX_EXECUTABLES = 2048
 MAX_SAVED_ALONE = 256
+_LARGE_COPY = 32 << 20  # bytes from which a copy is worth a program
 
 
 @dataclass
@@ -335,8 +336,11 @@ def copied(buffer: Any, type: TensorType) -> Any:
     """A buffer of its own, on the same device, with the same contents."""
     if buffer.__class__ is not Buffer:
         return backend(buffer.device).runtime.duplicate(buffer)
-    out = allocate(type.dtype.numpy.itemsize * math.prod(type.static_shape()))
-    ctypes.memmove(out.ptr, buffer.ptr, out.nbytes)
+    nbytes = type.dtype.numpy.itemsize * math.prod(type.static_shape())
+    if nbytes == buffer.nbytes >= _LARGE_COPY and not _use_interpreter:
+        return backend().duplicate(buffer)
+    out = allocate(nbytes)
+    ctypes.memmove(out.ptr, buffer.ptr, nbytes)
     return out
 
 

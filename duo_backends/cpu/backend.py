@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import threading
 from collections import OrderedDict
 from collections.abc import Collection, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -21,10 +23,17 @@ from duo_backends.cpu.results import mark_results
 from duo_backends.cpu.table import LoadedKernel
 from duo_ir.core import Op
 from duo_ir.kernels.kernel import Kernel
-from duo_ir.kernels.program import Program
-from duo_ir.types import DType
+from duo_ir.kernels.program import Copy, Program
+from duo_ir.types import DType, TensorType, u8
 
 KERNEL_LIMIT = 8192  # loaded kernels kept for programs to come
+
+
+@functools.lru_cache(64)
+def _copier(backend: CpuBackend, nbytes: int) -> Any:
+    """A bound program that copies as many bytes."""
+    memory = TensorType(u8, (nbytes,))
+    return backend.compile(Program((memory,), (memory,), (), (Copy(0, 1),), (1,))).bind({})
 
 
 class CpuBackend:
@@ -113,6 +122,11 @@ class CpuBackend:
 
     def allocate(self, nbytes: int) -> Buffer:
         return allocate(nbytes)
+
+    def duplicate(self, buffer: Buffer) -> Buffer:
+        """A buffer of its own with the same contents, which all threads copy."""
+        (out,) = _copier(self, buffer.nbytes).run([buffer])
+        return out
 
     def from_numpy(self, array: np.ndarray, copy: bool = True) -> Buffer:
         """See `duo_backends.base.Backend`."""

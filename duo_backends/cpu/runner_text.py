@@ -31,6 +31,7 @@ F64, F32, I64, I32, I16, I8, U8, BOOL, BITS16 = range(1, 10)  # after POINTER
 
 SYMBOLS = ("duo_entry", "duo_copy", "duo_set_profile")
 PROFILE_HEADER, EVENT_WORDS = 64, 4
+LARGE_COPY = 32 << 20  # bytes that no cache keeps, as in `stream.py`
 PYTHON = (
     "PyLong_AsVoidPtr", "PyLong_AsLongLong", "PyLong_FromLongLong", "PyFloat_AsDouble", "PyObject_IsTrue",
     "PyErr_Occurred", "PyEval_SaveThread", "PyEval_RestoreThread", "Py_IncRef", "Py_DecRef",
@@ -39,9 +40,11 @@ PYTHON = (
 _INTERPRETER = """
 declare void @llvm.memcpy.p0.p0.i64(ptr, ptr, i64, i1)
 declare i64 @llvm.umin.i64(i64, i64)
+declare void @llvm.prefetch.p0(ptr, i32, i32, i32)
 
-; A copy as a kernel: one unit is 256 KiB, dims[0] the number of bytes.
+; A copy as a kernel: one unit is 256 KiB, dims[0] the number of bytes. What no cache keeps goes past them.
 define void @duo_copy(ptr %args, ptr %dims, i64 %begin, i64 %end, i64 %tid, ptr %scratch, ptr %status) nounwind {
+entry:
   %source = load ptr, ptr %args
   %to = getelementptr ptr, ptr %args, i64 1
   %target = load ptr, ptr %to
@@ -49,9 +52,34 @@ define void @duo_copy(ptr %args, ptr %dims, i64 %begin, i64 %end, i64 %tid, ptr 
   %b = shl i64 %begin, 18
   %e0 = shl i64 %end, 18
   %e = call i64 @llvm.umin.i64(i64 %e0, i64 %nbytes)
-  %n = sub i64 %e, %b
-  %s = getelementptr i8, ptr %source, i64 %b
-  %t = getelementptr i8, ptr %target, i64 %b
+  %address = ptrtoint ptr %target to i64
+  %low = and i64 %address, 63
+  %aligned = icmp eq i64 %low, 0
+  %large = icmp uge i64 %nbytes, BEYOND
+  %past = and i1 %aligned, %large
+  %whole = and i64 %e, -64
+  %some = icmp ult i64 %b, %whole
+  %go = and i1 %past, %some
+  br i1 %go, label %line, label %rest
+line:
+  %i = phi i64 [ %b, %entry ], [ %i2, %line ]
+  %s.at = getelementptr i8, ptr %source, i64 %i
+  %t.at = getelementptr i8, ptr %target, i64 %i
+  %ahead = getelementptr i8, ptr %s.at, i64 4096
+  call void @llvm.prefetch.p0(ptr %ahead, i32 0, i32 3, i32 1)
+  %v = load <16 x i32>, ptr %s.at, align 1
+  store <16 x i32> %v, ptr %t.at, align 64, !nontemporal !{i32 1}
+  %i2 = add i64 %i, 64
+  %more = icmp ult i64 %i2, %whole
+  br i1 %more, label %line, label %ordered
+ordered:
+  fence seq_cst ; such stores are ordered by nothing else
+  br label %rest
+rest:
+  %from = phi i64 [ %b, %entry ], [ %whole, %ordered ]
+  %n = sub i64 %e, %from
+  %s = getelementptr i8, ptr %source, i64 %from
+  %t = getelementptr i8, ptr %target, i64 %from
   call void @llvm.memcpy.p0.p0.i64(ptr %t, ptr %s, i64 %n, i1 false)
   ret void
 }
@@ -459,7 +487,7 @@ define internal float @duo.narrow(double %d) noinline nounwind {
 
 def interpreter_text() -> str:
     """`duo.run`, which walks a code table; belongs in one module with the text of `pool_text.py`."""
-    text = _INTERPRETER.replace("CHUNKS_PER_THREAD", str(CHUNKS_PER_THREAD))
+    text = _INTERPRETER.replace("CHUNKS_PER_THREAD", str(CHUNKS_PER_THREAD)).replace("BEYOND", str(LARGE_COPY))
     return text.replace("PROFILE_HEADER", str(PROFILE_HEADER)).replace("EVENT_WORDS", str(EVENT_WORDS))
 
 

@@ -449,11 +449,16 @@ def test_parallel_loop_is_interruptible_by_other_threads(backend):
     assert ticks > 10
 
 
-def test_large_copy_is_exact(backend):
-    n = (1 << 20) + 13
+@pytest.mark.parametrize("n", [(1 << 20) + 13, (8 << 20) + 13])
+def test_large_copy_is_exact(backend, n):
+    """Also one that goes past the caches: from memory that is not aligned, to an end within a line."""
     program = Program((vec(),), (vec(),), (), (Copy(0, 1),), (1,), (), ("n",))
-    x = np.random.default_rng(1).standard_normal(n).astype(np.float32)
-    assert np.array_equal(values(backend.compile(program).bind({"n": n}).run([buffer(x)])[0]), x)
+    x = np.random.default_rng(1).random(n + 1, np.float32)[1:]
+    source = backend.from_numpy(x, copy=False)
+    for number in (1, 2, 3):
+        set_num_threads(number)
+        assert np.array_equal(values(backend.compile(program).bind({"n": n}).run([source])[0]), x)
+    assert np.array_equal(values(backend.duplicate(source)), x)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")

@@ -579,3 +579,12 @@ def test_views_and_rows_of_shared_memory_are_read_at_once(policy, views):
     a[:] = 0
     y.backward()
     assert w.grad.tolist() == [21] * 6
+
+
+def test_large_clones_have_memory_of_their_own():
+    """Copied by all threads, from 32 MiB on."""
+    x = duo.arange(9 << 20)
+    y = x.clone()
+    values = y.numpy()
+    x += 1
+    assert np.array_equal(values, np.arange(9 << 20)) and np.array_equal(x.numpy(), values + 1)

@@ -218,6 +218,18 @@ SCHEDULES = {
     "exponential": lambda S, o: S.ExponentialLR(o, 0.9),
     "cosine": lambda S, o: S.CosineAnnealingLR(o, 7, 0.01),
     "lambda": lambda S, o: S.LambdaLR(o, lambda e: 1 / (1 + e)),
+    "multiplicative": lambda S, o: S.MultiplicativeLR(o, lambda e: 1 - 0.01 * e),
+    "constant": lambda S, o: S.ConstantLR(o, 0.25, 4),
+    "linear": lambda S, o: S.LinearLR(o, 0.1, 0.8, 7),
+    "polynomial": lambda S, o: S.PolynomialLR(o, 9, 2.0),
+    "restarts": lambda S, o: S.CosineAnnealingWarmRestarts(o, 2, 2, 0.01),
+    "one cycle": lambda S, o: S.OneCycleLR(o, [0.5, 0.9], 14, cycle_momentum=False),
+    "one cycle, straight": lambda S, o: S.OneCycleLR(
+        o, 0.5, epochs=7, steps_per_epoch=2, pct_start=0.5, anneal_strategy="linear", base_momentum=0.7, div_factor=5.0
+    ),
+    "sequential": lambda S, o: S.SequentialLR(
+        o, [S.LinearLR(o, 0.1, total_iters=3), S.CosineAnnealingLR(o, 6), S.ConstantLR(o, 0.5, 1)], [3, 9]
+    ),
 }
 
 
@@ -226,20 +238,62 @@ def test_schedules(name):
     seen = []
     for T in (duo, torch):
         w, b, s = parameters(T)
-        opt = T.optim.SGD([{"params": [w]}, {"params": [b, s], "lr": 0.3}], lr=0.1)
+        opt = T.optim.SGD([{"params": [w]}, {"params": [b, s], "lr": 0.3}], lr=0.1, momentum=0.9)
         schedule = SCHEDULES[name](T.optim.lr_scheduler, opt)
-        rates = [schedule.get_last_lr()]
+        rates = [[g[k] for g in opt.param_groups for k in ("lr", "momentum")]]
         for k in range(12):
             opt.step()
             schedule.step()
-            rates.append([g["lr"] for g in opt.param_groups])
+            rates.append([g[k] for g in opt.param_groups for k in ("lr", "momentum")])
             if k == 5:
-                state = schedule.state_dict()
+                state, rate = schedule.state_dict(), [g["lr"] for g in opt.param_groups]
                 assert state["last_epoch"] == 6
                 schedule = SCHEDULES[name](T.optim.lr_scheduler, opt)
                 schedule.load_state_dict(state)
+                for g, lr in zip(opt.param_groups, rate):  # as the optimiser's own checkpoint does
+                    g["lr"] = lr
         seen.append(rates)
     np.testing.assert_allclose(seen[0], seen[1], rtol=1e-9)
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"mode": "max", "threshold_mode": "abs", "threshold": 0.1, "cooldown": 2, "min_lr": [0.02, 0.1]}])
+def test_a_plateau(kwargs):
+    rng, seen = np.random.default_rng(0), []
+    metrics = rng.standard_normal(40).round(2).tolist()
+    for T in (duo, torch):
+        w, b, s = parameters(T)
+        opt = T.optim.Adam([{"params": [w]}, {"params": [b, s], "lr": 0.3}], lr=0.1)
+        schedule = T.optim.lr_scheduler.ReduceLROnPlateau(opt, patience=3, factor=0.5, **kwargs)
+        rates = []
+        for k, metric in enumerate(metrics):
+            schedule.step(T.tensor(metric) if k % 2 else metric)
+            rates.append([g["lr"] for g in opt.param_groups])
+            if k == 20:
+                state = schedule.state_dict()
+                schedule = T.optim.lr_scheduler.ReduceLROnPlateau(opt, patience=3, factor=0.5, **kwargs)
+                schedule.load_state_dict(state)
+        seen.append(rates)
+    np.testing.assert_allclose(seen[0], seen[1], rtol=1e-9)
+    assert seen[0][-1][0] < 0.1
+
+
+def test_mistakes_of_schedules():
+    (w, *_), S = parameters(duo), duo.optim.lr_scheduler
+    opt = duo.optim.Adagrad([w], lr=0.1)
+    for bad, text in (
+        (lambda: S.OneCycleLR(opt, 0.1), "total_steps, or epochs and steps_per_epoch"),
+        (lambda: S.OneCycleLR(opt, 0.1, 5), "Adagrad has no momentum or betas; give cycle_momentum=False"),
+        (lambda: S.OneCycleLR(opt, [0.1, 0.2], 5, cycle_momentum=False), "2 values of max_lr for 1 groups"),
+        (lambda: S.SequentialLR(opt, [S.LinearLR(opt)], [3]), "1 schedules of one optimizer need 0 milestones, not 1"),
+        (lambda: S.ReduceLROnPlateau(opt, "least"), "mode 'least' must be 'min' or 'max'"),
+        (lambda: S.CosineAnnealingWarmRestarts(opt, 0), "T_0 0 and T_mult 1 must be 1 or more"),
+    ):
+        with pytest.raises(ArgumentError, match=text):
+            bad()
+    schedule = S.OneCycleLR(opt, 0.1, 3, cycle_momentum=False)
+    with pytest.raises(ArgumentError, match="step 4 of 3"):
+        for _ in range(4):
+            schedule.step()
 
 
 def test_zero_grad():

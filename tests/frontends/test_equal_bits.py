@@ -20,7 +20,7 @@ from tests.frontends.models import (
     weights,
 )
 
-STEPS = {"mlp": 100, "transformer": 100, "cnn": 30}
+STEPS = {"mlp": 50, "transformer": 40, "cnn": 20}
 
 
 @pytest.fixture(scope="module", params=list(MODELS))
@@ -84,7 +84,7 @@ def test_interpreter(reference):
 def test_random_flush_points(reference, seed):
     name, want = reference
     duo.debug.configure(flush_seed=seed)
-    steps = min(30, STEPS[name] // 2)
+    steps = min(30, STEPS[name] * 3 // 4)
     assert_same(train_eager(name, steps), (want[0][:steps], *train_prefix(name, steps)[1:]))
 
 

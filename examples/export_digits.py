@@ -33,12 +33,13 @@ def data() -> tuple[np.ndarray, np.ndarray]:
 
 def train(model: nn.Module, optimizer: optim.Optimizer, steps: int = STEPS) -> list[float]:
     """The same steps in Python; their losses."""
-    images, labels = (duo.tensor(a) for a in data())
+    images, labels = data()
     losses = []
     for step in range(steps):
         start = step * BATCH % (len(images) - BATCH)
         optimizer.zero_grad()
-        loss = nn.functional.cross_entropy(model(images[start : start + BATCH]), labels[start : start + BATCH])
+        x, y = (duo.tensor(a[start : start + BATCH]) for a in (images, labels))
+        loss = nn.functional.cross_entropy(model(x), y)
         loss.backward()
         optimizer.step()
         losses.append(loss.item())

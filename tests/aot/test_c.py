@@ -104,7 +104,7 @@ def stress(folder, flags=()) -> str:
 @pytest.mark.parametrize("flags", [(), ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")], ids=["", "asan"])
 def test_models_in_one_process(tmp_path, flags):
     quick = {"ASAN_OPTIONS": "quarantine_size_mb=1"}  # memory that is free counts as free
-    done = subprocess.run([stress(tmp_path, flags)], capture_output=True, timeout=300, check=False, env=quick)
+    done = subprocess.run([stress(tmp_path, flags)], capture_output=True, timeout=500, check=False, env=quick)
     assert done.returncode == 0, (done.stdout.decode()[-500:], done.stderr.decode()[-3000:])
 
 

@@ -95,7 +95,7 @@ def test_real_cpus_that_lack_something(tmp_path):
             flags = [f"-I{folder}", f"-L{folder}", f"-Wl,-rpath,{folder}", str(folder / "main.c"), "-lmlp"]
             subprocess.run(["gcc", *flags, "-o", str(folder / "main")], check=True)
         command = ["qemu-x86_64", "-cpu", cpu, str(folder / "main")]
-        done = subprocess.run(command, capture_output=True, check=False, timeout=100)
+        done = subprocess.run(command, capture_output=True, check=False, timeout=300)
         said = done.stderr.decode()
         if missing:
             assert done.returncode == 60 and f"made for: {level} needs" in said and missing in said, (level, cpu, said)

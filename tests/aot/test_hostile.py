@@ -195,7 +195,7 @@ def test_a_child_goes_on_with_a_model_that_another_thread_was_running(tmp_path):
         time.sleep(0.003)
         child = os.fork()
         if child == 0:
-            signal.alarm(20)
+            signal.alarm(200)
             ended = [f(x).tobytes() for f in files] == want and duo.load_executable(tmp_path / "m.duo")(x).tobytes() == want[0]
             os._exit(0 if ended else 1)
         codes.append(os.waitpid(child, 0)[1])

@@ -92,6 +92,6 @@ def driver_name() -> str:
     return _driver()[0]
 
 
-if __name__ == "__main__":  # builds what the tests of CUDA need
+if __name__ == "__main__":  # builds what the tests of CUDA need, before they want it
     if build.missing() is None:
-        driver()
+        _built_pycuda()

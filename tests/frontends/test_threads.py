@@ -1,5 +1,6 @@
 """Eager mode under threads, fork, signals, failing kernels' neighbours, and traces that never repeat."""
 
+import linecache
 import os
 import random
 import resource
@@ -234,7 +235,8 @@ def interrupted(alarm, seconds, work):
 
 def interrupted_at(event, work):
     """Runs work() with a KeyboardInterrupt at that line or call of the frontends, counted from the start; how many there were. (In the backends a
-    tracer would raise inside a `with` of a lock that is about to be released, where no signal arrives.)"""
+    tracer would raise inside a `with` of a lock that is about to be released, where no signal arrives. In the frontends it raises a line later:
+    the line of the `with` comes again when it is left.)"""
     count = 0
 
     def tracer(frame, kind, arg):
@@ -242,7 +244,7 @@ def interrupted_at(event, work):
         if frame.f_globals.get("__name__", "").partition(".")[0] != "duo":
             return None
         count += 1
-        if count == event:
+        if 0 < event <= count and not linecache.getline(frame.f_code.co_filename, frame.f_lineno).lstrip().startswith("with "):
             raise KeyboardInterrupt
         return tracer
 

@@ -103,11 +103,13 @@ def test_kept_only_when_the_values_have_stayed(monkeypatch):
 
 
 def test_what_was_kept_goes_with_the_values(monkeypatch):
+    if not plain():
+        pytest.skip("programs are of single ops, of which some do not read the weight, or keep nothing")
     w = world(monkeypatch)
     w.call(CALLS)
     made = [weakref.ref(b) for k in kept_of(w.net) for b in k.made]
     old = weakref.ref(w.net.fc1.weight._val.buf)
-    assert len(made) >= 2 or not plain()
+    assert len(made) >= 2
     gc.disable()
     try:
         with duo.no_grad():
@@ -130,6 +132,8 @@ def test_what_was_kept_goes_with_the_module(monkeypatch):
 
 
 def test_training_overwrites_in_place_again_after_one_step(monkeypatch):
+    if not plain():
+        pytest.skip("the interpreter overwrites nothing")
     w = world(monkeypatch)
     w.train = duo.compile(w._train)
     for _ in range(3):

@@ -224,7 +224,7 @@ def pad(input: Any, pad: Any, mode: str = "constant", value: Any = None) -> Any:
         raise ArgumentError(f"pad: mode {mode!r} cannot remove elements; slice first")
     for d, a, b in zip(t.shape, low, high):
         limit = {"reflect": d - 1, "circular": d, "replicate": max(a, b) if d != 0 else 0}[mode]
-        if isinstance(limit, int) and max(a, b) > limit:
+        if isinstance(limit, int) and max(a, b) > max(limit, 0):
             raise ShapeError(f"pad: mode {mode!r} cannot give {max(a, b)} elements from a dim of {d}")
     return apply(_pad_mirror, (input,), (low, high, mode))
 

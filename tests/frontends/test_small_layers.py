@@ -63,6 +63,7 @@ def test_padding_of_one_axis(kind):
     layer, x = getattr(nn, f"{kind}Pad1d")(2), numbers(3, 4, 7)
     mode = {"Reflection": "reflect", "Replication": "edge", "Circular": "wrap"}[kind]
     assert np.array_equal(layer(duo.tensor(x)).numpy(), np.pad(x, ((0, 0), (0, 0), (2, 2)), mode))
+    assert layer(duo.zeros(0, 4, 7)).shape == (0, 4, 11)
 
 
 def test_mistakes():

@@ -24,10 +24,12 @@ from duo_ir.ops import straight_through
 
 class View(NamedTuple):
     """A function whose result shares storage with its operand: `read(x, *attrs)`, and `write(x, new, *attrs)`, which is x with the
-    viewed part replaced by `new` (None: writing through this view is refused, as two of its elements are one in memory)."""
+    viewed part replaced by `new` (None: writing through this view is refused, as two of its elements are one in memory).
+    `part(shape, *attrs)`: (first element, shape of the result) where that is a row of elements as they lie in memory, else None."""
 
     read: Callable[..., Value]
     write: Callable[..., Value] | None
+    part: Callable[..., tuple[int, tuple[int, ...]] | None] | None = None
 
 
 def kind_of(tensors: tuple[Any, ...]) -> Any:

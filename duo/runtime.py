@@ -344,6 +344,13 @@ def copied(buffer: Any, type: TensorType) -> Any:
     return out
 
 
+def copied_part(buffer: Buffer, offset: int, nbytes: int) -> Buffer:
+    """A buffer of its own with `nbytes` from `offset` on; on the CPU."""
+    out: Buffer = allocate(nbytes)
+    ctypes.memmove(out.ptr, buffer.ptr + offset, nbytes)
+    return out
+
+
 def overwrite(target: Any, source: Any, type: TensorType) -> None:
     """Writes the contents of `source` into the memory of `target`, which others see; both are on one device."""
     nbytes = type.dtype.numpy.itemsize * math.prod(type.static_shape())

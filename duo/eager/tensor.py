@@ -23,6 +23,7 @@ from duo.eager.hooks import RemovableHook
 from duo.eager.keeping import is_state, note_state
 from duo.eager.moving import bring, moved
 from duo.eager.operators import quick_operator
+from duo.eager.parts import read_part
 from duo.eager.printing import format_tensor
 from duo.eager.sharing import (
     Storage,
@@ -114,8 +115,11 @@ class EagerTensor(Tensor):
             tensor._seen = 0
         chain = (*tensor._chain, (view, attrs))
         val = None
-        if storage.shared is not None and state.capture is None and readable(storage):
-            val = read_now(storage, chain, most=False)
+        if storage.shared is not None:
+            if state.capture is None and readable(storage):
+                val = read_now(storage, chain, most=False)
+        elif view.part is not None and state.capture is None and tensor._seen == storage.version:
+            val = read_part(view, tensor._val, attrs)
         if val is None and (quick := quick_for(tensor.__class__)) is not None:
             out = quick(view.read, (tensor,), attrs)
             val = out._val

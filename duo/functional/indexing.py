@@ -15,7 +15,7 @@ import numpy as np
 from duo.dispatch import View, apply, apply_view
 from duo.functional._args import choice, integer, is_tensor, one_axis, type_of
 from duo.functional._ssa import Axes, insert_axis, move_axes, stretch, typed
-from duo.functional.shape import write_slice
+from duo.functional.shape import first_of_part, write_slice
 from duo.symbolic import plain
 from duo_ir.core import Value
 from duo_ir.errors import ArgumentError, DTypeError, IndexOutOfRange, ShapeError
@@ -184,7 +184,17 @@ def _basic_back(x: Value, new: Value, spec: Spec) -> Value:
     return write_slice(x, nd.reshape(new, part.type.shape), **places)
 
 
-INDEX = View(_basic, _basic_back)
+def _basic_part(shape: tuple[int, ...], spec: Spec) -> tuple[int, tuple[int, ...]] | None:
+    places, result = _places(shape, spec)
+    first = first_of_part(shape, places["start"], places["stop"], places["step"])
+    if first is None:
+        return None
+    sizes = [hi - lo for lo, hi in zip(places["start"], places["stop"])]
+    left = iter([n for n, item in zip(sizes, [item for item in spec if item[0] != "new"]) if item[0] == "slice"])
+    return first, tuple([1 if d == 1 else next(left) for d in result])
+
+
+INDEX = View(_basic, _basic_back, _basic_part)
 
 
 # ------------------------------------------------------------------------------------------------- index tensors

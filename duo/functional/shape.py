@@ -265,8 +265,38 @@ def _select_back(x: Value, new: Value, axis: int, index: int) -> Value:
     return _narrow_back(x, insert_axis(new, axis), axis, index, 1)
 
 
-NARROW = View(_narrow, _narrow_back)
-SELECT = View(_select, _select_back)
+def first_of_part(
+    shape: tuple[int, ...], start: tuple[int, ...], stop: tuple[int, ...], step: Axes
+) -> int | None:
+    """Where the elements of a slice begin, if they lie one behind the other: along axes before the one that is cut it has one place each, along
+    those behind it all."""
+    if set(step) - {1}:
+        return None
+    cut = [a for a, (d, lo, hi) in enumerate(zip(shape, start, stop)) if hi - lo != d]
+    if any(hi - lo != 1 for lo, hi in zip(start[: cut[-1]], stop[: cut[-1]])) if cut else False:
+        return None
+    first = 0
+    for d, lo in zip(shape, start):
+        first = first * d + lo
+    return first
+
+
+def _narrow_part(shape: tuple[int, ...], axis: int, start: int, length: int) -> tuple[int, tuple[int, ...]] | None:
+    if start < 0:
+        start += shape[axis]
+    lo = tuple([start if a == axis else 0 for a in range(len(shape))])
+    hi = tuple([start + length if a == axis else d for a, d in enumerate(shape)])
+    first = first_of_part(shape, lo, hi, (1,) * len(shape))
+    return None if first is None else (first, (*shape[:axis], length, *shape[axis + 1 :]))
+
+
+def _select_part(shape: tuple[int, ...], axis: int, index: int) -> tuple[int, tuple[int, ...]] | None:
+    found = _narrow_part(shape, axis, index, 1)
+    return None if found is None else (found[0], (*shape[:axis], *shape[axis + 1 :]))
+
+
+NARROW = View(_narrow, _narrow_back, _narrow_part)
+SELECT = View(_select, _select_back, _select_part)
 
 
 def narrow(input: Any, dim: int, start: Any, length: Any) -> Any:

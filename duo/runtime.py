@@ -15,8 +15,7 @@ import math
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -260,24 +259,40 @@ def _make(
 _pauses = 0  # compilations under way for which automatic garbage collection was switched off
 
 
-@contextmanager
-def _uncollected() -> Iterator[None]:
+class _Uncollected:
     """Without automatic garbage collection, in the threads that compile and in the others: a compiler allocates much that lives until it ends, and
     collections, which would look at all of it again and again, keep the threads of the code generator waiting for the interpreter."""
-    global _pauses
-    with _lock:
-        mine = _pauses > 0 or gc.isenabled()
-        if mine:
-            _pauses += 1
-            gc.disable()
-    try:
-        yield
-    finally:
+
+    __slots__ = ("_mine",)
+
+    def __init__(self) -> None:
+        global _pauses
+        self._mine = False
         with _lock:
-            if mine and _pauses:
+            if _pauses > 0 or gc.isenabled():
+                _pauses += 1
+                self._mine = True
+                gc.disable()
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
+
+    def end(self) -> None:
+        """Ends its pause, once."""
+        global _pauses
+        with _lock:
+            if self._mine and _pauses:
+                self._mine = False
                 _pauses -= 1
                 if _pauses == 0:
                     gc.enable()
+
+    def __del__(self) -> None:  # where an interrupt came between, before the end
+        if self._mine:
+            self.end()
 
 
 def _compile(function: Function, fused: bool, scalars: Collection[int], save: bool) -> Any:
@@ -286,7 +301,7 @@ def _compile(function: Function, fused: bool, scalars: Collection[int], save: bo
     if found is not None:
         statistics.from_disk += 1
         return found
-    with _uncollected():
+    with _Uncollected():
         importlib.import_module("duo_backends.cpu.runner").prepare()
         made = _pipeline().compile(function, backend(), fusion=fused, scalars=scalars).bind({})
         if save:

@@ -59,7 +59,7 @@ def test_collection_that_a_user_switched_off_stays_off(monkeypatch):
 
 
 def test_a_compilation_inside_another_leaves_it_off(monkeypatch):
-    with runtime._uncollected():
+    with runtime._Uncollected():
         assert seen_while_compiling(monkeypatch) == [False]
         assert not gc.isenabled()
     assert gc.isenabled()
@@ -68,4 +68,16 @@ def test_a_compilation_inside_another_leaves_it_off(monkeypatch):
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
 def test_a_child_forked_meanwhile_collects(monkeypatch):
     assert seen_while_compiling(monkeypatch, children=True) == [False, True]
+    assert gc.isenabled()
+
+
+def test_a_pause_that_an_interrupt_kept_from_ending():
+    """One that came before the end's first step: the pause ends with what is left of it."""
+    assert gc.isenabled()
+    pause = runtime._Uncollected()
+    assert not gc.isenabled()
+    with runtime._Uncollected():
+        pass
+    assert not gc.isenabled()
+    del pause
     assert gc.isenabled()

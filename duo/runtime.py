@@ -117,7 +117,7 @@ class Interpreted:
 
 
 _cache: OrderedDict[tuple[str, bool, tuple[int, ...], str, str], Any] = OrderedDict()
-_lock = threading.Lock()
+_lock = threading.RLock()  # what is freed while it is held may take it
 _making = threading.RLock()
 _saved_alone = 0
 _use_interpreter = os.environ.get("DUO_BACKEND", "cpu") == "interpret"
@@ -127,7 +127,7 @@ _fusion = os.environ.get("DUO_FUSION", "1") != "0"
 
 def _renew_lock() -> None:
     global _lock, _making, _pauses
-    _lock, _making = threading.Lock(), threading.RLock()  # another thread of the parent may have held them
+    _lock, _making = threading.RLock(), threading.RLock()  # another thread of the parent may have held them
     if _pauses:  # by threads that are not there any more, or by this one, which may still be within
         _pauses = 0
         gc.enable()

@@ -58,7 +58,7 @@ class _Plain:
         with f.loop("%begin", "%end") as unit:
             indices = self._unravel(unit.index, [dim(d) for d in outer])
             # The mask must not be a constant: LLVM makes a store of one narrow lane that was truncated wider than the lane.
-            with f.loop("0", self.n, self.lanes) as loop:
+            with f.loop("0", self.n, self.lanes, opaque=True) as loop:
                 numbers = ", ".join(f"i64 {lane}" for lane in range(self.lanes))
                 count = self.emitter.splat_scalar(f.sub(self.n, loop.index), "i64", self.lanes)
                 mask = f.op(f"icmp slt {vector(self.lanes, 'i64')} <{numbers}>, {count}")

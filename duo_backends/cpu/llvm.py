@@ -283,11 +283,12 @@ class Function:
         step: int | str = 1,
         carried: Sequence[tuple[str, str]] = (),
         runs: bool = False,
+        opaque: bool = False,
     ) -> Iterator[Loop]:
         """for (index = begin; index < end; index += step), tested at the bottom. `carried`: (type, initial value) of
-        each loop-carried value. `runs`: known to run at least once."""
+        each loop-carried value. `runs`: known to run at least once. `opaque`: a loop even where it runs once, so that the index is no constant."""
         parent = self.here
-        if _once(begin, end, step):
+        if not opaque and _once(begin, end, step):
             before = self.section()
             once = Loop(begin, [value for _, value in carried], [], before, parent)
             yield once

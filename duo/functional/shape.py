@@ -270,7 +270,7 @@ def first_of_part(
 ) -> int | None:
     """Where the elements of a slice begin, if they lie one behind the other: along axes before the one that is cut it has one place each, along
     those behind it all."""
-    if set(step) - {1}:
+    if set(step) - {1} or not all(0 <= lo <= hi <= d for d, lo, hi in zip(shape, start, stop)):
         return None
     cut = [a for a, (d, lo, hi) in enumerate(zip(shape, start, stop)) if hi - lo != d]
     if any(hi - lo != 1 for lo, hi in zip(start[: cut[-1]], stop[: cut[-1]])) if cut else False:

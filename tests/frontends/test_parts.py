@@ -10,7 +10,7 @@ from duo import nn, runtime
 from duo.eager import parts
 from duo.functional.indexing import INDEX
 from duo.functional.shape import NARROW, SELECT
-from duo_ir.errors import GradientError
+from duo_ir.errors import GradientError, IndexOutOfRange, ShapeError
 
 F = nn.functional
 
@@ -84,6 +84,26 @@ def test_where_parts_begin():
     ):  # fmt: skip
         assert view.part((4, 3, 5), *attrs) == want
     assert NARROW.part((1, 3, 5), 1, 1, 2) == (5, (1, 2, 5))
+
+
+@pytest.mark.parametrize(
+    "of",
+    [
+        lambda x, k: x.narrow(0, k, 5),
+        lambda x, k: x.narrow(0, 0, 2 - k),
+        lambda x, k: x.select(0, k),
+        lambda x, k: x.select(0, -k),
+        lambda x, k: x[k],
+    ],
+)
+def test_places_beyond_the_end_are_refused_as_ever(of):
+    x = there(data()[0])
+    for k in range(20):
+        (x.narrow(0, k, 3) * 2).numpy()
+        (x.select(0, k) * 2).numpy()
+        (x[k] * 2).numpy()
+    with pytest.raises((ShapeError, IndexOutOfRange)):
+        of(x, 77)
 
 
 def test_an_epoch_has_one_path():
